@@ -24,6 +24,7 @@ SCHEMAS = {
         " Tensor revealed, Tensor? banned_ids=None)"
         " -> (Tensor token, Tensor prob, Tensor log_odds, Tensor entropy, Tensor logsumexp)"
     ),
+    "thin_linear": "(Tensor x, Tensor weight) -> Tensor",
     "reveal": (
         "(Tensor(a!) tokens, Tensor(b!) revealed, Tensor(c!) step_map, Tensor proposal, Tensor prob,"
         " Tensor log_odds, Tensor entropy, Tensor step, Tensor schedule, str strategy, float threshold) -> Tensor"
@@ -34,6 +35,22 @@ SCHEMAS = {
         " Tensor? revealed=None, Tensor? draft_logits=None, Tensor? coin=None, Tensor? residual=None,"
         " Tensor? banned_ids=None, str rule='match')"
         " -> (Tensor accepted, Tensor bonus, Tensor tokens, Tensor target_ids, Tensor prob)"
+    ),
+    "block_verify.graph": (
+        "(Tensor target_logits, Tensor rows, Tensor states, Tensor revealed, Tensor block, Tensor clean,"
+        " Tensor cleaned, Tensor depth, Tensor start, Tensor step, Tensor step_map, Tensor prob, Tensor origin,"
+        " Tensor temperature, Tensor? top_k, Tensor? top_p, Tensor? seed, Tensor? banned_ids, Tensor schedule,"
+        " str strategy, float threshold)"
+        " -> (Tensor progress, Tensor revealed, Tensor tokens, Tensor step_map, Tensor prob, Tensor origin)"
+    ),
+    "plan_block": (
+        "(Tensor tokens, Tensor revealed, Tensor start, Tensor step, Tensor blocks_left, Tensor clean, Tensor depth,"
+        " Tensor prob, Tensor log_odds, Tensor entropy, Tensor trust, Tensor power, Tensor? draft_logits,"
+        " Tensor? temperature, Tensor? top_k, Tensor? top_p, Tensor? seed, Tensor? banned_ids, Tensor schedule,"
+        " str strategy, float threshold, float floor, int mask_id, int max_copies, int max_rows, int scratch,"
+        " int slots, int stride)"
+        " -> (Tensor tokens, Tensor positions, Tensor slots, Tensor clock, Tensor birth, Tensor death,"
+        " Tensor states, Tensor revealed, Tensor block, Tensor cleaned, Tensor reach)"
     ),
 }
 
@@ -59,6 +76,11 @@ def _(logits, temperature, top_k, top_p, seed, position, revealed, banned_ids=No
     rows = logits.shape[:1]
     statistic = [logits.new_empty(rows, dtype=torch.float32) for _ in range(4)]
     return logits.new_empty(rows, dtype=torch.int64), *statistic
+
+
+@torch.library.register_fake("simsd::thin_linear", lib=LIBRARY)
+def _(x, weight) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 @torch.library.register_fake("simsd::reveal", lib=LIBRARY)
@@ -91,4 +113,35 @@ def _(
         draft_ids.new_empty((batch, length)),
         draft_ids.new_empty((batch, length)),
         target_logits.new_empty((batch, length), dtype=torch.float32),
+    )
+
+
+@torch.library.register_fake("simsd::block_verify.graph", lib=LIBRARY)
+def _(target_logits, rows, states, revealed, block, clean, cleaned, depth, start, step, step_map, prob, origin, *_):
+    batch, ahead, length = clean.shape
+    shape = (batch, ahead + 2, length)
+    return (
+        step.new_empty((batch, 7)),
+        revealed.new_empty((batch,)),
+        states.new_empty(shape),
+        step_map.new_empty(shape),
+        prob.new_empty(shape),
+        origin.new_empty(shape),
+    )
+
+
+@torch.library.register_fake("simsd::plan_block", lib=LIBRARY)
+def _(tokens, revealed, start, step, blocks_left, clean, depth, prob, *rest):
+    max_copies, _, _, slots, _ = rest[-5:]
+    batch, ahead, length = clean.shape
+    rows = (batch, (ahead + max_copies) * length)
+    return (
+        tokens.new_empty(rows),
+        *(start.new_empty(rows) for _ in range(3)),
+        *(start.new_empty((batch, slots)) for _ in range(2)),
+        tokens.new_empty((batch, max_copies, length)),
+        revealed.new_empty((batch, max_copies)),
+        start.new_empty((batch, max_copies)),
+        start.new_empty((batch,)),
+        prob.new_empty((batch, max_copies)),
     )
