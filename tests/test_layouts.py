@@ -6,59 +6,84 @@ import pytest
 import torch
 
 from simsd import layouts
-from simsd_kernels import Visibility
+from simsd_kernels import INF, Visibility
 
-SCRATCH = 64
+SCRATCH, SLOTS = 64, 128
 MASK = 99
 
 
-def dense(rows: layouts.Rows, committed: int, length: int, slots: int = 128) -> torch.Tensor:
-    """What each row sees: committed slots, then the rows themselves."""
-    birth, death = layouts.key_lifetimes(rows, committed, length, slots)
-    seen = Visibility(rows.clock, birth, death).dense()
-    order = torch.cat([torch.arange(committed), rows.slots.long()])
-    assert not seen[:, [slot for slot in range(slots) if slot not in order.tolist()]].any()  # dead slots stay unseen
-    return seen[:, order]
+def ints(*values) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def dense(rows: layouts.Rows, end: int, length: int) -> torch.Tensor:
+    """What each live row of lane 0 sees: clean slots, then the rows themselves."""
+    birth, death = layouts.key_lifetimes(rows, ints(end, 0), length, SLOTS)
+    live = rows.clock[0] >= 0
+    seen = Visibility(rows.clock[0], birth[0], death[0]).dense()
+    assert not seen[~live].any()
+    order = torch.cat([torch.arange(end), rows.slots[0][live].long()])
+    assert not seen[:, [slot for slot in range(SLOTS) if slot not in order.tolist()]].any()  # dead slots stay unseen
+    return seen[live][:, order]
+
+
+def two_lanes(*tensors: torch.Tensor):
+    """A second lane beside each: whatever it holds must not matter."""
+    return (torch.stack([tensor, torch.zeros_like(tensor)]) for tensor in tensors)
 
 
 @pytest.mark.parametrize("length", [1, 2, 4, 8])
-@pytest.mark.parametrize("pending", [False, True])
 @pytest.mark.parametrize("seed", range(5))
-def test_verification_rows_draw_the_published_mask(length, pending, seed):
+def test_verification_rows_draw_the_published_mask(length, seed):
     generator = torch.Generator().manual_seed(seed)
-    blocks = 3
-    committed = blocks * length
+    start = 3 * length
     steps = torch.randint(1, length + 1, (length,), generator=generator, dtype=torch.int32)
-    rows, wanted = layouts.temporal_rows(torch.arange(length), steps, 0, committed + length * pending, SCRATCH, MASK)
-    clean = layouts.clean_rows(torch.arange(length), committed, length)
-    sent = clean + rows if pending else rows
+    tokens, reveal_step = two_lanes(torch.arange(length), steps)
+    rows, wanted = layouts.temporal_rows(tokens, reveal_step, ints(0, 0), ints(start, 0), SCRATCH, MASK)
 
-    prompt = committed + length * pending
-    labels = torch.cat([torch.zeros(prompt), steps, torch.full((length,), length + 1)]).long()
-    ids = torch.cat([torch.full((prompt,), -1), torch.zeros(2 * length)]).long()
-    published = Visibility.from_labels(labels, ids, length).dense()[committed:]
-    assert torch.equal(dense(sent, committed, length), published)
-    assert wanted.tolist() == list(range(length, 2 * length))
+    labels = torch.cat([torch.zeros(start), steps, torch.full((length,), length + 1)]).long()
+    ids = torch.cat([torch.full((start,), -1), torch.zeros(2 * length)]).long()
+    published = Visibility.from_labels(labels, ids, length).dense()[start:]
+    assert torch.equal(dense(rows, start, length), published)
+    assert wanted[0].tolist() == [False] * length + [True] * length
 
 
 @pytest.mark.parametrize("known", [0, 1, 3])
 def test_partly_known_and_undrafted_positions(known):
-    length, committed = 4, 8
-    steps = torch.tensor([0] * known + [2, 0, 1, 3][known:], dtype=torch.int32)  # position 1 was never drafted
-    rows, wanted = layouts.temporal_rows(torch.tensor([5, 6, 7, 8]), steps, known, committed, SCRATCH, MASK)
-    assert torch.equal(
-        dense(rows, committed, length),
-        Visibility.temporal([0] * known + [2, -1, 1, 3][known:], committed).dense(),
-    )
-    assert rows.tokens.tolist() == [5, 6, 7, 8] + [MASK] * (length - known)
-    assert rows.positions.tolist() == [8, 9, 10, 11] + list(range(8 + known, 12))
-    assert wanted.tolist() == [*range(known), *range(4, 8 - known)]
+    length, start = 4, 8
+    steps = ints(*[0] * known, *[2, 0, 1, 3][known:])  # position 1 was never drafted
+    tokens, reveal_step = two_lanes(torch.tensor([5, 6, 7, 8]), steps)
+    rows, wanted = layouts.temporal_rows(tokens, reveal_step, ints(known, 0), ints(start, 0), SCRATCH, MASK)
+    expected = Visibility.temporal([0] * known + [2, -1, 1, 3][known:], start).dense()
+    dead = 1 if known <= 1 else 0  # the reference row of a position never drafted
+    keep = [i for i in range(expected.shape[0]) if not (dead and i == 1)]
+    assert torch.equal(dense(rows, start, length), expected[keep][:, [*range(start), *(start + i for i in keep)]])
+    assert rows.tokens[0].tolist() == [5, 6, 7, 8] + [MASK] * length
+    assert rows.positions[0].tolist() == [8, 9, 10, 11] * 2
+    assert wanted[0].tolist() == [i < known for i in range(length)] + [i >= known for i in range(length)]
+    assert len(set(rows.slots[0][rows.slots[0] >= 0].tolist())) == int((rows.slots[0] >= 0).sum())
 
 
 def test_a_denoising_state_sees_the_prefix_and_all_of_itself():
-    rows = layouts.clean_rows(torch.arange(4), 4, 4) + layouts.state_rows(torch.arange(4), 8, SCRATCH)
-    seen = dense(rows, 4, 4)
-    expected = torch.ones(8, 12, dtype=torch.bool)
-    expected[:4, 8:] = False
-    assert torch.equal(seen, expected)
-    assert rows.slots.tolist() == [4, 5, 6, 7, 64, 65, 66, 67]
+    rows = layouts.state_rows(torch.arange(8).view(2, 4), ints(8, 0), SCRATCH)
+    assert dense(rows, 8, 4).all()
+    assert rows.slots.tolist() == [[64, 65, 66, 67]] * 2
+
+
+def test_pending_rows_are_block_causal_and_ragged():
+    text = torch.arange(40).view(2, 20)
+    rows = layouts.pending_rows(text, ints(4, 0), ints(12, 4), 8, 4)
+    assert rows.tokens[0].tolist() == list(range(4, 12)) and rows.tokens[1, :4].tolist() == list(range(20, 24))
+    assert rows.slots.tolist() == [list(range(4, 12)), [0, 1, 2, 3, -1, -1, -1, -1]]
+    birth, death = layouts.key_lifetimes(rows, ints(12, 4), 4, SLOTS)
+    seen = Visibility(rows.clock, birth, death).dense()
+    for row, position in enumerate(range(4, 12)):
+        assert seen[0, row].nonzero().flatten().tolist() == list(range((position // 4 + 1) * 4))
+    assert seen[1, :4].nonzero()[:, 1].tolist() == [0, 1, 2, 3] * 4 and not seen[1, 4:].any()
+
+
+def test_a_lane_left_out_neither_sees_nor_is_seen():
+    rows = layouts.state_rows(torch.arange(8).view(2, 4), ints(8, 8), SCRATCH).only(torch.tensor([True, False]))
+    birth, death = layouts.key_lifetimes(rows, ints(8, -1), 4, SLOTS)
+    assert (birth[1] == INF).all() and (rows.clock[1] == -1).all() and (rows.slots[1] == -1).all()
+    assert Visibility(rows.clock, birth, death).dense()[0].sum() == 4 * 12

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import pathlib
+import subprocess
+import sys
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
@@ -225,3 +230,17 @@ def test_a_saved_model_loads_again(checkpoints, tokens, tmp_path):
         assert (again.block_length, again.mask_token_id) == (8, MASK_ID)
         with torch.no_grad():
             assert torch.equal(again.model(tokens).logits, loaded.model(tokens).logits)
+
+
+def test_experts_are_computed_as_qwen3_moe_computes_them():
+    """In a process of its own: transformers remembers the answer on the class that asked first."""
+    code = """
+from small_checkpoints import BASE, MOE
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from simsd.models.sdar import SDARMoeConfig, SDARMoeForCausalLM
+ours = SDARMoeForCausalLM(SDARMoeConfig(**BASE, **MOE)).config._experts_implementation
+theirs = Qwen3MoeForCausalLM(Qwen3MoeConfig(**BASE, **MOE)).config._experts_implementation
+assert ours == theirs, (ours, theirs)
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(pathlib.Path(__file__).parent), *sys.path])}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from simsd.config import GenerationConfig
-    from simsd.decoding import Decoder, generate
+    from simsd.decoding import Decoder, generate, stream
     from simsd.errors import SimsdError
     from simsd.hf import hf_generate
     from simsd.models.loading import LoadedModel, load
     from simsd.results import Result, Stats
+    from simsd.sequences import Update
 
 __all__ = [
     "Decoder",
@@ -21,9 +22,11 @@ __all__ = [
     "Result",
     "SimsdError",
     "Stats",
+    "Update",
     "generate",
     "hf_generate",
     "load",
+    "stream",
 ]
 
 _MODULES = {
@@ -33,9 +36,11 @@ _MODULES = {
     "Result": "simsd.results",
     "SimsdError": "simsd.errors",
     "Stats": "simsd.results",
+    "Update": "simsd.sequences",
     "generate": "simsd.decoding",
     "hf_generate": "simsd.hf",
     "load": "simsd.models.loading",
+    "stream": "simsd.decoding",
 }
 
 

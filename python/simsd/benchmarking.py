@@ -1,20 +1,36 @@
-"""Native decoding beside SimSD: the same target, prompts and run, measured item by item."""
+"""Native decoding beside its accelerations: the same target, prompts and run, every mode in turn."""
 
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import os
-import platform
+import statistics
+import time
 from collections.abc import Iterator, Sequence
-from typing import Any
 
-from simsd import tasks
+import torch
+
+from simsd import layouts, tasks
 from simsd.config import GenerationConfig
 from simsd.decoding import Decoder
 from simsd.errors import SimsdError
+from simsd.models.cache import BlockCache
+from simsd.models.forward import run
 from simsd.models.loading import LoadedModel
-from simsd.results import Result, Stats
+from simsd.results import Result
+from simsd.sequences import Update
+from simsd_kernels import INF
+
+NATIVE = "native"
+MODES: dict[str, dict[str, str]] = {
+    NATIVE: {"verify": "none"},
+    "temporal": {"verify": "temporal", "accept": "match"},
+    "temporal-mrs": {"verify": "temporal", "accept": "mrs"},
+    "exact-model": {"verify": "exact", "drafter": "model"},
+    "exact-self": {"verify": "exact", "drafter": "self"},
+    "exact-auto": {"verify": "exact", "drafter": "auto"},
+}
+NEED_A_DRAFT = ("temporal", "temporal-mrs", "exact-model")
+ROUNDS = 2  # decodings of a family per mode and batch size above 1, the second in opposite order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,200 +44,159 @@ class Item:
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
+    """One item, decoded alone in every mode. `seconds`: wall time by mode; `*_forward_seconds`: of a forward of one
+    block's rows, measured right after it (see `ForwardClock`)."""
+
     item: Item
-    native: Result
-    simsd: Result
+    results: dict[str, Result]
+    seconds: dict[str, float]
+    target_forward_seconds: float
+    draft_forward_seconds: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """One line of the table; None where there is nothing to divide.
+class BatchMeasurement:
+    """All items of a family, decoded `batch` at a time in every mode; `seconds`: wall time by mode."""
 
-    Attributes:
-        native_accuracy, simsd_accuracy: share of items with the right answer.
-        same_text: share of items whose tokens are the same in both.
-        acceptance: accepted share of drafted tokens.
-        native_forwards_per_token, simsd_forwards_per_token: target forwards, prefill excluded.
-        forwards_ratio: the second divided by the first.
-        draft_forwards_ratio: draft forwards per token divided by native's target forwards per token.
-        *_tokens_per_second, speedup: with prefill; *_decode_tokens_per_second, decode_speedup: without.
-    """
-
-    name: str
-    items: int
-    native_tokens: float
-    simsd_tokens: float
-    native_accuracy: float | None
-    simsd_accuracy: float | None
-    same_text: float | None
-    acceptance: float | None
-    native_forwards_per_token: float | None
-    simsd_forwards_per_token: float | None
-    forwards_ratio: float | None
-    draft_forwards_ratio: float | None
-    native_tokens_per_second: float | None
-    simsd_tokens_per_second: float | None
-    speedup: float | None
-    native_decode_tokens_per_second: float | None
-    simsd_decode_tokens_per_second: float | None
-    decode_speedup: float | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """`families` in the order measured; `pooled` sums over all items first (so it weighs by tokens); `mean` is the
-    plain mean of the families' figures."""
-
-    families: list[Row]
-    pooled: Row
-    mean: Row
-    target: str
-    draft: str
-    settings: dict[str, Any]
-    machine: dict[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+    items: list[Item]
+    batch: int
+    results: dict[str, list[Result]]
+    seconds: dict[str, float]
 
 
 def task_items(families: Sequence[str], count: int, seed: int = 0) -> list[Item]:
     """`count` held-out items of each of the built-in task families."""
-    if unknown := [family for family in families if family not in tasks.FAMILIES]:
-        raise SimsdError(f"families must be among {', '.join(tasks.FAMILIES)}; got {', '.join(unknown)}")
-    if len(set(families)) != len(families) or not families:
-        raise SimsdError(f"families must be named once each, got {', '.join(families) or 'none'}")
+    _check_names("families", families, tasks.FAMILIES)
     if count < 1:
         raise SimsdError(f"items must be at least 1 per family, got {count}")
     return [Item(family, task.prompt, task) for family in families for task in tasks.held_out(family, count, seed)]
 
 
+def choose_modes(names: Sequence[str] | None, has_draft: bool) -> list[str]:
+    """The modes to compare, native first and always in; None: all that go without a draft model, if there is none."""
+    if names is None:
+        return [mode for mode in MODES if has_draft or mode not in NEED_A_DRAFT]
+    _check_names("modes", names, MODES)
+    if not has_draft and (lacking := [mode for mode in names if mode in NEED_A_DRAFT]):
+        raise SimsdError(f"modes {', '.join(lacking)} need a draft model: name one with --draft")
+    return [NATIVE, *(name for name in names if name != NATIVE)]
+
+
+def _check_names(what: str, given: Sequence[str], known) -> None:
+    if unknown := [name for name in given if name not in known]:
+        raise SimsdError(f"{what} must be among {', '.join(known)}; got {', '.join(unknown) or 'none'}")
+    if len(set(given)) != len(given) or not given:
+        raise SimsdError(f"{what} must be named once each, got {', '.join(given) or 'none'}")
+
+
+def mode_config(mode: str, config: GenerationConfig) -> GenerationConfig:
+    """`config` as that mode decodes with it; settings of the temporal verifier are dropped elsewhere."""
+    settings = {"accept": "match"} | MODES[mode]
+    if settings["verify"] != "temporal":
+        settings |= {"rejected_tail": "truncate", "end_gate": 0.0}
+    return dataclasses.replace(config, **settings)
+
+
+class ForwardClock:
+    """Times a model's forward of the L rows of one block, logits for all of them, behind a given context: nothing else
+    rides along and nothing is done with the logits."""
+
+    REPEATS = 3
+
+    def __init__(self, model: LoadedModel, length: int, capacity: int) -> None:
+        self.model, self.length = model, length
+        self.scratch = layouts.aligned(capacity, layouts.SCRATCH_ALIGNMENT)
+        self.cache = BlockCache(model.config, 1, self.scratch + length, model.dtype, model.device)
+        self.cache.keys.normal_()  # untouched zeros may all be one page of memory
+        self.cache.values.normal_()
+        self.index = torch.arange(self.scratch + length, dtype=torch.int32, device=model.device)[None]
+        self.rows = self.index[:, :length]
+        self.tokens = self.rows.long() % model.vocab_size
+
+    def seconds(self, context: int) -> float:
+        """Median of a few forwards behind `context` tokens, one before them thrown away."""
+        birth = torch.where((self.index < context) | (self.index >= self.scratch), 0, INF).to(torch.int32)
+        death = torch.full_like(birth, INF)
+        clock, slots, positions = torch.zeros_like(self.rows), self.rows + self.scratch, self.rows + context
+        taken = []
+        for _ in range(1 + self.REPEATS):
+            began = time.perf_counter()
+            run(self.model.model, self.tokens, positions, clock, birth, death, self.cache, slots)
+            if self.model.device.type == "cuda":
+                torch.cuda.synchronize(self.model.device)
+            taken.append(time.perf_counter() - began)
+        return statistics.median(taken[1:])
+
+
 def compare(
-    target: LoadedModel, draft: LoadedModel, items: Sequence[Item], config: GenerationConfig
-) -> Iterator[Measurement]:
-    """Decodes every item natively and with SimSD, in alternating order so that the machine's moods hit both.
+    target: LoadedModel,
+    draft: LoadedModel | None,
+    items: Sequence[Item],
+    config: GenerationConfig,
+    modes: Sequence[str],
+    batches: Sequence[int] = (1,),
+) -> Iterator[Measurement | BatchMeasurement]:
+    """Decodes every item in every mode, family by family: one at a time, then at each batch size above 1.
 
-    Everything is checked before anything is decoded, and a first round of both is thrown away as warm-up.
+    One at a time, the modes take turns prompt by prompt, the first of them another one each time, so that the machine's
+    moods hit all alike; each mode has one decoder for the family, which takes one prompt at a time. At a batch size
+    above 1 a mode decodes all of a family's items at a stretch, ROUNDS times, in opposite orders of the modes.
+
+    Everything is checked before anything is decoded, and a first round of all modes is thrown away as warm-up.
     """
-    if draft is None or config.verify == "none":
-        raise SimsdError("a comparison needs a draft model and verify other than none")
+    modes = choose_modes(list(modes), draft is not None)
+    if not all(isinstance(batch, int) and batch >= 1 for batch in batches):
+        raise SimsdError(f"batch sizes must be integers >= 1, got {', '.join(map(str, batches))}")
+    batches = [batch for batch in batches if batch > 1]
     prompts = [target.encode_prompt(item.prompt) for item in items]
-    native_config = dataclasses.replace(config, verify="none")
-    seed = config.seeds(1)[0]
+    configs = {mode: mode_config(mode, config) for mode in modes}
+    seeds = config.seeds(len(items))
 
-    def native(prompt: list[int]) -> Decoder:
-        return Decoder(target, prompt, None, native_config, seed)
+    def decoder(mode: str, chosen: Sequence[int], batch: int) -> Decoder:
+        texts, noise = [prompts[i] for i in chosen], [seeds[i] for i in chosen]
+        return Decoder(target, texts, draft, configs[mode], noise, batch)
 
-    def speculative(prompt: list[int]) -> Decoder:
-        return Decoder(target, prompt, draft, config, seed)
+    everything = range(len(items))
+    checked = [decoder(mode, everything, 1) for mode in modes]
+    clocks = [ForwardClock(m, checked[0].block_length, checked[0].capacity) for m in (target, draft) if m is not None]
 
-    longest = max(prompts, key=len)
-    speculative(longest)
-    native(longest)
-    for make in (native, speculative):
-        _decode(make(prompts[0]))
-    for index, (item, prompt) in enumerate(zip(items, prompts, strict=True)):
-        if index % 2:
-            simsd_result, native_result = _decode(speculative(prompt)), _decode(native(prompt))
-        else:
-            native_result, simsd_result = _decode(native(prompt)), _decode(speculative(prompt))
-        yield Measurement(item, native_result, simsd_result)
+    for batch in (1, *batches):
+        for mode in modes:
+            _decode(decoder(mode, everything[:batch], batch))
+    for turn, family in enumerate(dict.fromkeys(item.family for item in items)):
+        chosen = [i for i in everything if items[i].family == family]
+        updates = {mode: iter(decoder(mode, chosen, 1)) for mode in modes}
+        for i in chosen:
+            turns = {mode: _next_result(updates[mode]) for mode in _rotated(modes, i)}
+            results, seconds = _columns(modes, turns)
+            context = layouts.aligned(len(prompts[i]) + len(results[NATIVE].tokens) // 2, checked[0].block_length)
+            yield Measurement(items[i], results, seconds, *(clock.seconds(context) for clock in clocks))
+        for batch in batches:
+            for again in range(ROUNDS):
+                order = _rotated(modes, turn)[:: -1 if again % 2 else 1]
+                turns = {mode: _decode(decoder(mode, chosen, batch)) for mode in order}
+                yield BatchMeasurement([items[i] for i in chosen], batch, *_columns(modes, turns))
 
 
-def _decode(decoder: Decoder) -> Result:
+def _rotated(modes: list[str], turn: int) -> list[str]:
+    first = turn % len(modes)
+    return modes[first:] + modes[:first]
+
+
+def _columns(modes: list[str], turns: dict[str, tuple]) -> tuple[dict, dict]:
+    """Results and seconds, each by mode in the order of `modes`, whatever the order of the turns was."""
+    return {mode: turns[mode][0] for mode in modes}, {mode: turns[mode][1] for mode in modes}
+
+
+def _next_result(updates: Iterator[Update]) -> tuple[Result, float]:
+    """The next prompt of a decoder that takes one at a time."""
+    began = time.perf_counter()
+    result = next(update.result for update in updates if update.result is not None)
+    return result, time.perf_counter() - began
+
+
+def _decode(decoder: Decoder) -> tuple[list[Result], float]:
+    began = time.perf_counter()
     for _ in decoder:
         pass
-    return decoder.result()
-
-
-def summarise(
-    measurements: Sequence[Measurement], target: LoadedModel, draft: LoadedModel, config: GenerationConfig
-) -> Report:
-    families = list(dict.fromkeys(measurement.item.family for measurement in measurements))
-    rows = [row(name, [m for m in measurements if m.item.family == name]) for name in families]
-    settings = dataclasses.asdict(config)
-    settings["block_length"] = config.block_length or target.block_length
-    settings["steps"] = config.block_steps(settings["block_length"])
-    return Report(
-        families=rows,
-        pooled=row("all items", measurements),
-        mean=mean(rows),
-        target=target.name,
-        draft=draft.name,
-        settings=settings,
-        machine=machine(target),
-    )
-
-
-def row(name: str, measurements: Sequence[Measurement]) -> Row:
-    """The figures of some items, from sums over them."""
-    native = sum((m.native.stats for m in measurements), Stats())
-    simsd = sum((m.simsd.stats for m in measurements), Stats())
-    graded = [m for m in measurements if m.item.task is not None]
-    native_forwards = _ratio(native.target_forwards, native.new_tokens)
-    simsd_forwards = _ratio(simsd.target_forwards, simsd.new_tokens)
-    return Row(
-        name=name,
-        items=len(measurements),
-        native_tokens=native.new_tokens,
-        simsd_tokens=simsd.new_tokens,
-        native_accuracy=_ratio(sum(_is_right(m.item, m.native) for m in graded), len(graded)),
-        simsd_accuracy=_ratio(sum(_is_right(m.item, m.simsd) for m in graded), len(graded)),
-        same_text=_ratio(sum(m.native.tokens == m.simsd.tokens for m in measurements), len(measurements)),
-        acceptance=simsd.acceptance,
-        native_forwards_per_token=native_forwards,
-        simsd_forwards_per_token=simsd_forwards,
-        forwards_ratio=_ratio(simsd_forwards, native_forwards),
-        draft_forwards_ratio=_ratio(_ratio(simsd.draft_forwards, simsd.new_tokens), native_forwards),
-        native_tokens_per_second=native.tokens_per_second,
-        simsd_tokens_per_second=simsd.tokens_per_second,
-        speedup=_ratio(simsd.tokens_per_second, native.tokens_per_second),
-        native_decode_tokens_per_second=native.decode_tokens_per_second,
-        simsd_decode_tokens_per_second=simsd.decode_tokens_per_second,
-        decode_speedup=_ratio(simsd.decode_tokens_per_second, native.decode_tokens_per_second),
-    )
-
-
-def mean(rows: Sequence[Row]) -> Row:
-    """The plain mean of each figure; `items` is the sum."""
-    figures = {}
-    for field in dataclasses.fields(Row):
-        if field.name not in ("name", "items"):
-            values = [value for value in (getattr(row, field.name) for row in rows) if value is not None]
-            figures[field.name] = _ratio(sum(values), len(values))
-    return Row(name="mean of families", items=sum(row.items for row in rows), **figures)
-
-
-def _is_right(item: Item, result: Result) -> bool:
-    return tasks.is_correct(item.task, result.text or "")
-
-
-def _ratio(part: float | None, whole: float | None) -> float | None:
-    return part / whole if part is not None and whole else None
-
-
-def machine(target: LoadedModel) -> dict[str, Any]:
-    """What the figures were measured on and with."""
-    import torch
-    import transformers
-
-    import simsd_kernels
-    from simsd_kernels import dispatch, info
-
-    cpu = info.collect()["cpu"]
-    gpu = torch.cuda.get_device_name(target.device) if target.device.type == "cuda" else None
-    return {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "cpu": cpu["name"],
-        "cores": cpu["cores"],
-        "threads": cpu["threads"],
-        "gpu": gpu,
-        "device": target.device.type,
-        "dtype": str(target.dtype).removeprefix("torch."),
-        "compiled_ops": dispatch.load_library() is None,
-        "backend": os.environ.get("SIMSD_BACKEND", "auto"),
-        "simsd_kernels": simsd_kernels.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-    }
+    return decoder.results(), time.perf_counter() - began

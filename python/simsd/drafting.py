@@ -1,4 +1,4 @@
-"""Denoising one block with one model: the native step, and the way a draft is made."""
+"""What the target is asked to verify: proposals for the current block and those behind it."""
 
 from __future__ import annotations
 
@@ -10,194 +10,230 @@ from torch import Tensor
 
 import simsd_kernels as kernels
 from simsd import layouts
-from simsd.config import GenerationConfig, reveal_counts
-from simsd.models.cache import BlockCache
-from simsd.models.forward import run
-from simsd.models.loading import LoadedModel
+from simsd.config import GenerationConfig
+from simsd.lanes import Lanes
+from simsd.models.attention import unchecked
+from simsd.policy import Line
+from simsd.side import Side
 
-PREFILL_ROWS = 2048
-
-
-@dataclasses.dataclass
-class Block:
-    """One block on its way, batch of one.
-
-    Attributes:
-        start: position of the first token; known: leading tokens already committed.
-        tokens: int64 [1, L], the mask token where nothing is revealed.
-        revealed: int64 [1], bit i is set where position i is revealed.
-        step_map: int32 [1, L], 1-based step that revealed a position, 0 where known or masked.
-        prob: float32 [1, L], probability of a token when it was revealed.
-        drawn_under: int64 [1, L], the revealed set that a position's noise was keyed by.
-        logits: [1, L, V], the logits that each token was drawn from; None unless they were asked for.
-    """
-
-    start: int
-    known: int
-    tokens: Tensor
-    revealed: Tensor
-    step_map: Tensor
-    prob: Tensor
-    drawn_under: Tensor
-    logits: Tensor | None = None
-
-    @classmethod
-    def open(cls, start: int, known: list[int], length: int, mask_id: int, device: torch.device) -> Block:
-        tokens = torch.tensor([known + [mask_id] * (length - len(known))], device=device)
-        return cls(
-            start=start,
-            known=len(known),
-            tokens=tokens,
-            revealed=torch.tensor([(1 << len(known)) - 1], device=device),
-            step_map=torch.zeros_like(tokens, dtype=torch.int32),
-            prob=torch.ones_like(tokens, dtype=torch.float32),
-            drawn_under=torch.zeros_like(tokens),
-        )
-
-    @property
-    def length(self) -> int:
-        return self.tokens.shape[1]
-
-
-class Side:
-    """One model's side of a sequence: its cache, what is committed there, and what is about to be.
-
-    A finished block is not committed by a forward of its own: its clean rows ride along with the next one.
-    """
-
-    def __init__(self, model: LoadedModel, block_length: int, tokens: int) -> None:
-        """`tokens`: the sequence's length at most, whole blocks."""
-        self.model = model
-        self.block_length = block_length
-        self.scratch = layouts.aligned(tokens, layouts.SCRATCH_ALIGNMENT)
-        slots = layouts.aligned(self.scratch + 2 * block_length, layouts.SCRATCH_ALIGNMENT)
-        self.cache = BlockCache(model.model.config, 1, slots, model.dtype, model.device)
-        self.slots = slots
-        self.committed = 0
-        self.pending: layouts.Rows | None = None
-        self.seconds = 0.0
-
-    def follow(self, tokens: list[int]) -> None:
-        """Takes whole blocks of the committed `tokens` that this side does not have yet as pending."""
-        whole = len(tokens) // self.block_length * self.block_length
-        known = self.committed + (len(self.pending) if self.pending else 0)
-        if whole > known:
-            new = torch.tensor(tokens[known:whole], device=self.model.device)
-            rows = layouts.clean_rows(new, known, self.block_length)
-            self.pending = self.pending + rows if self.pending else rows
-
-    def prefill(self) -> int:
-        """Commits what is pending, without logits; returns the forwards it took."""
-        if self.pending is None:
-            return 0
-        chunk = PREFILL_ROWS // self.block_length * self.block_length
-        parts = self.pending.split(chunk)
-        self.pending = None
-        for rows in parts:
-            self._run(rows, torch.empty(0, dtype=torch.int64, device=self.model.device))
-            self.committed += len(rows)
-        return len(parts)
-
-    def forward(self, rows: layouts.Rows, wanted: Tensor) -> Tensor:
-        """Logits [len(wanted), V] of the wanted rows; pending rows are committed on the way."""
-        if self.pending is not None:
-            ahead = len(self.pending)
-            logits = self._run(self.pending + rows, wanted + ahead)
-            self.committed += ahead
-            self.pending = None
-            return logits
-        return self._run(rows, wanted)
-
-    def _run(self, rows: layouts.Rows, wanted: Tensor) -> Tensor | None:
-        began = time.perf_counter()
-        birth, death = layouts.key_lifetimes(rows, self.committed, self.block_length, self.slots)
-        logits = run(
-            self.model.model,
-            rows.tokens[None],
-            rows.positions[None],
-            rows.clock[None],
-            birth[None],
-            death[None],
-            self.cache,
-            rows.slots[None],
-            wanted,
-        )
-        self.seconds += time.perf_counter() - began
-        return None if logits is None else logits[0]
+# How far log-odds tell the target's order: those of another model hardly (another context, too), its own well.
+MODEL_POWER, OWN_POWER = 0.25, 1.0
+BEHIND = 1e-3  # log-odds or nats between a drafted position and those that the draft revealed before it
 
 
 class Sampler:
-    """`sample_logits` with one sequence's settings."""
+    """`sample_logits` and `reveal` with one generation's settings."""
 
-    def __init__(self, config: GenerationConfig, seed: int, block_length: int, banned: Tensor, device: torch.device):
-        def rows(value, dtype):
-            return torch.full((block_length,), value, dtype=dtype, device=device)
-
-        self.temperature = rows(config.temperature, torch.float32)
-        self.top_k = rows(config.top_k, torch.int32)
-        self.top_p = rows(config.top_p, torch.float32)
-        self.seed = rows(seed, torch.int64)
-        self.banned = banned
+    def __init__(
+        self, config: GenerationConfig, block_length: int, banned: Tensor, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self._sample = unchecked(kernels.sample_logits, device, dtype)
+        self._reveal = unchecked(kernels.reveal, device, dtype)
+        self.config, self.banned = config, banned
+        self.strategy = config.strategy
+        self.bound = config.entropy_bound if config.strategy == "entropy_bounded" else config.threshold
+        self.schedule = torch.tensor(config.reveal_counts(block_length), dtype=torch.int32, device=device)
+        self.steps = len(self.schedule)
+        # None, not neutral values: without filters every backend serves the ops.
+        self.filters = config.top_k > 0, config.top_p < 1
         # The leftmost rule reveals in one order only, so its noise needs no key but the position (full coupling).
         self.keyed_by_set = config.strategy != "sequential"
 
-    def key(self, revealed: Tensor, block_length: int) -> Tensor:
-        """The revealed set as the noise sees it, int64 [L]."""
-        # A copy: `reveal` updates the set in place, the key must stay the one of before.
-        return (revealed.clone() if self.keyed_by_set else torch.zeros_like(revealed)).expand(block_length)
+    def key(self, revealed: Tensor) -> Tensor:
+        """The revealed set int64 [B] as the noise sees it: a copy, since `reveal` updates the set in place."""
+        return revealed.clone() if self.keyed_by_set else torch.zeros_like(revealed)
 
-    def __call__(self, logits: Tensor, positions: Tensor, revealed: Tensor) -> tuple[Tensor, ...]:
-        """logits [L, V], positions int32 [L], revealed int64 [L] -> token, prob, log_odds, entropy, each [L]."""
-        return kernels.sample_logits(
-            logits, self.temperature, self.top_k, self.top_p, self.seed, positions, revealed, self.banned
-        )[:4]
+    def draw(self, lanes: Lanes, chosen: Tensor, logits: Tensor, start: Tensor, key: Tensor) -> tuple[Tensor, ...]:
+        """logits [n * L, V] of the n blocks at `start` in the lanes `chosen` (int64 [n]), keys int64 [n]
+        -> token, prob, log_odds, entropy, each [n, L]."""
+        length = lanes.length
 
+        def rows(value: Tensor) -> Tensor:
+            return value[chosen].repeat_interleave(length)
 
-def denoise(
-    side: Side, block: Block, sampler: Sampler, config: GenerationConfig, steps: int | None = None, keep_logits=False
-) -> int:
-    """SDAR's denoising loop on one block, in place: forward, draw, reveal, until no mask is left.
+        settings = (rows(x) for x in (lanes.temperature, lanes.top_k, lanes.top_p, lanes.seed))
+        positions = layouts.span(start, length).flatten()
+        out = self._sample(logits, *settings, positions, key.repeat_interleave(length), self.banned)
+        return tuple(x.view(-1, length) for x in out[:4])
 
-    `steps` ends it early (positions may stay masked); `keep_logits` stores what each token was drawn from in
-    `block.logits`. Returns the forwards it took.
-    """
-    length, device = block.length, block.tokens.device
-    index = torch.arange(length, device=device)
-    counts = reveal_counts(length, config.block_steps(length))
-    schedule = torch.tensor(counts, dtype=torch.int32, device=device)
-    bound = config.entropy_bound if config.strategy == "entropy_bounded" else config.threshold
-    everything = _signed((1 << length) - 1)
-
-    for step in range(min(steps or len(counts), len(counts))):
-        rows = layouts.state_rows(block.tokens[0], block.start, side.scratch)
-        logits = side.forward(rows, index)
-        key = sampler.key(block.revealed, length)
-        token, prob, log_odds, entropy = sampler(logits, rows.positions, key)
-        newly = kernels.reveal(
-            block.tokens,
-            block.revealed,
-            block.step_map,
-            token[None],
-            prob[None],
-            log_odds[None],
-            entropy[None],
-            torch.tensor([step], dtype=torch.int32, device=device),
-            schedule,
-            config.strategy,
-            bound,
+    def reveal(self, tokens, revealed, step_map, token, prob, log_odds, entropy, step) -> Tensor:
+        return self._reveal(
+            *(tokens, revealed, step_map, token, prob, log_odds, entropy, step),
+            *(self.schedule, self.strategy, self.bound),
         )
-        chosen = ((newly[:, None] >> index) & 1).bool()  # [1, L]
-        block.prob = torch.where(chosen, prob, block.prob)
-        block.drawn_under = torch.where(chosen, key, block.drawn_under)
-        if keep_logits:
-            block.logits = (
-                logits[None] if block.logits is None else torch.where(chosen[..., None], logits, block.logits)
-            )
-        if int(block.revealed) == everything:
-            return step + 1
-    return step + 1
 
 
-def _signed(bits: int) -> int:
-    """A 64-bit set as the int64 that stores it."""
+@dataclasses.dataclass
+class Proposal:
+    """Drafted blocks of a batch, K at most: the current block and those behind it.
+
+    Attributes:
+        clean: int64 [B, K, L], the blocks as the draft finishes them.
+        depth: int32 [B], how many of them are proposed.
+        prob, log_odds, entropy: float32 [B, K, L], the draft's statistics of `clean`.
+        logits: [B, K, L, V], what tokens are drawn from; None at temperature 0.
+        power: float32 [B, K], how far the statistics tell the order in which the target reveals (`config.order_power`).
+        depths: `depth` on the host.
+    """
+
+    clean: Tensor
+    depth: Tensor
+    prob: Tensor
+    log_odds: Tensor
+    entropy: Tensor
+    logits: Tensor | None
+    power: Tensor
+    depths: list[int]
+
+    @classmethod
+    def empty(cls, lanes: Lanes, blocks: int, vocabulary: int | None, dtype: torch.dtype) -> Proposal:
+        """No proposals, room for `blocks`; `vocabulary`: of the logits, None for none."""
+        shape = (lanes.count, blocks, lanes.length)
+
+        def statistic() -> Tensor:
+            return torch.zeros(shape, device=lanes.device)
+
+        logits = None
+        if vocabulary is not None:
+            logits = torch.zeros((*shape, vocabulary), dtype=dtype, device=lanes.device)
+        return cls(
+            clean=torch.zeros(shape, dtype=torch.int64, device=lanes.device),
+            depth=torch.zeros(lanes.count, dtype=torch.int32, device=lanes.device),
+            prob=statistic(),
+            log_odds=statistic(),
+            entropy=statistic(),
+            logits=logits,
+            power=torch.zeros(shape[:2], device=lanes.device),
+            depths=[0] * lanes.count,
+        )
+
+    def fill(
+        self, lanes: Lanes, chosen: list[int], k: int, logits: Tensor, sampler: Sampler, base: tuple, power: float
+    ) -> None:
+        """Proposes block number k in the lanes `chosen` from logits [n * L, V].
+
+        `base`: tokens [n, L], revealed [n], step [n] of that block, which the draft finishes on these logits alone.
+        What it has revealed in the block before came with its own call of `keep`. `power`: where the config has none.
+        """
+        tokens, revealed, step = base
+        at = torch.tensor(chosen, device=lanes.device)
+        start = lanes.start[at] + k * lanes.length
+        shown = lanes.bits_in(revealed)
+        if self.logits is None:
+            token, *statistics = sampler.draw(lanes, at, logits, start, sampler.key(revealed))
+            self.clean[at, k] = torch.where(shown, tokens, token)
+        else:
+            statistics = []  # `plan_block` draws anew in every state
+            self.clean[at, k] = _finish(lanes, at, logits, start, sampler, tokens, revealed, step)
+        self.keep(at, k, ~shown, statistics, logits)
+        self.depth[at] = k + 1
+        self.power[at, k] = power if sampler.config.order_power is None else sampler.config.order_power
+        for lane in chosen:
+            self.depths[lane] = k + 1
+
+    def keep(self, at: Tensor, k: int, where: Tensor, statistics: list[Tensor], logits: Tensor) -> None:
+        """Statistics (each [n, L]) and logits [n * L, V] of block k, at the positions `where` (bool [n, L])."""
+        for mine, new in zip((self.prob, self.log_odds, self.entropy), statistics, strict=False):
+            mine[at, k] = torch.where(where, new, mine[at, k])
+        if self.logits is not None:
+            new = logits.view(*where.shape, -1)
+            self.logits[at, k] = torch.where(where[:, :, None], new, self.logits[at, k])
+
+    def order(self, at: Tensor, k: int, stage: Tensor) -> None:
+        """Makes positions of a later `stage` (int [n, L]) of the draft rank behind those of an earlier one: statistics
+        of different contexts do not compare."""
+        log_odds, entropy = self.log_odds[at, k], self.entropy[at, k]
+        for now in range(1, int(stage.max()) + 1):
+            before, here = stage < now, stage == now
+            lowest = torch.where(before, log_odds, torch.inf).amin(1, keepdim=True) - BEHIND
+            highest = torch.where(before, entropy, -torch.inf).amax(1, keepdim=True) + BEHIND
+            log_odds = torch.where(here, log_odds.minimum(lowest), log_odds)
+            entropy = torch.where(here, entropy.maximum(highest), entropy)
+        self.log_odds[at, k], self.entropy[at, k] = log_odds, entropy
+
+
+def _finish(
+    lanes: Lanes, at: Tensor, logits: Tensor, start: Tensor, sampler: Sampler, tokens: Tensor, revealed: Tensor, step
+) -> Tensor:
+    """The block [n, L] after the rest of the sampler's own steps, every one on the same logits: with noise, what a
+    position draws depends on what is revealed before it."""
+    tokens, revealed = tokens.clone(), revealed.clone()
+    step_map = torch.zeros_like(tokens, dtype=torch.int32)
+    for n in range(sampler.steps):
+        drawn = sampler.draw(lanes, at, logits, start, sampler.key(revealed))
+        sampler.reveal(tokens, revealed, step_map, *drawn, step + n)
+    return tokens
+
+
+def by_model(
+    side: Side, lanes: Lanes, proposal: Proposal, depths: list[int], sampler: Sampler, times: Line
+) -> list[int]:
+    """Drafts the first depths[b] blocks of each lane with a model, as far as they are not proposed already,
+    `config.draft_steps` forwards per block.
+
+    Behind the first block the model sees the proposed ones, whose rows ride along. Notes the time of each forward in
+    `times`; returns the forwards that each lane took part in.
+    """
+    mask_id = side.model.mask_token_id
+    forwards = sampler.config.draft_steps or 1
+    counts = [0] * lanes.count
+    for k in range(max(depths, default=0)):
+        chosen = [lane for lane, depth in enumerate(depths) if depth > k >= proposal.depths[lane]]
+        if not chosen:
+            continue
+        at = torch.tensor(chosen, device=lanes.device)
+        live = torch.zeros(lanes.count, dtype=torch.bool, device=lanes.device).index_fill_(0, at, True)
+        start = lanes.start + k * lanes.length
+        if k == 0:
+            tokens, revealed, step = lanes.block(mask_id), lanes.revealed.clone(), lanes.step.clone()
+        else:
+            tokens = torch.full((lanes.count, lanes.length), mask_id, device=lanes.device)
+            revealed, step = torch.zeros_like(lanes.revealed), torch.zeros_like(lanes.step)
+            _write(lanes, at, k - 1, proposal.clean)
+        ends = [s + k * lanes.length if lane in chosen else -1 for lane, s in enumerate(lanes.starts)]
+        wanted = live[:, None].expand(-1, lanes.length)
+        stage = torch.full((len(chosen), lanes.length), forwards - 1, device=lanes.device)
+        for n in range(forwards):
+            began = time.perf_counter()
+            rows = layouts.state_rows(tokens, start, side.scratch).only(live)
+            logits, index = side.forward(lanes, ends, rows, wanted, None)
+            logits = logits[index[at].flatten().long()]
+            times.see(side.rows, time.perf_counter() - began)
+            for lane in chosen:
+                counts[lane] += 1
+            if n == forwards - 1:
+                break
+            part = tokens[at], revealed[at]
+            drawn = sampler.draw(lanes, at, logits, start[at], sampler.key(part[1]))
+            newly = sampler.reveal(*part, torch.zeros_like(part[0], dtype=torch.int32), *drawn, step[at])
+            shown = lanes.bits_in(newly)
+            proposal.keep(at, k, shown, drawn[1:], logits)
+            stage = torch.where(shown, n, stage)
+            tokens[at], revealed[at] = part
+            step = step + live
+            if bool((revealed[at] == _everything(lanes.length)).all()):
+                break
+        proposal.fill(lanes, chosen, k, logits, sampler, (tokens[at], revealed[at], step[at]), MODEL_POWER)
+        if forwards > 1:
+            proposal.order(at, k, stage)
+    return counts
+
+
+def by_target(
+    lanes: Lanes, chosen: list[int], logits: Tensor, proposal: Proposal, sampler: Sampler, mask_id: int
+) -> None:
+    """Self-draft: logits [n * L, V] that the target gave for an earlier state of the current block propose its rest."""
+    at = torch.tensor(chosen, device=lanes.device)
+    base = lanes.block(mask_id)[at], lanes.revealed[at], lanes.step[at]
+    proposal.fill(lanes, chosen, 0, logits, sampler, base, OWN_POWER)
+
+
+def _write(lanes: Lanes, at: Tensor, k: int, clean: Tensor) -> None:
+    """Drafted block k into the text behind the committed one, where the next block's forward finds it."""
+    places = lanes.start[at].long()[:, None] + k * lanes.length + lanes.index.long()
+    lanes.text[at[:, None], places] = clean[at, k]
+
+
+def _everything(length: int) -> int:
+    bits = (1 << length) - 1
     return bits - (1 << 64) if bits >= 1 << 63 else bits

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -113,6 +114,9 @@ def hf_generate(
     tokenizer=None,
     assistant_tokenizer=None,
     verify: str | None = None,
+    drafter: str | None = None,
+    lookahead: int | None = None,
+    max_rows: int | None = None,
     accept: str | None = None,
     strategy: str | None = None,
     steps: int | None = None,
@@ -131,20 +135,21 @@ def hf_generate(
     transformers prepares the arguments up to `streamer`; the named ones after it are given to `generate` as they are.
     Its generation config is honoured: max_new_tokens, max_length, max_time, eos_token_id (None: no end), pad_token_id,
     stop_strings (with `tokenizer=`), do_sample with temperature, top_k (transformers' default is 50) and top_p,
-    num_return_sequences, return_dict_in_generate. Rows are decoded one after another, each from the tokens that its
-    attention mask counts.
+    num_return_sequences, return_dict_in_generate. All rows are decoded as one batch, each from the tokens that its
+    attention mask counts; a row's text does not depend on the others, and a row that is done leaves the batch.
 
-    Stopping criteria see one row [1, n] at a time, with every committed token, and cut behind the first one at which
-    they hold; max_time is looked at after each commit, so every row gets at least one. A streamer receives the prompt,
-    then each committed token, and takes one row.
+    Tokens are committed by the block (`verify="temporal"`: as far as they were accepted). Stopping criteria see one row
+    [1, n] at a time, once for each of its committed tokens, and cut behind the first one at which they hold; rows take
+    turns, so a criterion that keeps a state sees them mixed. max_time is looked at after each commit of each row, so
+    every row gets at least one. A streamer receives the prompt, then each committed token, and takes one row.
 
     Args:
         model: SDARForCausalLM or SDARMoeForCausalLM (another module: `simsd.load(module).model`).
         input_ids: int64 [B, P], padded on either side; B counts the copies of num_return_sequences.
-        assistant_model: the draft; None decodes natively.
+        assistant_model: the draft; None leaves drafting to the model itself (`verify="temporal"`: decodes natively).
         tokenizer: the model's, for stop strings; ids past its last one are then never generated.
-        verify, accept, strategy, steps, block_length, draft_steps, rejected_tail, threshold, entropy_bound, end_gate:
-            see `simsd.GenerationConfig`; None is its default.
+        verify, drafter, lookahead, max_rows, accept, strategy, steps, block_length, draft_steps, rejected_tail,
+            threshold, entropy_bound, end_gate: see `simsd.GenerationConfig`; None is its default.
         seed: of the noise; an int, to which a prompt's n-th copy adds n, or one per row; None draws one per row
             from torch's generator, so that torch.manual_seed reproduces the text. Without do_sample nothing is drawn.
         mask_token_id: None: the model's.
@@ -169,6 +174,9 @@ def hf_generate(
     end_ids = _ids(generation_config.eos_token_id)
     settings = {
         "verify": verify,
+        "drafter": drafter,
+        "lookahead": lookahead,
+        "max_rows": max_rows,
         "accept": accept,
         "strategy": strategy,
         "steps": steps,
@@ -195,9 +203,11 @@ def hf_generate(
         raise SimsdError("rows of different lengths are padded: set pad_token_id, got None and no eos_token_id")
 
     prompts = [target.encode_prompt(ids[kept].tolist()) for ids, kept in zip(input_ids, mask, strict=True)]
-    decoders = [Decoder(target, prompt, draft, config, s) for prompt, s in zip(prompts, seeds, strict=True)]
-    # Popped, so that a row's caches go when it is done.
-    results = [_decode(decoders.pop(0), ids, criteria, clocks, streamer) for ids in input_ids]
+    decoder = Decoder(target, prompts, draft, config, seeds, max_batch=len(prompts))
+    _decode(decoder, input_ids, criteria, clocks, streamer)
+    results = decoder.results()
+    if failed := [i for i, result in enumerate(results) if result.finish_reason == "failed"]:
+        warnings.warn(f"the model's logits were not finite in rows {failed}, which end there", stacklevel=2)
 
     width = max(len(result.tokens) for result in results)
     sequences = torch.cat([input_ids, input_ids.new_full((len(results), width), pad or 0)], dim=1)
@@ -210,27 +220,29 @@ def hf_generate(
 
 def _decode(
     decoder: Decoder,
-    prompt: Tensor,
+    rows: Tensor,
     criteria: StoppingCriteriaList,
     clocks: StoppingCriteriaList,
     streamer: BaseStreamer | None,
-) -> Result:
-    """Decodes one row; `prompt` [P] is the row as it was given, padding included, which the criteria see too."""
-    seen = torch.cat([prompt, prompt.new_zeros(decoder.config.max_new_tokens)])[None]
-    length = start = len(prompt)
-    for new in decoder:
-        for token in new:
-            seen[0, length] = token
+) -> None:
+    """Runs the decoder; `rows` [B, P] are the prompts as given, with their padding, which the criteria see too."""
+    start = rows.shape[1]
+    seen = torch.cat([rows, rows.new_zeros(len(rows), decoder.config.max_new_tokens)], dim=1)
+    lengths = [start] * len(rows)
+    for update in decoder:
+        row, length, stopped = seen[update.index, None], lengths[update.index], False
+        for token in update.tokens:
+            row[0, length] = token
             length += 1
             if streamer is not None:
                 streamer.put(torch.tensor([token]))
-            if stopped := bool(criteria(seen[:, :length], None)):
+            if stopped := bool(criteria(row[:, :length], None)):
                 break
-        if stopped or clocks(seen[:, :length], None):
-            decoder.stop(length - start)
+        lengths[update.index] = length
+        if stopped or (update.tokens and clocks(row[:, :length], None)):
+            decoder.stop(update.index, length - start)
     if streamer is not None:
         streamer.end()
-    return decoder.result()
 
 
 def _loaded(module: PreTrainedModel | LoadedModel, mask_token_id: int | None, tokenizer=None) -> LoadedModel:
@@ -281,7 +293,7 @@ def _refuse_arguments(
     if input_ids.dim() != 2 or input_ids.is_floating_point():
         raise SimsdError(f"input_ids must be integers [batch, tokens], got {input_ids.dtype} {list(input_ids.shape)}")
     if streamer is not None and len(input_ids) != 1:
-        raise SimsdError(f"a streamer takes one row, got {len(input_ids)}: rows are decoded one after another")
+        raise SimsdError(f"a streamer takes one row, got {len(input_ids)}: rows are decoded side by side")
 
 
 def _refuse_fields(given: transformers.GenerationConfig) -> None:

@@ -1,7 +1,8 @@
-"""Rows of one forward: which tokens, at which positions and cache slots, alive when (DESIGN's tables as tensors).
+"""Rows of one forward for a batch: which tokens, at which positions and cache slots, alive when (DESIGN's tables).
 
 A committed token at position p lives in slot p; every other row writes to the scratch region behind the sequence's
-last slot. Clocks of block b are `b * STRIDE + moment`, so that no moment of one block reaches into the next.
+last slot. Clocks of block b are `b * STRIDE + moment`, so that no moment of one block reaches into the next. The rows
+of the exact verifier come from `simsd_kernels.plan_block`.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ from torch import Tensor
 from simsd_kernels import rows as lifetimes
 
 STRIDE = 1024
-SCRATCH_ALIGNMENT = 64
+# Attention sums keys in splits of 256 slots. Scratch starts on such a boundary, so that a row's sums are grouped alike
+# wherever its copy lies and however long the cache is.
+SCRATCH_ALIGNMENT = 256
 
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """R rows of one sequence, one 1-D tensor per property: tokens int64, the others int32."""
+    """R rows for each of B sequences, [B, R] each: tokens int64, the others int32. A dead row has slot and clock -1."""
 
     tokens: Tensor
     positions: Tensor
@@ -28,69 +31,86 @@ class Rows:
     birth: Tensor
     death: Tensor
 
-    def __len__(self) -> int:
-        return self.tokens.shape[0]
-
-    def __add__(self, other: Rows) -> Rows:
-        return Rows(*(torch.cat(pair) for pair in zip(_fields(self), _fields(other), strict=True)))
-
-    def split(self, size: int) -> list[Rows]:
-        return [Rows(*parts) for parts in zip(*(field.split(size) for field in _fields(self)), strict=True)]
-
-
-def clean_rows(tokens: Tensor, start: int, block_length: int) -> Rows:
-    """Committed tokens [R] from position `start` on: block-causal, alive for good, K/V into their final slots."""
-    positions = _span(start, tokens.shape[0], tokens.device)
-    return Rows(tokens, positions, positions, *lifetimes.clean_rows(positions // block_length, STRIDE))
+    def only(self, live: Tensor) -> Rows:
+        """The same with the sequences where `live` (bool [B]) does not hold dead."""
+        live = live[:, None]
+        return Rows(
+            self.tokens,
+            self.positions,
+            torch.where(live, self.slots, -1),
+            torch.where(live, self.clock, -1),
+            torch.where(live, self.birth, lifetimes.INF),
+            self.death,
+        )
 
 
-def state_rows(tokens: Tensor, start: int, scratch: int) -> Rows:
-    """The block [L] at `start` in its current state (mask tokens where nothing is revealed): it sees the committed
-    prefix and itself, and is gone after this forward."""
-    length = tokens.shape[0]
-    positions = _span(start, length, tokens.device)
-    slots = _span(scratch, length, tokens.device)
-    return Rows(tokens, positions, slots, *lifetimes.copy_rows(0, positions // length, STRIDE))
+def state_rows(tokens: Tensor, start: Tensor, scratch: int) -> Rows:
+    """Blocks [B, L] at `start` (int32 [B]) in their current state (mask tokens where nothing is revealed): they see the
+    committed prefix and themselves, and are gone after this forward."""
+    positions = span(start, tokens.shape[1])
+    slots = _scratch(positions, scratch)
+    return Rows(tokens, positions, slots, *lifetimes.copy_rows(0, positions // tokens.shape[1], STRIDE))
 
 
 def temporal_rows(
-    tokens: Tensor, reveal_step: Tensor, known: int, start: int, scratch: int, mask_id: int
+    tokens: Tensor, reveal_step: Tensor, known: Tensor, start: Tensor, scratch: int, mask_id: int
 ) -> tuple[Rows, Tensor]:
-    """SimSD's verification rows (arXiv 2606.02544, temporal mask): known tokens, reference tokens, mask tokens.
+    """SimSD's verification rows (arXiv 2606.02544, temporal mask): known and reference tokens, then mask tokens.
 
     Args:
-        tokens: int64 [L], the drafted block, the mask token where nothing was drafted; its first `known` tokens are
-            committed.
-        reveal_step: int32 [L], the step t(i) in 1..T at which the draft revealed position i; 0 where it never did,
+        tokens: int64 [B, L], the drafted blocks, the mask token where nothing was drafted; the first `known` (int32
+            [B]) of each are committed.
+        reveal_step: int32 [B, L], the step t(i) in 1..T at which the draft revealed position i; 0 where it never did,
             for positions past `known`. Such a position has a dead reference row and is judged last.
-        start: position of the block's first token. scratch: first free slot.
+        start: int32 [B], positions of the blocks' first tokens. scratch: first free slot.
 
     Returns:
-        The 2L - known rows and the int64 [L] indices of the rows that carry each position's logits (its mask token;
-        for a known position the known row itself, whose logits nobody needs).
+        The 2L rows (the mask rows of known positions dead) and bool [B, 2L], the rows that carry the L logits of each
+        block: its mask tokens, for a known position the known row itself, whose logits nobody needs.
     """
-    length = tokens.shape[0]
-    index = torch.arange(length, device=tokens.device)
-    positions = _span(start, length, tokens.device)
+    length = tokens.shape[1]
+    positions = span(start, length)
+    is_known = torch.arange(length, device=tokens.device) < known[:, None]  # [B, L]
     drafted = torch.where(reveal_step > 0, reveal_step, lifetimes.NEVER)
-    steps = torch.where(index < known, lifetimes.KNOWN, drafted)
-    reference, mask = lifetimes.temporal_rows(steps, start // length, STRIDE)
+    steps = torch.where(is_known, lifetimes.KNOWN, drafted)
+    reference, mask = lifetimes.temporal_rows(steps, positions // length, STRIDE)
+    clock, birth, death = lifetimes.concatenate(reference, mask)
     rows = Rows(
-        torch.cat([tokens, torch.full_like(tokens[known:], mask_id)]),
-        torch.cat([positions, positions[known:]]),
-        _span(scratch, 2 * length - known, tokens.device),
-        *lifetimes.concatenate(reference, tuple(vector[known:] for vector in mask)),
+        torch.cat([tokens, torch.full_like(tokens, mask_id)], 1),
+        positions.repeat(1, 2),
+        _scratch(torch.cat([positions, positions], 1), scratch).masked_fill(clock < 0, -1),
+        clock,
+        birth,
+        death,
     )
-    return rows, torch.where(index < known, index, index + length - known)
+    return rows, torch.cat([is_known, ~is_known], 1)
 
 
-def key_lifetimes(rows: Rows, committed: int, block_length: int, slots: int) -> tuple[Tensor, Tensor]:
-    """birth and death, int32 [slots], of every cache slot during a forward of `rows` after `committed` tokens."""
-    position = _span(0, slots, rows.slots.device)
-    birth = torch.where(position < committed, position // block_length * STRIDE, lifetimes.INF)
+def pending_rows(text: Tensor, committed: Tensor, end: Tensor, count: int, block_length: int) -> Rows:
+    """The tokens `committed[b] .. end[b] - 1` of text [B, capacity] as clean rows, at most `count` of them:
+    block-causal, alive for good, K/V into their final slots."""
+    positions = span(committed, count)
+    live = positions < end[:, None]
+    index = positions.clamp(0, text.shape[1] - 1).long()
+    clock, birth, death = lifetimes.clean_rows(positions // block_length, STRIDE)
+    return Rows(
+        text.gather(1, index),
+        positions.clamp(min=0),
+        torch.where(live, positions, -1),
+        torch.where(live, clock, -1),
+        torch.where(live, birth, lifetimes.INF),
+        death,
+    )
+
+
+def key_lifetimes(rows: Rows, end: Tensor, block_length: int, slots: int) -> tuple[Tensor, Tensor]:
+    """birth and death, int32 [B, slots], of every cache slot during a forward of `rows` behind `end[b]` clean tokens,
+    committed ones and pending ones alike. The last slot must be nobody's."""
+    position = torch.arange(slots, dtype=torch.int32, device=rows.slots.device)
+    birth = torch.where(position < end[:, None], position // block_length * STRIDE, lifetimes.INF)
     death = torch.full_like(birth, lifetimes.INF)
-    index = rows.slots.long()
-    return birth.index_copy_(0, index, rows.birth), death.index_copy_(0, index, rows.death)
+    index = torch.where(rows.slots >= 0, rows.slots, slots - 1).long()  # dead rows are born never, in the last slot
+    return birth.scatter_(1, index, rows.birth), death.scatter_(1, index, rows.death)
 
 
 def aligned(slot: int, alignment: int) -> int:
@@ -98,9 +118,11 @@ def aligned(slot: int, alignment: int) -> int:
     return -(-slot // alignment) * alignment
 
 
-def _span(start: int, length: int, device: torch.device) -> Tensor:
-    return torch.arange(start, start + length, dtype=torch.int32, device=device)
+def span(first: Tensor, length: int) -> Tensor:
+    """int32 [B, length]: first[b], first[b] + 1, ..."""
+    return first[:, None] + torch.arange(length, dtype=torch.int32, device=first.device)
 
 
-def _fields(rows: Rows) -> tuple[Tensor, ...]:
-    return (rows.tokens, rows.positions, rows.slots, rows.clock, rows.birth, rows.death)
+def _scratch(positions: Tensor, scratch: int) -> Tensor:
+    count = torch.arange(positions.shape[1], dtype=torch.int32, device=positions.device)
+    return (scratch + count).expand_as(positions)

@@ -8,9 +8,12 @@ from typing import Any
 
 @dataclasses.dataclass
 class Stats:
-    """Counts and seconds of one prompt's generation; forwards are model calls, by kind.
+    """Counts and seconds of one prompt's generation; forwards are model calls that it took part in, by kind.
 
-    `drafted` and `accepted` count what the target judged, positions past an end token or the length limit included.
+    A prompt's own rows ride along with the first forward that it needs; prefill forwards are those that only commit
+    (the chunks of a long prompt). Denoise forwards see current states alone, verify forwards drafted ones too.
+    `drafted` and `accepted` count tokens that the target judged, positions past an end token or the length limit
+    included; `total_seconds` run from the prompt's entry into the batch to its last token.
     """
 
     target_prefill_forwards: int = 0
@@ -21,9 +24,6 @@ class Stats:
     drafted: int = 0
     accepted: int = 0
     bonus: int = 0
-    prefill_seconds: float = 0.0
-    target_seconds: float = 0.0
-    draft_seconds: float = 0.0
     total_seconds: float = 0.0
     new_tokens: int = 0
 
@@ -46,18 +46,12 @@ class Stats:
     def tokens_per_second(self) -> float | None:
         return self.new_tokens / self.total_seconds if self.total_seconds else None
 
-    @property
-    def decode_tokens_per_second(self) -> float | None:
-        """Tokens per second without prefill."""
-        seconds = self.total_seconds - self.prefill_seconds
-        return self.new_tokens / seconds if seconds > 0 else None
-
     def __add__(self, other: Stats) -> Stats:
         pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
         return Stats(*(a + b for a, b in pairs))
 
     def to_dict(self) -> dict[str, Any]:
-        derived = ("target_forwards", "draft_forwards", "acceptance", "tokens_per_second", "decode_tokens_per_second")
+        derived = ("target_forwards", "draft_forwards", "acceptance", "tokens_per_second")
         return dataclasses.asdict(self) | {name: getattr(self, name) for name in derived}
 
 
@@ -71,10 +65,11 @@ class Result:
         step_map: for each token the denoising step that revealed it in its block, 1-based;
             T + 1 where the draft never drafted it and the target filled it in.
         probs: each token's probability under the target when it was revealed.
-        origins: for each token how it came: "denoised" (native), "drafted" (accepted), "bonus", "undrafted"
+        origins: for each token how it came. Exact and native: "denoised" (revealed on the block's current state) or
+            "drafted" (revealed ahead of it, on a drafted state). Temporal: "drafted" (accepted), "bonus", "undrafted"
             (filled by the target) or "tail" (what a rejected-tail policy put there).
-        finish_reason: "end" (an end token), "length" (max_new_tokens), "stop" (a stop string or criterion) or
-            "interrupted".
+        finish_reason: "end" (an end token), "length" (max_new_tokens), "stop" (a stop string or criterion),
+            "cancelled", "failed" (the target's logits were not finite) or "interrupted".
         prompt_tokens: the prompt's ids.
         stats: forwards, acceptance, seconds.
     """

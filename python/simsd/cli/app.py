@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from simsd.cli.audit import audit
 from simsd.cli.bench import bench
 from simsd.cli.generate import generate
 from simsd.cli.info import info
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 app.command()(generate)
 app.command()(bench)
+app.command()(audit)
 app.command()(info)
 app.command()(mask)
 

@@ -1,4 +1,4 @@
-"""`simsd bench`: speed, acceptance and quality of SimSD beside native decoding."""
+"""`simsd bench`: speed, acceptance and quality of every mode beside native decoding."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from simsd.cli import options as opt
+from simsd.cli.prompts import read_prompts
 from simsd.errors import SimsdError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from simsd.benchmarking import Item, Measurement
+    from simsd.benchmarking import BatchMeasurement, Item, Measurement
 
 INTERRUPTED = 130
 
@@ -38,10 +39,22 @@ def bench(
             help='Your own prompts instead: one per line, or JSON lines with "prompt" or "messages" (.jsonl).',
         ),
     ] = None,
+    modes: Annotated[
+        str | None,
+        typer.Option(
+            "--modes",
+            help="Some of native, temporal, temporal-mrs, exact-model, exact-self, exact-auto; all if not given. "
+            "native is always in.",
+        ),
+    ] = None,
+    batch: Annotated[
+        str, typer.Option("--batch", help="Prompts to decode at a time, several sizes as in 1,8. 1 is always in.")
+    ] = "1",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
     markdown_file: Annotated[Path | None, typer.Option("--markdown", help="Write the tables to this file.")] = None,
     max_new_tokens: opt.MaxNewTokens = 96,
-    accept: opt.Accept = opt.DEFAULTS.accept,
+    lookahead: opt.Lookahead = opt.DEFAULTS.lookahead,
+    max_rows: opt.MaxRows = opt.DEFAULTS.max_rows,
     rejected_tail: opt.RejectedTail = opt.DEFAULTS.rejected_tail,
     strategy: opt.Strategy = opt.DEFAULTS.strategy,
     steps: opt.Steps = None,
@@ -55,46 +68,49 @@ def bench(
     top_p: opt.TopP = opt.DEFAULTS.top_p,
     seed: opt.Seed = 0,
 ) -> int:
-    """Measure SimSD beside native decoding: same target, same prompts.
+    """Measure native decoding and what makes it faster: same target, same prompts.
 
-    The two alternate prompt by prompt in one run.
+    The modes take turns prompt by prompt in one run. exact-*: native decoding's text in fewer forwards, drafted by the
+    draft model, by the target itself, or by whichever pays. temporal: SimSD as published, with the rules match and mrs.
 
     Ctrl-C ends the run and shows what was measured until then.
     """
-    config = opt.config_from(locals())
+    config = opt.config_from(locals() | {"verify": "temporal"})  # which has a use for every setting
     if config.max_new_tokens < 1:
         raise SimsdError("max_new_tokens must be at least 1: there is nothing to measure in 0 tokens")
     for file in (json_file, markdown_file):
         if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
             raise SimsdError(f"{file} cannot be written: it is a folder, or its folder does not exist")
     draft = opt.draft_name(target, draft)
-    if draft is None:
-        raise SimsdError("bench compares native decoding with SimSD: name a draft model with --draft")
     if prompts is not None and families is not None:
         raise SimsdError("--prompts replaces the task families: leave out --families")
+    batches = _batch_sizes(batch)
     own = None if prompts is None else read_prompts(prompts)  # before the models are loaded
 
-    from simsd.benchmarking import Item, compare, summarise, task_items
+    from simsd.benchmarking import Item, Measurement, choose_modes, compare, task_items
     from simsd.cli import tables
+    from simsd.figures import summarise
 
+    chosen_modes = choose_modes(_names(modes), draft is not None)
     if own is None:
-        names = [name.strip() for name in families.split(",")] if families is not None else None
-        chosen = task_items(_families() if names is None else names, items)
+        chosen = task_items(_names(families) or _families(), items)
     else:
         chosen = [Item("prompts", prompt) for prompt in own]
     target_model, draft_model = opt.load_models(target, draft, dtype, device)
 
-    measured: list[Measurement] = []
+    measured: list[Measurement | BatchMeasurement] = []
     interrupted = False
     try:
-        for measurement in _with_progress(compare(target_model, draft_model, chosen, config), chosen):
+        comparison = compare(target_model, draft_model, chosen, config, chosen_modes, batches)
+        for measurement in _with_progress(comparison, chosen, batches):
             measured.append(measurement)
     except KeyboardInterrupt:
         interrupted = True
     if not measured:
         return INTERRUPTED
     report = summarise(measured, target_model, draft_model, config)
-    note = f"interrupted after {len(measured)} of {len(chosen)} items" if interrupted else None
+    done = sum(isinstance(measurement, Measurement) for measurement in measured)
+    note = f"interrupted after {done} of {len(chosen)} items" if interrupted else None
     tables.show(report, _console(), note)
     if markdown_file is not None:
         markdown_file.write_text(tables.markdown(report, note), encoding="utf-8")
@@ -102,6 +118,18 @@ def bench(
         figures = {"interrupted": interrupted} | report.to_dict()
         json_file.write_text(json.dumps(figures, indent=2, default=list) + "\n", encoding="utf-8")
     return INTERRUPTED if interrupted else 0
+
+
+def _names(value: str | None) -> list[str] | None:
+    return None if value is None else [name.strip() for name in value.split(",")]
+
+
+def _batch_sizes(value: str) -> list[int]:
+    """Ascending, 1 always in."""
+    names = _names(value)
+    if not all(name.isascii() and name.isdigit() and int(name) for name in names):
+        raise SimsdError(f"--batch takes numbers >= 1 with commas in between, as in 1,8; got {value!r}")
+    return sorted({1, *map(int, names)})
 
 
 def _families() -> list[str]:
@@ -117,50 +145,40 @@ def _console() -> Console:
     return Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 100)
 
 
-def _with_progress(measurements: Iterator[Measurement], items: list[Item]) -> Iterator[Measurement]:
+def _with_progress(
+    measurements: Iterator[Measurement | BatchMeasurement], items: list[Item], batches: list[int]
+) -> Iterator[Measurement | BatchMeasurement]:
     """Passes measurements on; a bar on standard error, or a line per family where that is no terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from simsd.benchmarking import ROUNDS, Measurement
+
     console = Console(stderr=True, highlight=False)
+    turns = 1 + ROUNDS * (len(batches) - 1)  # decodings of an item in each mode
+    left = {item.family: 0 for item in items}
+    for item in items:
+        left[item.family] += turns
+
+    def count(measurement: Measurement | BatchMeasurement) -> tuple[str, int]:
+        """Its family, and how many turns it stands for."""
+        part = [measurement.item] if isinstance(measurement, Measurement) else measurement.items
+        left[part[0].family] -= len(part)
+        return part[0].family, len(part)
+
     if not console.is_terminal:
-        for done, measurement in enumerate(measurements, start=1):
+        done = 0
+        for measurement in measurements:
             yield measurement
-            if done == len(items) or items[done].family != measurement.item.family:
-                console.print(f"bench: {measurement.item.family} done, {done} of {len(items)} items", soft_wrap=True)
+            done += isinstance(measurement, Measurement)
+            family, _ = count(measurement)
+            if not left[family]:
+                console.print(f"bench: {family} done, {done} of {len(items)} items", soft_wrap=True)
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task("warming up", total=len(items))
-        for done, measurement in enumerate(measurements, start=1):
-            upcoming = items[min(done, len(items) - 1)].family
-            progress.update(bar, completed=done, description=upcoming)
+        bar = progress.add_task("warming up", total=turns * len(items))
+        for measurement in measurements:
+            _, turn = count(measurement)
+            progress.update(bar, advance=turn, description=next((name for name, n in left.items() if n), "done"))
             yield measurement
-
-
-def read_prompts(file: Path) -> list[Any]:
-    """Prompts of a file: a line each; in .jsonl files a string, or an object with "prompt" or "messages", per line."""
-    try:
-        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise SimsdError(f"{file} is not UTF-8 text: {error.reason} at byte {error.start}") from error
-    except OSError as error:
-        raise SimsdError(f"{file} cannot be read: {error.strerror}") from error
-    if not lines:
-        raise SimsdError(f"{file} holds no prompts")
-    if file.suffix != ".jsonl":
-        return lines
-    return [_json_prompt(file, number, line) for number, line in enumerate(lines, start=1)]
-
-
-def _json_prompt(file: Path, number: int, line: str) -> Any:
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise SimsdError(f"{file}, prompt {number} is not JSON: {error}") from error
-    if isinstance(value, dict):
-        value = value.get("prompt", value.get("messages"))
-    is_chat = isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value)
-    if not isinstance(value, str) and not is_chat:
-        raise SimsdError(f'{file}, prompt {number}: expected a string, {{"prompt": "..."}} or {{"messages": [...]}}')
-    return value

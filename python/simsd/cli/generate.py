@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,6 +26,9 @@ def generate(
     device: opt.Device = "auto",
     max_new_tokens: opt.MaxNewTokens = opt.DEFAULTS.max_new_tokens,
     verify: opt.Verify = opt.DEFAULTS.verify,
+    drafter: opt.Drafter = opt.DEFAULTS.drafter,
+    lookahead: opt.Lookahead = opt.DEFAULTS.lookahead,
+    max_rows: opt.MaxRows = None,
     accept: opt.Accept = opt.DEFAULTS.accept,
     rejected_tail: opt.RejectedTail = opt.DEFAULTS.rejected_tail,
     strategy: opt.Strategy = opt.DEFAULTS.strategy,
@@ -39,7 +43,9 @@ def generate(
     top_p: opt.TopP = opt.DEFAULTS.top_p,
     seed: opt.Seed = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    stream: Annotated[bool, typer.Option("--stream", help="Print text as it is committed.")] = False,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Print text as it comes, the unfinished block dim on a terminal.")
+    ] = False,
     show_steps: Annotated[bool, typer.Option("--show-steps", help="Show how and when each token came.")] = False,
 ) -> int:
     """Generate text for a prompt.
@@ -52,16 +58,20 @@ def generate(
     if as_json and (stream or show_steps):
         raise SimsdError("--json prints one object at the end: leave out --stream and --show-steps")
     prompt = _prompt(prompt)
-    named = None if config.verify == "none" else opt.draft_name(target, draft)
+    unneeded = config.verify == "none" or (config.verify == "exact" and config.drafter == "self")
+    named = None if unneeded else opt.draft_name(target, draft)
     target_model, draft_model = opt.load_models(target, named, dtype, device)
 
     from simsd.decoding import Decoder
 
-    decoder = Decoder(target_model, target_model.encode_prompt(prompt), draft_model, config, seed)
-    if named is None and draft is None and config.verify != "none":
-        print(f"no --draft for {target}: decoding without one", file=sys.stderr)
+    decoder = Decoder(target_model, [target_model.encode_prompt(prompt)], draft_model, config)
+    if named is None and draft is None and not unneeded:
+        instead = "it drafts for itself" if config.verify == "exact" else "native decoding"
+        print(f"no --draft for {target}: {instead}", file=sys.stderr)
     interrupted = _decode(decoder, stream)
     _print(decoder, prompt, as_json, stream, show_steps)
+    if decoder.result().finish_reason == "failed":
+        raise SimsdError(f"the logits of {target} are not finite numbers: try --dtype float32, or check its weights")
     return INTERRUPTED if interrupted else 0
 
 
@@ -83,23 +93,28 @@ def _prompt(given: str | None) -> str:
 
 def _decode(decoder: Decoder, stream: bool) -> bool:
     """Runs the decoder, printing text as it comes where asked; returns whether Ctrl-C ended it."""
-    from simsd.cli.text import GrowingText
+    from simsd.cli.text import StreamedText
 
-    text = GrowingText(decoder.target.tokenizer) if stream else None
-    interrupted = False
+    terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+    text = StreamedText(decoder.target.tokenizer, sys.stdout, terminal) if stream else None
     try:
-        for new in decoder:
+        for update in decoder:
             if text is not None:
-                sys.stdout.write(text.push(new))
-                sys.stdout.flush()
+                ahead = _ahead(decoder, update.provisional, len(text.tokens) + len(update.tokens))
+                text.push(update.tokens, ahead)
     except KeyboardInterrupt:
-        interrupted = True
-    if text is not None:
+        return True
+    finally:
         # An interrupt may have come between a commit and its printing: what is committed is shown.
-        generated = decoder.tokens[len(decoder.prompt) :]
-        sys.stdout.write(text.push(generated[len(text.tokens) :]) + text.rest() + "\n")
-        sys.stdout.flush()
-    return interrupted
+        if text is not None:
+            text.end(decoder.result().tokens)
+    return False
+
+
+def _ahead(decoder: Decoder, block: list[int | None], committed: int) -> list[int | None]:
+    """The provisional block as far as the text can still go: to its first end token or the length limit."""
+    block = block[: decoder.config.max_new_tokens - committed]
+    return block[: next((i for i, token in enumerate(block) if token in decoder.end_ids), len(block))]
 
 
 def _print(decoder: Decoder, prompt: str, as_json: bool, stream: bool, show_steps: bool) -> None:
@@ -113,7 +128,7 @@ def _print(decoder: Decoder, prompt: str, as_json: bool, stream: bool, show_step
         return
     if show_steps:
         console = Console(highlight=False)
-        for line in steps_view(result, decoder.target.tokenizer, console.width):
+        for line in steps_view(result, decoder.target.tokenizer, console.width, decoder.config.verify):
             console.print(line, soft_wrap=True)
         console.print(statistics(result), soft_wrap=True, style="dim", markup=False)
         return

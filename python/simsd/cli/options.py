@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from simsd.config import REJECTED_TAILS, RULES, STRATEGIES, VERIFIERS, GenerationConfig
+from simsd.config import DRAFTERS, MAX_LOOKAHEAD, REJECTED_TAILS, RULES, STRATEGIES, VERIFIERS, GenerationConfig
 from simsd.errors import SimsdError
 
 if TYPE_CHECKING:
@@ -42,21 +42,41 @@ Dtype = Annotated[str, _option("dtype", "auto (as stored), float32, bfloat16 or 
 Device = Annotated[str, _option("device", "auto (cuda if there is one), cpu, cuda ...", "Models")]
 
 MaxNewTokens = Annotated[int, _loop("max-new-tokens", "Tokens to generate at most.")]
-Verify = Annotated[str, _loop("verify", "temporal: SimSD as published. none: no draft.", metavar=_choice(VERIFIERS))]
-Accept = Annotated[str, _loop("accept", "Rule that accepts a drafted token.", metavar=_choice(RULES))]
+Verify = Annotated[
+    str,
+    _loop(
+        "verify",
+        "exact: native decoding's text in fewer forwards. temporal: SimSD as published, an approximation. "
+        "none: native decoding.",
+        metavar=_choice(VERIFIERS),
+    ),
+]
+Drafter = Annotated[
+    str,
+    _loop("drafter", "Who drafts for exact; auto: whichever pays. The text is the same.", metavar=_choice(DRAFTERS)),
+]
+Lookahead = Annotated[int, _loop("lookahead", f"Blocks that one exact verification may span, 1 to {MAX_LOOKAHEAD}.")]
+MaxRows = Annotated[
+    int | None, _loop("max-rows", "Rows of drafted states per exact verification; by timing if not given.")
+]
+Accept = Annotated[str, _loop("accept", "temporal: rule that accepts a drafted token.", metavar=_choice(RULES))]
 RejectedTail = Annotated[
     str,
-    _loop("rejected-tail", f"What follows a rejected token: {', '.join(REJECTED_TAILS)}.", metavar="POLICY"),
+    _loop("rejected-tail", f"temporal: what follows a rejected token: {', '.join(REJECTED_TAILS)}.", metavar="POLICY"),
 ]
 Strategy = Annotated[
     str, _loop("strategy", f"What a denoising step reveals: {', '.join(STRATEGIES)}.", metavar="STRATEGY")
 ]
 Steps = Annotated[int | None, _loop("steps", "Denoising steps per block; the block length if not given.")]
 BlockLength = Annotated[int | None, _loop("block-length", "Tokens per block; the target's if not given.")]
-DraftSteps = Annotated[int | None, _loop("draft-steps", "Stop the draft after so many steps.")]
+DraftSteps = Annotated[
+    int | None, _loop("draft-steps", "Forwards of the draft per block; 1 for exact, all for temporal.")
+]
 Threshold = Annotated[float, _loop("threshold", "Probability that low_confidence_dynamic asks for.")]
 EntropyBound = Annotated[float, _loop("entropy-bound", "Nats that a step of entropy_bounded may spend.")]
-EndGate = Annotated[float, _loop("end-gate", "Least probability of an end token that comes as bonus; 0: any.")]
+EndGate = Annotated[
+    float, _loop("end-gate", "temporal: least probability of an end token that comes as bonus; 0: any.")
+]
 
 Temperature = Annotated[float, _draw("temperature", "0 is greedy.")]
 TopK = Annotated[int, _draw("top-k", "Ids to draw from; 0: all.")]

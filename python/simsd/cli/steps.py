@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from rich.cells import cell_len
 from rich.text import Text
 
-from simsd.cli.text import pieces
+from simsd.cli.text import HIDDEN, REPLACEMENT, pieces, visible
 
 if TYPE_CHECKING:
     from simsd.results import Result
@@ -23,8 +23,9 @@ ORIGINS = {
     "undrafted": ("u", "magenta", "never drafted, the target's"),
     "tail": ("t", "red", "put after a rejection"),
 }
+AHEAD = "revealed ahead on a draft"  # what "drafted" means where every action is the target's own
 GUTTER = 6
-CONTROLS = {"\n": "↵", "\r": "␍", "\t": "→"}
+SURE = 0.9  # probabilities from here on are not worth a digit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Cell:
     text: str
     origin: str
     step: int
+    prob: float
     ends_row: bool
 
     @property
@@ -39,43 +41,54 @@ class Cell:
         return cell_len(self.text)
 
 
-def steps_view(result: Result, tokenizer, width: int) -> Iterator[Text]:
-    """Lines of text with two lines below each: how a token came and at which denoising step; then the legend."""
+def steps_view(result: Result, tokenizer, width: int, verify: str = "exact") -> Iterator[Text]:
+    """Lines of text, each with lines below: how a token came, at which denoising step, and, where the target was not
+    sure, the tenths of its probability; then the legend."""
     for row in _rows(_cells(result, tokenizer), width - GUTTER):
-        text, how, step = (Text(label.ljust(GUTTER), style="dim") for label in ("text", "how", "step"))
+        text, how, step, prob = (Text(label.ljust(GUTTER), style="dim") for label in ("text", "how", "step", "prob"))
         for cell in row:
             mark, style, _ = ORIGINS[cell.origin]
             text.append(cell.text, style=f"not dim {style}")
             how.append(mark.ljust(cell.width), style=f"not dim {style}")
             number = str(cell.step) if len(str(cell.step)) <= cell.width else "+"
             step.append(number.ljust(cell.width))
-        yield from (text, how, step, Text())
+            tenths = "" if cell.prob >= SURE else str(int(10 * cell.prob))
+            prob.append(tenths.ljust(cell.width), style="not dim red" if cell.prob < 0.5 else "not dim yellow")
+        yield from (text, how, step)
+        if any(cell.prob < SURE for cell in row):
+            yield prob
+        yield Text()
+    if result.tokens:
+        yield from _legend(result, verify)
+
+
+def _legend(result: Result, verify: str) -> Iterator[Text]:
     counts = Counter(result.origins)
-    legend = Text("how".ljust(GUTTER), style="dim")
+    how = Text("how".ljust(GUTTER), style="dim")
     for origin, (mark, style, meaning) in ORIGINS.items():
         if counts[origin]:
-            legend.append(f"{mark} {meaning}: {counts[origin]}   ", style=f"not dim {style}")
-    legend.rstrip()
-    yield legend
+            meaning = AHEAD if origin == "drafted" and verify == "exact" else meaning
+            how.append(f"{mark} {meaning}: {counts[origin]}   ", style=f"not dim {style}")
+    how.rstrip()
+    yield how
+    unsure = sum(prob < SURE for prob in result.probs)
+    shown = f"tenths of the target's probability, shown below {SURE}: {unsure}" if unsure else f"all {SURE} or more"
+    yield Text("prob".ljust(GUTTER) + shown, style="dim")
 
 
 def _cells(result: Result, tokenizer) -> list[Cell]:
     cells = []
-    columns = (result.tokens, pieces(tokenizer, result.tokens), result.origins, result.step_map)
-    for token, piece, origin, step in zip(*columns, strict=True):
-        shown = "".join(map(_visible, piece)) or _special(tokenizer, token)
-        cells.append(Cell(shown, origin, step, ends_row=piece.endswith("\n")))
+    columns = (result.tokens, pieces(tokenizer, result.tokens), result.origins, result.step_map, result.probs)
+    for token, piece, origin, step, prob in zip(*columns, strict=True):
+        shown = "".join(map(visible, piece)) or _special(tokenizer, token)
+        cells.append(Cell(shown, origin, step, prob, ends_row=piece.endswith("\n")))
     return cells
-
-
-def _visible(character: str) -> str:
-    return CONTROLS.get(character, character if character.isprintable() else "·")
 
 
 def _special(tokenizer, token: int) -> str:
     """What stands for a token without text of its own: a special token's name, a dot for part of a character."""
     name = tokenizer.decode([token], skip_special_tokens=False)
-    return name if name.strip() and name.isprintable() and "\N{REPLACEMENT CHARACTER}" not in name else "·"
+    return name if name.strip() and name.isprintable() and REPLACEMENT not in name else HIDDEN
 
 
 def _rows(cells: list[Cell], width: int) -> Iterator[list[Cell]]:
@@ -97,7 +110,7 @@ def _rows(cells: list[Cell], width: int) -> Iterator[list[Cell]]:
 def statistics(result: Result) -> str:
     """Tokens, target forwards, acceptance and speed in one line."""
     stats = result.stats
-    forwards = f"{stats.target_forwards} target forwards"
+    forwards = f"{stats.target_forwards} target forward{'' if stats.target_forwards == 1 else 's'}"
     if stats.target_forwards:
         forwards += f" ({stats.new_tokens / stats.target_forwards:.1f} tokens each)"
     parts = [f"{stats.new_tokens} tokens ({result.finish_reason})", forwards]
@@ -105,7 +118,8 @@ def statistics(result: Result) -> str:
         parts.append(f"{stats.draft_forwards} of the draft")
     if stats.acceptance is not None:
         parts.append(f"{stats.accepted}/{stats.drafted} drafted accepted ({stats.acceptance:.0%})")
+    if stats.bonus:
         parts.append(f"{stats.bonus} bonus")
-    if stats.tokens_per_second and stats.decode_tokens_per_second:
-        parts.append(f"{stats.tokens_per_second:.0f} tok/s, {stats.decode_tokens_per_second:.0f} without prefill")
+    if stats.tokens_per_second:
+        parts.append(f"{stats.tokens_per_second:.0f} tok/s")
     return ", ".join(parts)

@@ -24,7 +24,8 @@ class BlockCache(Cache):
         dtype, device: of keys and values; the model's.
 
     Attributes:
-        keys, values: [layers, B, Hkv, capacity, D], zero at first.
+        keys, values: [layers, B, Hkv, capacity, D], zero at first; in memory a head's slots of all sequences lie side
+            by side, so that one store can reach them all.
         slots: int32 [B, R], where the forward's rows go; -1 stores nothing.
     """
 
@@ -38,17 +39,20 @@ class BlockCache(Cache):
     ):
         super().__init__(layers=[])
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, capacity, head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        shape = (config.num_hidden_layers, config.num_key_value_heads, batch_size, capacity, head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device).transpose(1, 2)
+        self.values = torch.zeros(shape, dtype=dtype, device=device).transpose(1, 2)
         self.slots: Tensor | None = None
         self._view(None)
 
     def _view(self, limit: int | None) -> None:
         self._limit = limit
         # One tensor per layer, made once and not in every layer of every forward.
-        self._stored_keys, self._stored_values = self.keys.unbind(0), self.values.unbind(0)
-        self._seen_keys, self._seen_values = self._stored_keys, self._stored_values
+        self._by_sequence = self.keys.unbind(0), self.values.unbind(0)  # each [B, Hkv, capacity, D]
+        self._flat = tuple(  # each [1, Hkv, B * capacity, D]
+            x.transpose(1, 2).flatten(2, 3)[:, None].unbind(0) for x in (self.keys, self.values)
+        )
+        self._seen_keys, self._seen_values = self._by_sequence
         if limit is not None:
             self._seen_keys = self.keys[:, :, :, :limit].unbind(0)
             self._seen_values = self.values[:, :, :, :limit].unbind(0)
@@ -74,19 +78,25 @@ class BlockCache(Cache):
             raise SimsdError(f"BlockCache limit must be between 0 and its capacity {self.capacity}, got {limit}")
         self._view(limit)
 
-    def prepare(self, slots: Tensor) -> None:
-        """Sets the slots of the next forward's rows: int32 [B, R]; -1 stores nothing, no slot twice in a sequence."""
-        if slots.dtype != torch.int32 or slots.dim() != 2 or slots.shape[0] != self.batch_size:
+    def prepare(self, slots: Tensor, packed: bool = False) -> None:
+        """Sets the slots of the next forward's rows: int32 [B, R]; -1 stores nothing, no slot twice in a sequence.
+
+        With `packed` the forward's rows are [1, N], of any sequences: int32 [1, N], sequence * capacity + slot.
+        """
+        sequences = 1 if packed else self.batch_size
+        if slots.dtype != torch.int32 or slots.dim() != 2 or slots.shape[0] != sequences:
             raise SimsdError(
-                f"BlockCache slots must be int32 [{self.batch_size}, rows], got {slots.dtype} {list(slots.shape)}"
+                f"BlockCache slots must be int32 [{sequences}, rows], got {slots.dtype} {list(slots.shape)}"
             )
         self.slots = slots
+        self._stored_keys, self._stored_values = self._flat if packed else self._by_sequence
         self._store = unchecked(store_kv, self.keys.device, self.keys.dtype)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[Tensor, Tensor]:
-        """Stores [B, Hkv, R, D] at `slots`; returns all (or `limit`) slots of the layer, [B, Hkv, limit, D]."""
+        """Stores [B, Hkv, R, D] (packed: [1, Hkv, N, D]) at `slots`; returns all (or `limit`) slots of the layer,
+        [B, Hkv, limit, D]."""
         if self.slots is None:
             raise SimsdError("BlockCache: call prepare(slots) before the forward")
         if torch.is_grad_enabled() and key_states.requires_grad:
@@ -98,7 +108,7 @@ class BlockCache(Cache):
 
     def select(self, rows: Tensor) -> None:
         """Keeps the sequences `rows` (int64 [n]) of the batch, in that order."""
-        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        self.keys, self.values = (x.transpose(1, 2)[:, :, rows].transpose(1, 2) for x in (self.keys, self.values))
         self.slots = None
         self._view(self._limit)
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from simsd.config import MAX_BLOCK_LENGTH
 from simsd.errors import SimsdError
 from simsd.models import checkpoint, weights
+from simsd.models.deterministic import check_supported, is_deterministic, make_deterministic, preferable
 from simsd.models.sdar import DEFAULT_BLOCK_LENGTH
 from simsd.models.tokenizer import MASK, Prompt, Tokenizer, check_ids, read_tokenizer
 
@@ -28,6 +29,7 @@ class LoadedModel:
     mask_token_id: int
     end_token_ids: tuple[int, ...]
     name: str
+    deterministic: bool = False  # see `load`
 
     @property
     def config(self):
@@ -72,6 +74,7 @@ def load(
     block_length: int | None = None,
     mask_token_id: int | None = None,
     tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
+    deterministic: bool | None = None,
 ) -> LoadedModel:
     """Loads an SDAR model (dense or mixture-of-experts).
 
@@ -85,6 +88,10 @@ def load(
         block_length: 1 to 64; None: the configuration's `block_length`, or 4.
         mask_token_id: None: the configuration's, or that of the tokenizer's `<|MASK|>` or mask token.
         tokenizer: for a model that comes without one: a transformers tokenizer or its folder.
+        deterministic: on the CPU, a row's logits do not depend, to the last bit, on how many rows share its forward
+            (see `simsd.models.deterministic`); exact decoding equals native decoding bit for bit only then. A module in
+            memory is left as it is: the model only shares its weights. None: yes where the kernels for it are also
+            the faster ones (float32 on a CPU with AVX2 or AVX-512); a module in memory stays what it is.
 
     Raises:
         SimsdError: one line that says what is wrong with which argument or file; nothing is left half loaded.
@@ -108,14 +115,23 @@ def load(
         raise SimsdError(f"{name}: its tokenizer has {len(backend)} tokens, its model {config.vocab_size}")
     config.block_length = _block_length(block_length, config)
     config.mask_token_id = _mask_token_id(name, mask_token_id, config, backend)
+    device = wanted_device or torch.device("cpu")
+    if deterministic is None:
+        own_dtype = wanted_dtype or getattr(config, "dtype", None)
+        deterministic = is_deterministic(source) if folder is None else preferable(config, device, own_dtype)
+    elif deterministic:
+        check_supported(config, device)
 
     if folder is None:
         model = source
-        if not weights.is_ready(source, config, wanted_dtype, wanted_device):
+        is_ready = weights.is_ready(source, config, wanted_dtype, wanted_device)
+        if not is_ready or is_deterministic(source) != deterministic:
             model = weights.from_module(source, config)
             _move(model, wanted_dtype, wanted_device)
     else:
-        model = checkpoint.load_model(folder, config, wanted_dtype, wanted_device or torch.device("cpu"))
+        model = checkpoint.load_model(folder, config, wanted_dtype, device)
+    if deterministic and not is_deterministic(model):
+        make_deterministic(model)
     return LoadedModel(
         model=model,
         tokenizer=None if backend is None else Tokenizer(backend, config.vocab_size, config.mask_token_id),
@@ -123,6 +139,7 @@ def load(
         mask_token_id=config.mask_token_id,
         end_token_ids=_end_token_ids(model, backend),
         name=name,
+        deterministic=deterministic,
     )
 
 

@@ -189,6 +189,11 @@ class SDARForCausalLM(CustomGeneration, _BlockCausalForward, Qwen3ForCausalLM):
 class SDARMoeForCausalLM(CustomGeneration, _BlockCausalForward, Qwen3MoeForCausalLM):
     config_class = SDARMoeConfig
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # transformers looks for a decorator in the source of the class's own module; the experts' is in Qwen3-MoE's.
+        return Qwen3MoeForCausalLM._can_set_experts_implementation()
+
 
 # Checkpoints keep one matrix per expert, transformers' modules one tensor for all: the same conversion as Qwen3-MoE's.
 register_checkpoint_conversion_mapping(

@@ -1,0 +1,101 @@
+"""Forwards on the CPU whose rows do not depend on how many rows there are: `simsd.load(..., deterministic=True)`, the
+default in float32.
+
+Three operations of a stock forward do depend on it (benchmarks/batch_invariance.py measures all of them):
+
+- linear layers, the router's and the experts' included: a BLAS picks its kernel by the number of rows;
+- the experts' grouped product: the same, by the number of rows that each expert was chosen for;
+- SiLU: torch takes one exp for elements that fill whole vectors and another for those left over at the end, and which
+  ones those are depends on the rows before them.
+
+The modules that compute them change their class, not their contents: names, weights and state dict stay as they were.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.activations import SiLUActivation
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qwen3MoeTopKRouter
+
+from simsd.errors import SimsdError
+from simsd.models.attention import unchecked
+from simsd_kernels import dispatch, thin_linear
+
+
+def check_supported(config: PreTrainedConfig, device: torch.device) -> None:
+    """Raises SimsdError unless a model like this can be made deterministic."""
+    if device.type != "cpu":
+        raise SimsdError(f"deterministic=True is for models on the CPU, got device {device}")
+    if config.hidden_act != "silu":
+        raise SimsdError(f"deterministic=True knows the activation silu, got hidden_act={config.hidden_act!r}")
+
+
+def preferable(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype | None) -> bool:
+    """Whether a model like this is no slower when it is deterministic, as far as was measured."""
+    if device.type != "cpu" or dtype not in (None, torch.float32) or config.hidden_act != "silu":
+        return False
+    if dispatch.compiled_obstacle("thin_linear", "CPU") is not None:
+        return False
+    return torch.ops.simsd._cpu_capability() != "portable"
+
+
+def make_deterministic(model: PreTrainedModel) -> None:
+    """Makes every row of the model's forwards independent of all other rows, bit for bit, in place."""
+    check_supported(model.config, model.device)
+    model.config._experts_implementation = "eager"  # a loop over experts: their linear layers are ordinary ones
+    for module in model.modules():
+        module.__class__ = _ROW_INDEPENDENT.get(type(module), type(module))
+
+
+def is_deterministic(model: nn.Module) -> bool:
+    """Whether `make_deterministic` has been here."""
+    return any(isinstance(module, _Linear) for module in model.modules())
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear` by thin_linear."""
+    out = unchecked(thin_linear, x.device, x.dtype)(x, weight)
+    return out if bias is None else out + bias
+
+
+class _ThinLinear(TorchFunctionMode):
+    """While it is entered, `torch.nn.functional.linear` is thin_linear."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        function = linear if function is nn.functional.linear else function
+        return function(*args, **(kwargs or {}))
+
+
+class _Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class _SiLU(SiLUActivation):
+    def forward(self, x: Tensor) -> Tensor:
+        # torch has one vectorised exp, which also takes what is left over; the rest is exact arithmetic.
+        wide = x.float()
+        return (wide / (1 + torch.exp(-wide))).to(x.dtype)
+
+
+class _Router(Qwen3MoeTopKRouter):
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        with _ThinLinear():
+            return super().forward(hidden_states)
+
+
+class _Experts(Qwen3MoeExperts):
+    def forward(self, *args, **kwargs) -> Tensor:
+        with _ThinLinear():
+            return super().forward(*args, **kwargs)
+
+
+_ROW_INDEPENDENT = {
+    nn.Linear: _Linear,
+    SiLUActivation: _SiLU,
+    Qwen3MoeTopKRouter: _Router,
+    Qwen3MoeExperts: _Experts,
+}
