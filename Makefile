@@ -36,7 +36,7 @@ $(VENV)/.installed-test: $(VENV)/.installed
 
 demo: $(VENV)/.installed
 	$(BIN)/simsd generate "Tom has 23 apples. Tom buys 45 more. How many apples does Tom have now?" --show-steps
-	$(BIN)/simsd bench --items 25
+	$(BIN)/simsd bench --items 25 --modes native,temporal,exact-model,exact-auto
 
 # Kernels under Triton's interpreter need a process of their own: it is switched on before Triton is imported.
 test: $(VENV)/.installed-test
@@ -46,7 +46,9 @@ test: $(VENV)/.installed-test
 bench: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/attention_cpu.py
 	$(BIN)/python -m pytest benchmarks
-	$(BIN)/simsd bench --items 200 --json benchmarks/results/tiny_pair.json --markdown benchmarks/results/tiny_pair.md
+	$(BIN)/python benchmarks/graph_shapes.py
+	$(BIN)/simsd bench --items 100 --batch 1,8 --json benchmarks/results/tiny_pair.json \
+		--markdown benchmarks/results/tiny_pair.md
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -1,16 +1,13 @@
-"""The figures of `simsd bench`: sums, ratios, order of measurement."""
+"""The measuring of `simsd bench`: which modes, in which order, checked before anything runs."""
 
 from __future__ import annotations
-
-import json
 
 import pytest
 import torch
 
 import simsd
-from simsd import benchmarking, tasks
-from simsd.benchmarking import Item, Measurement
-from simsd.results import Result, Stats
+from simsd import benchmarking
+from simsd.benchmarking import MODES, BatchMeasurement, ForwardClock, Item, Measurement
 from stand_ins import random_sdar
 
 
@@ -22,129 +19,190 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def result(tokens: list[int], text: str = "", **stats) -> Result:
-    return Result(tokens, text, [], [], [], "end", [], Stats(new_tokens=len(tokens), **stats))
+@pytest.fixture(scope="module")
+def pair() -> tuple[simsd.LoadedModel, simsd.LoadedModel]:
+    return random_sdar(0), random_sdar(1, hidden_size=16)
 
 
 @pytest.fixture
-def measurements() -> list[Measurement]:
-    """Two families; the second has three times the first's tokens."""
-    easy, hard = (Item(family, task.prompt, task) for family in ("facts", "code") for task in tasks.held_out(family, 1))
-    native = {"prefill_seconds": 1.0}
-    return [
-        Measurement(
-            easy,
-            result([1] * 10, easy.task.response, target_denoise_forwards=10, total_seconds=3.0, **native),
-            result(
-                [1] * 10,
-                easy.task.response,
-                target_verify_forwards=4,
-                draft_denoise_forwards=10,
-                drafted=10,
-                accepted=9,
-                bonus=1,
-                total_seconds=2.0,
-                **native,
-            ),
-        ),
-        Measurement(
-            hard,
-            result([1] * 30, hard.task.response, target_denoise_forwards=30, total_seconds=7.0, **native),
-            result(
-                [2] * 30,
-                "wrong",
-                target_verify_forwards=24,
-                draft_denoise_forwards=36,
-                drafted=30,
-                accepted=15,
-                bonus=9,
-                total_seconds=6.0,
-                **native,
-            ),
-        ),
-    ]
+def decoded(monkeypatch) -> list[tuple[str, int]]:
+    """(mode, batch size) of every sequence that was decoded, in order."""
+    log = []
+
+    class Recorded(simsd.Decoder):
+        def __init__(self, target, prompts, draft, config, seeds, max_batch):
+            super().__init__(target, prompts, draft, config, seeds, max_batch)
+            mode = next(mode for mode in MODES if benchmarking.mode_config(mode, config) == config)
+            self.entry = mode, max_batch
+
+        def __iter__(self):
+            for update in super().__iter__():
+                if update.result is not None:
+                    log.append(self.entry)
+                yield update
+
+    monkeypatch.setattr(benchmarking, "Decoder", Recorded)
+    return log
 
 
-def test_row_divides_sums(measurements):
-    row = benchmarking.row("all", measurements)
-    assert (row.items, row.native_tokens, row.simsd_tokens) == (2, 40, 40)
-    assert (row.native_accuracy, row.simsd_accuracy, row.same_text) == (1.0, 0.5, 0.5)
-    assert row.acceptance == 24 / 40
-    assert (row.native_forwards_per_token, row.simsd_forwards_per_token) == (1.0, 28 / 40)
-    assert row.forwards_ratio == 28 / 40
-    assert row.draft_forwards_ratio == 46 / 40
-    assert (row.native_tokens_per_second, row.simsd_tokens_per_second) == (4.0, 5.0)
-    assert row.speedup == 1.25
-    assert (row.native_decode_tokens_per_second, row.simsd_decode_tokens_per_second) == (5.0, 40 / 6)
+def own(*prompts: list[int], family: str = "own") -> list[Item]:
+    return [Item(family, prompt) for prompt in prompts]
 
 
-def test_forwards_are_compared_per_token_when_lengths_differ(measurements):
-    shorter = Measurement(
-        measurements[0].item,
-        measurements[0].native,
-        result([1] * 5, target_verify_forwards=2, draft_denoise_forwards=5),
-    )
-    row = benchmarking.row("x", [shorter])
-    assert row.forwards_ratio == pytest.approx(0.4) and row.draft_forwards_ratio == pytest.approx(1.0)
+def config(**settings) -> simsd.GenerationConfig:
+    return simsd.GenerationConfig(**({"max_new_tokens": 8, "verify": "temporal"} | settings))
 
 
-def test_mean_is_plain_over_families_and_pooled_weighs_by_tokens(measurements):
-    model = random_sdar()
-    report = benchmarking.summarise(measurements, model, model, simsd.GenerationConfig())
-    assert [row.name for row in report.families] == ["facts", "code"]
-    assert report.mean.forwards_ratio == pytest.approx((0.4 + 0.8) / 2)
-    assert report.pooled.forwards_ratio == pytest.approx(0.7)
-    assert report.mean.items == report.pooled.items == 2
-    assert report.settings["block_length"] == report.settings["steps"] == 4
-    json.dumps(report.to_dict(), allow_nan=False)
+# Modes
 
 
-def test_row_of_ungraded_or_empty_results_has_no_figures():
-    empty = Measurement(Item("prompts", "x"), result([]), result([]))
-    row = benchmarking.row("prompts", [empty])
-    assert row.native_accuracy is None and row.acceptance is None and row.speedup is None
-    assert benchmarking.mean([row]).speedup is None
+def test_all_modes_are_compared_by_default_and_without_a_draft_those_that_need_none():
+    assert benchmarking.choose_modes(None, True) == list(MODES)
+    assert benchmarking.choose_modes(None, False) == ["native", "exact-self", "exact-auto"]
 
 
-def test_compare_alternates_the_order_and_warms_up(monkeypatch):
-    target, draft = random_sdar(0), random_sdar(1, hidden_size=16)
-    order = []
-    decode = benchmarking._decode
+@pytest.mark.parametrize("names", [["exact-auto", "temporal"], ["exact-auto", "native", "temporal"]])
+def test_native_is_always_in_and_first(names):
+    assert benchmarking.choose_modes(names, True) == ["native", "exact-auto", "temporal"]
 
-    def recorded(decoder):
-        order.append("native" if decoder.draft is None else "simsd")
-        return decode(decoder)
 
-    monkeypatch.setattr(benchmarking, "_decode", recorded)
-    items = [Item("own", [1, 2, 3]), Item("own", [4, 5]), Item("own", [6])]
-    measured = list(benchmarking.compare(target, draft, items, simsd.GenerationConfig(max_new_tokens=4)))
-    assert order == ["native", "simsd", *["native", "simsd"], *["simsd", "native"], *["native", "simsd"]]
+@pytest.mark.parametrize(
+    ("names", "part"),
+    [
+        (["exact"], "native, temporal, temporal-mrs, exact-model, exact-self, exact-auto; got exact"),
+        (["temporal", "temporal"], "once each, got temporal, temporal"),
+        ([], "none"),
+        ([""], "got none"),
+    ],
+)
+def test_bad_mode_names_are_refused(names, part):
+    with pytest.raises(simsd.SimsdError, match=part):
+        benchmarking.choose_modes(names, True)
+
+
+def test_modes_that_need_a_draft_say_so():
+    with pytest.raises(simsd.SimsdError, match="temporal, exact-model need a draft model"):
+        benchmarking.choose_modes(["temporal", "exact-self", "exact-model"], False)
+
+
+def test_settings_of_the_temporal_verifier_stay_with_it():
+    given = config(rejected_tail="draft_argmax", end_gate=0.5, steps=2, lookahead=3)
+    configs = {mode: benchmarking.mode_config(mode, given) for mode in MODES}
+    assert {mode: c.verify for mode, c in configs.items()} == {
+        "native": "none",
+        "temporal": "temporal",
+        "temporal-mrs": "temporal",
+        "exact-model": "exact",
+        "exact-self": "exact",
+        "exact-auto": "exact",
+    }
+    assert [configs[mode].accept for mode in ("temporal", "temporal-mrs")] == ["match", "mrs"]
+    assert [configs[f"exact-{name}"].drafter for name in ("model", "self", "auto")] == ["model", "self", "auto"]
+    for mode, c in configs.items():
+        assert (c.rejected_tail == "draft_argmax") == mode.startswith("temporal")
+        assert (c.end_gate, c.steps, c.lookahead) == (0.5 if mode.startswith("temporal") else 0.0, 2, 3)
+
+
+# Order
+
+
+def test_modes_take_turns_prompt_by_prompt_after_a_round_that_is_thrown_away(pair, decoded):
+    items = own([1, 2, 3], [4, 5], [6], [7])
+    measured = list(benchmarking.compare(*pair, items, config(), ["exact-auto", "temporal"]))
+    a, b, c = "native", "exact-auto", "temporal"
+    assert [mode for mode, _ in decoded] == [*(a, b, c), *(a, b, c), *(b, c, a), *(c, a, b), *(a, b, c)]
     assert [m.item for m in measured] == items
-    assert all(set(m.native.origins) == {"denoised"} and m.simsd.stats.drafted for m in measured)
+    assert all(list(m.results) == list(m.seconds) == [a, b, c] for m in measured)  # whatever the turns were
 
 
-def test_compare_gives_what_generate_gives():
-    target, draft = random_sdar(0), random_sdar(1, hidden_size=16)
-    config = simsd.GenerationConfig(max_new_tokens=8, temperature=0.8, seed=3)
-    prompts = [[1, 2, 3], [4, 5]]
-    items = [Item("own", prompt) for prompt in prompts]
-    measured = list(benchmarking.compare(target, draft, items, config))
-    assert [m.simsd.tokens for m in measured] == [r.tokens for r in simsd.generate(target, prompts, draft, config)]
-    assert [m.native.tokens for m in measured] == [r.tokens for r in simsd.generate(target, prompts, None, config)]
+def test_batches_run_family_by_family_in_opposite_orders(pair, decoded):
+    items = own([1, 2, 3], [4, 5], [6], family="x") + own([7], [8, 9], family="y")
+    measured = list(benchmarking.compare(*pair, items, config(), ["native", "exact-self"], [1, 2]))
+    kinds = [(type(m), m.batch, len(m.items)) if isinstance(m, BatchMeasurement) else type(m) for m in measured]
+    assert kinds == [
+        *[Measurement] * 3,
+        *[(BatchMeasurement, 2, 3)] * 2,
+        *[Measurement] * 2,
+        *[(BatchMeasurement, 2, 2)] * 2,
+    ]
+    warm_up, rest = decoded[:6], decoded[6:]
+    assert warm_up == [("native", 1), ("exact-self", 1), *[("native", 2)] * 2, *[("exact-self", 2)] * 2]
+    x, y = rest[6:18], rest[22:]  # behind 3 and 2 items one at a time
+    n, e = ("native", 2), ("exact-self", 2)
+    assert x == [*[n] * 3, *[e] * 3, *[e] * 3, *[n] * 3]
+    assert y == [*[e] * 2, *[n] * 2, *[n] * 2, *[e] * 2]
 
 
-def test_compare_checks_every_prompt_before_it_decodes(monkeypatch):
-    target = random_sdar(0)
-    monkeypatch.setattr(benchmarking, "_decode", lambda decoder: pytest.fail("decoded before the check"))
-    items = [Item("own", [1]), Item("own", [1] * 600)]
-    with pytest.raises(simsd.SimsdError, match="512 positions"):
-        next(benchmarking.compare(target, target, items, simsd.GenerationConfig(max_new_tokens=4)))
+# Results
 
 
-def test_compare_without_a_draft_is_refused():
-    target = random_sdar(0)
-    with pytest.raises(simsd.SimsdError, match="draft"):
-        next(benchmarking.compare(target, None, [Item("own", [1])], simsd.GenerationConfig()))
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_every_mode_gives_what_generate_gives_alone_and_in_a_batch(pair, temperature):
+    prompts = [[1, 2, 3], [9] * 6]
+    given = config(temperature=temperature, seed=3, max_rows=24)
+    measured = list(benchmarking.compare(*pair, own(*prompts), given, list(MODES), [2]))
+    single, batched = measured[:2], measured[2:]
+    for mode in MODES:
+        results = simsd.generate(pair[0], prompts, pair[1], benchmarking.mode_config(mode, given), max_batch=1)
+        wanted = [r.tokens for r in results]
+        assert [m.results[mode].tokens for m in single] == wanted
+        assert all([r.tokens for r in m.results[mode]] == wanted for m in batched)
+        assert all(m.seconds[mode] > 0 for m in measured)
+    assert len(batched) == benchmarking.ROUNDS
+    assert all(m.target_forward_seconds > 0 and m.draft_forward_seconds > 0 for m in single)
+
+
+def test_at_temperature_zero_mrs_is_match(pair):
+    measured = list(benchmarking.compare(*pair, own([1, 2, 3], [4]), config(), ["temporal", "temporal-mrs"]))
+    for m in measured:
+        match, mrs = m.results["temporal"], m.results["temporal-mrs"]
+        assert match.tokens == mrs.tokens and match.stats.drafted == mrs.stats.drafted > 0
+        assert match.stats.accepted == mrs.stats.accepted and match.stats.target_forwards == mrs.stats.target_forwards
+
+
+def test_a_seed_per_item_stays_with_its_item(pair):
+    items = own([1, 2], family="x") + own([3], family="y") + own([1, 2], family="x")
+    given = config(temperature=1.0, seed=(5, 6, 7))
+    measured = list(benchmarking.compare(pair[0], None, items, given, ["native"]))
+    alone = [
+        simsd.generate(pair[0], [m.item.prompt], None, config(temperature=1.0, seed=seed, verify="none"))[0].tokens
+        for m, seed in zip(measured, (5, 7, 6), strict=True)
+    ]
+    assert [m.results["native"].tokens for m in measured] == alone and alone[0] != alone[1]
+
+
+def test_without_a_draft_the_target_drafts_for_itself(pair):
+    modes = benchmarking.choose_modes(None, False)
+    (measured,) = benchmarking.compare(pair[0], None, own([1, 2, 3]), config(), modes)
+    assert measured.results["exact-auto"].stats.drafted and measured.draft_forward_seconds is None
+
+
+# Refused before anything is decoded
+
+
+@pytest.mark.parametrize(
+    ("prompts", "settings", "part"),
+    [
+        ([[1], [1] * 600], {}, "512 positions"),
+        ([[1]], {"steps": 9}, "block length 4"),
+    ],
+    ids=["too long", "too many steps"],
+)
+def test_every_prompt_is_checked_before_any_is_decoded(pair, decoded, prompts, settings, part):
+    with pytest.raises(simsd.SimsdError, match=part):
+        next(benchmarking.compare(*pair, own(*prompts), config(**settings), list(MODES)))
+    assert decoded == []
+
+
+@pytest.mark.parametrize("batches", [[0], [1, -2], [1.5]])
+def test_bad_batch_sizes_are_refused(pair, batches):
+    with pytest.raises(simsd.SimsdError, match="batch sizes"):
+        next(benchmarking.compare(*pair, own([1]), config(), ["native"], batches))
+
+
+def test_modes_that_need_a_draft_are_refused_without_one(pair):
+    with pytest.raises(simsd.SimsdError, match="temporal need a draft"):
+        next(benchmarking.compare(pair[0], None, own([1]), config(), ["temporal"]))
 
 
 @pytest.mark.parametrize(("families", "count"), [(["maths"], 1), ([], 1), (["facts", "facts"], 1), (["facts"], 0)])
@@ -159,8 +217,16 @@ def test_task_items_are_held_out_and_graded():
     assert all(item.prompt == item.task.prompt for item in items)
 
 
-def test_machine_names_cpu_threads_and_versions():
-    machine = benchmarking.machine(random_sdar())
-    assert machine["cpu"] and machine["cores"] >= 1
-    assert machine["threads"] == torch.get_num_threads() and machine["torch"] == torch.__version__
-    json.dumps(machine)
+# The clock
+
+
+@pytest.mark.parametrize("length", [4, 6])
+def test_the_clock_runs_forwards_of_one_block(length):
+    model = random_sdar(0)
+    rows, contexts = [], []
+    clock = ForwardClock(model, length, capacity=48)
+    model.model.model.embed_tokens.register_forward_pre_hook(lambda _, given: rows.append(tuple(given[0].shape)))
+    model.model.model.rotary_emb.register_forward_pre_hook(lambda _, given: contexts.append(given[1].min().item()))
+    assert clock.seconds(0) > 0 and clock.seconds(40) > 0
+    assert rows == [(1, length)] * 2 * (1 + ForwardClock.REPEATS)
+    assert contexts == [0] * (1 + ForwardClock.REPEATS) + [40] * (1 + ForwardClock.REPEATS)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -12,11 +14,10 @@ import pytest
 import torch
 
 import byte_pair
-from simsd import benchmarking, decoding, tasks
-from simsd.cli import bench, main, tables
-from simsd.cli.steps import ORIGINS, statistics, steps_view
-from simsd.cli.text import GrowingText, pieces
-from simsd.results import Result, Stats
+from simsd import benchmarking, exact, temporal
+from simsd.benchmarking import MODES
+from simsd.cli import bench, main
+from terminal import Terminal
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -78,7 +79,8 @@ def test_json_is_one_object_with_prompt_result_and_stats(run, pair):
     assert answer["prompt"] == "hello" and answer["finish_reason"] == "length"
     for column in ("tokens", "step_map", "probs", "origins"):
         assert len(answer[column]) == 8
-    assert answer["stats"]["target_forwards"] == answer["stats"]["target_verify_forwards"] > 0
+    stats = answer["stats"]
+    assert stats["target_forwards"] == stats["target_verify_forwards"] + stats["target_denoise_forwards"] > 0
 
 
 @pytest.mark.parametrize("arguments", [(), ("-",)], ids=["no prompt argument", "dash"])
@@ -116,35 +118,169 @@ def test_verify_none_needs_no_draft(run, pair):
     assert code == 0 and set(json.loads(out)["origins"]) == {"denoised"}
 
 
-def test_own_target_without_draft_decodes_natively_and_says_so(run, pair):
-    code, out, err = run("generate", "hello", "--max-new-tokens", 4, "--json", *pair[:2])
-    assert code == 0 and set(json.loads(out)["origins"]) == {"denoised"}
-    assert err == f"no --draft for {pair[1]}: decoding without one\n"
+@pytest.mark.parametrize("prompt", ["hello", "one two three"])
+def test_text_is_that_of_native_decoding_whatever_the_draft_options(run, pair, prompt):
+    def tokens(*options):
+        code, out, err = run("generate", prompt, "--max-new-tokens", 12, "--json", "--temperature", 0.8, *options)
+        assert code == 0, err
+        return json.loads(out)["tokens"]
+
+    native = tokens("--verify", "none", *pair)
+    for options in (
+        (),
+        ("--verify", "exact"),
+        ("--drafter", "model", "--lookahead", 3),
+        ("--drafter", "self"),
+        ("--drafter", "model", "--max-rows", 8, "--draft-steps", 2),
+    ):
+        assert tokens(*options, *pair) == native, options
+    assert tokens(*pair[:2]) == native
+
+
+@pytest.mark.parametrize(
+    ("options", "instead"),
+    [(("--max-rows", 64), "it drafts for itself"), (("--verify", "temporal"), "native decoding")],
+    ids=["exact", "temporal"],
+)
+def test_own_target_without_draft_says_what_becomes_of_it(run, pair, options, instead):
+    code, out, err = run("generate", "hello", "--max-new-tokens", 8, "--json", *options, *pair[:2])
+    assert code == 0 and err == f"no --draft for {pair[1]}: {instead}\n"
+    answer = json.loads(out)
+    assert answer["stats"]["draft_forwards"] == 0
+    assert ("drafted" in answer["origins"]) == (instead == "it drafts for itself")
+
+
+@pytest.mark.parametrize(
+    "options", [("--drafter", "self"), ("--verify", "none"), ("--draft", "none")], ids=lambda options: " ".join(options)
+)
+def test_a_draft_that_is_not_wanted_is_not_missed(run, pair, options):
+    code, _, err = run("generate", "hello", "--max-new-tokens", 4, "--json", *options, *pair[:2])
+    assert (code, err) == (0, "")
+
+
+def test_self_drafting_does_not_load_the_draft(run, pair):
+    arguments = ("generate", "hello", "--max-new-tokens", 4, "--json", "--drafter", "self", *pair[:2])
+    code, _, err = run(*arguments, "--draft", "/no/such/folder")
+    assert (code, err) == (0, "")
+
+
+def test_statistics_name_drafts_and_bonus(run, pair):
+    settings = ("generate", "hello", "--max-new-tokens", 16, *pair)
+    _, _, err = run(*settings, "--drafter", "model", "--draft", pair[1])  # it agrees with itself
+    assert re.fullmatch(
+        r"16 tokens \(length\), \d+ target forwards? \(\d+\.\d tokens each\), \d+ of the draft, "
+        r"\d+/\d+ drafted accepted \(\d+%\), \d+ tok/s\n",
+        err,
+    )
+    _, _, err = run(*settings, "--verify", "temporal")
+    assert re.search(r", \d+ bonus, \d+ tok/s\n", err)
 
 
 @pytest.mark.parametrize("mode", ["plain", "--stream", "--json"])
-def test_interrupt_prints_what_is_committed(run, pair, monkeypatch, mode):
-    verify, calls = decoding.verify, []
+@pytest.mark.parametrize("verify", ["exact", "temporal"])
+def test_interrupt_prints_what_is_committed(run, pair, monkeypatch, verify, mode):
+    loop = {"exact": exact.Exact, "temporal": temporal.Temporal}[verify]
+    step, calls = loop.step, []
 
     def interrupted_later(*arguments):
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == 6:
             raise KeyboardInterrupt
-        return verify(*arguments)
+        return step(*arguments)
 
-    settings = ("--max-new-tokens", 16, *pair)
+    settings = ("--max-new-tokens", 40, "--verify", verify, "--max-rows", 0, *pair)
     _, whole, _ = run("generate", "hello", "--json", *settings)
-    monkeypatch.setattr(decoding, "verify", interrupted_later)
+    monkeypatch.setattr(loop, "step", interrupted_later)
     code, out, err = run("generate", "hello", *settings, *([] if mode == "plain" else [mode]))
     assert code == 130 and "Traceback" not in err
     if mode == "--json":
         answer = json.loads(out)
         assert answer["finish_reason"] == "interrupted"
-        assert 2 <= len(answer["tokens"]) < 16
+        assert 2 <= len(answer["tokens"]) < 40
         assert answer["tokens"] == json.loads(whole)["tokens"][: len(answer["tokens"])]
     else:
         assert "(interrupted)" in err
         assert len(out) > 1 and json.loads(whole)["text"].startswith(out.rstrip("\n").rstrip("\ufffd"))
+
+
+def test_a_model_that_fails_is_an_error(run, tmp_path):
+    broken = byte_pair.write_model(tmp_path / "broken", sharpness=float("nan"))
+    code, _, err = run("generate", "hello", "--target", broken, "--draft", "none")
+    assert code == 2 and "(failed)" in err and "not finite" in err and "--dtype float32" in err
+
+
+# generate --stream on a terminal
+
+
+@pytest.fixture
+def run_in(run, monkeypatch):
+    """run_in(terminal, *arguments): `run` with standard output on the terminal -> (exit code, stderr)."""
+
+    def run_in_(terminal: Terminal, *arguments) -> tuple[int, str]:
+        monkeypatch.setenv("COLUMNS", str(terminal.width))
+        monkeypatch.setenv("LINES", str(terminal.height))
+        monkeypatch.delenv("TERM", raising=False)
+        with monkeypatch.context() as patched:
+            patched.setattr(sys, "stdout", terminal)
+            code, out, err = run(*arguments)
+        assert out == ""
+        return code, err
+
+    return run_in_
+
+
+def test_stream_on_a_terminal_ends_as_the_plain_text(run, run_in, pair):
+    arguments = ("generate", "hello", "--max-new-tokens", 40, *pair)
+    _, out, _ = run(*arguments)
+    terminal, plain = Terminal(30, 10), Terminal(30, 10)
+    plain.write(out)
+    assert run_in(terminal, *arguments, "--stream")[0] == 0
+    assert terminal.text() == plain.text() and terminal.text(dim=True).strip() == ""
+
+
+@pytest.mark.parametrize("verify", ["exact", "none"])
+def test_the_block_on_its_way_is_dim_and_committed_text_is_not(run, run_in, pair, verify):
+    class Watched(Terminal):
+        def flush(self):
+            shown.append((self.text(dim=False), self.text(dim=True).strip()))
+
+    shown: list[tuple[str, str]] = []
+    arguments = ("generate", "hello", "--max-new-tokens", 10, "--verify", verify, "--max-rows", 0, *pair)
+    _, out, _ = run(*arguments)
+    terminal = Watched(200, 10)
+    run_in(terminal, *arguments, "--stream")
+    ahead = [dim for _, dim in shown]
+    assert any("·" in dim for dim in ahead) and ahead[-1] == ""
+    committed = [plain for plain, _ in shown]
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(committed))
+    assert committed[-1] == terminal.text() and len(set(committed)) > 2
+
+
+def test_an_interrupt_leaves_no_provisional_text(run_in, pair, monkeypatch):
+    step, calls = exact.Exact.step, []
+
+    def interrupted_later(*arguments):
+        calls.append(1)
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+        return step(*arguments)
+
+    monkeypatch.setattr(exact.Exact, "step", interrupted_later)
+    terminal = Terminal(80, 10)
+    code, _ = run_in(terminal, "generate", "hello", "--verify", "none", "--stream", "--max-new-tokens", 20, *pair)
+    assert code == 130 and terminal.text(dim=True).strip() == "" and terminal.text() != ""
+
+
+def test_a_dumb_terminal_gets_committed_text_alone(run, pair, monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    arguments = ("generate", "hello", "--max-new-tokens", 8, *pair)
+    _, out, _ = run(*arguments)
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", terminal)
+        run(*arguments, "--stream")
+    assert terminal.getvalue() == out
 
 
 # Errors
@@ -155,7 +291,14 @@ def test_interrupt_prints_what_is_committed(run, pair, monkeypatch, mode):
     [
         (("--strategy", "best"), ("strategy", "sequential", "entropy_bounded", "'best'")),
         (("--accept", "always"), ("accept", "match, mrs", "'always'")),
-        (("--verify", "exactly"), ("verify", "temporal, none")),
+        (("--verify", "exactly"), ("verify", "exact, temporal, none", "'exactly'")),
+        (("--drafter", "other"), ("drafter", "auto, model, self", "'other'")),
+        (("--drafter", "model", "--draft", "none"), ("drafter='model'", "needs a draft model")),
+        (("--lookahead", "0"), ("lookahead", "1..16", "0")),
+        (("--lookahead", "two"), ("--lookahead", "simsd generate --help")),
+        (("--max-rows", "-1"), ("max_rows", "-1")),
+        (("--accept", "mrs"), ("accept='mrs'", "verify='temporal'")),
+        (("--rejected-tail", "draft_argmax"), ("rejected_tail='draft_argmax'", "verify='temporal'")),
         (("--rejected-tail", "keep"), ("rejected_tail", "truncate", "'keep'")),
         (("--steps", "9"), ("steps", "block length 4", "9")),
         (("--draft-steps", "5"), ("draft_steps", "block length 4", "5")),
@@ -253,37 +396,87 @@ def test_debug_shows_the_traceback(run, monkeypatch):
 def test_bench_prints_tables_of_100_columns_and_writes_both_files(run, pair, tmp_path, monkeypatch):
     monkeypatch.delenv("COLUMNS", raising=False)
     files = ("--json", tmp_path / "b.json", "--markdown", tmp_path / "b.md")
-    code, out, err = run("bench", "--items", 2, "--families", "facts,choice", "--max-new-tokens", 4, *files, *pair)
+    chosen = ("--items", 2, "--families", "facts,choice", "--batch", "1,2", "--max-new-tokens", 4)
+    code, out, err = run("bench", *chosen, *files, *pair)
     assert code == 0, err
     assert "…" not in out and max(map(len, out.splitlines())) <= 100
-    for word in ("facts", "choice", "all items", "mean of families", "accuracy", "speedup", "torch"):
+    for word in ("Facts (2 items)", "Choice", "All items (4", "Mean of families", "bound", "batch 2", "torch"):
         assert word in out
+    for mode in MODES:
+        assert sum(line.split()[:1] == [mode] for line in out.splitlines()) >= 5  # 4 groups and the throughput
+    assert err.splitlines() == ["bench: facts done, 2 of 4 items", "bench: choice done, 4 of 4 items"]
     figures = json.loads((tmp_path / "b.json").read_text())
-    assert [row["name"] for row in figures["families"]] == ["facts", "choice"]
-    assert figures["pooled"]["items"] == 4 and figures["machine"]["cpu"] and figures["settings"]["strategy"]
-    assert "| **mean of families** |" in (tmp_path / "b.md").read_text()
+    assert [group["name"] for group in figures["families"]] == ["facts", "choice"]
+    assert figures["pooled"]["items"] == 4 and figures["machine"]["cpu"] and not figures["interrupted"]
+    assert figures["settings"]["strategy"] and figures["settings"]["batches"] == [1, 2]
+    assert list(figures["settings"]["modes"]) == list(figures["pooled"]["modes"]) == list(MODES)
+    for mode in ("exact-model", "exact-self", "exact-auto"):
+        assert figures["pooled"]["modes"][mode]["same_text"] == 1.0
+        assert figures["pooled"]["batches"]["2"][mode]["same_text"] == 1.0
+    assert "| mode | facts | choice | mean of families |" in (tmp_path / "b.md").read_text()
+
+
+def test_bench_of_chosen_modes_has_native_too(run, pair, tmp_path):
+    arguments = ("--items", 1, "--families", "facts", "--max-new-tokens", 4, "--json", tmp_path / "b.json")
+    code, out, err = run("bench", "--modes", "exact-self, temporal", *arguments, *pair)
+    assert code == 0, err
+    figures = json.loads((tmp_path / "b.json").read_text())
+    assert list(figures["pooled"]["modes"]) == ["native", "exact-self", "temporal"] and "exact-auto" not in out
+
+
+def test_bench_without_a_draft_compares_what_needs_none(run, pair, tmp_path):
+    arguments = ("--items", 1, "--families", "facts", "--max-new-tokens", 4, "--json", tmp_path / "b.json")
+    code, out, err = run("bench", *arguments, *pair[:2])
+    figures = json.loads((tmp_path / "b.json").read_text())
+    assert code == 0, err
+    assert list(figures["pooled"]["modes"]) == ["native", "exact-self", "exact-auto"]
+    assert figures["draft"] is None and "no draft" in out
+
+
+def test_bench_takes_settings_of_the_temporal_and_the_exact_verifier(run, pair, tmp_path):
+    settings = ("--rejected-tail", "draft_argmax", "--end-gate", 0.5, "--lookahead", 1, "--max-rows", 8)
+    arguments = ("--items", 1, "--families", "facts", "--max-new-tokens", 4, "--json", tmp_path / "b.json")
+    code, _, err = run("bench", *arguments, *settings, *pair)
+    used = json.loads((tmp_path / "b.json").read_text())["settings"]
+    assert code == 0, err
+    assert (used["rejected_tail"], used["end_gate"], used["lookahead"], used["max_rows"]) == ("draft_argmax", 0.5, 1, 8)
 
 
 def test_bench_of_own_prompts_has_no_accuracy(run, pair, tmp_path):
     prompts = tmp_path / "own.jsonl"
     prompts.write_text('"one"\n{"prompt": "two"}\n')
-    code, _, err = run("bench", "--prompts", prompts, "--max-new-tokens", 4, "--json", tmp_path / "b.json", *pair)
+    arguments = ("--modes", "exact-auto", "--max-new-tokens", 4, "--json", tmp_path / "b.json")
+    code, _, err = run("bench", "--prompts", prompts, *arguments, *pair)
     figures = json.loads((tmp_path / "b.json").read_text())
     assert code == 0, err
-    assert figures["families"][0]["items"] == 2 and figures["families"][0]["native_accuracy"] is None
+    assert figures["families"][0]["items"] == 2 and figures["families"][0]["modes"]["native"]["accuracy"] is None
 
 
-def test_bench_interrupted_shows_what_was_measured(run, pair, monkeypatch):
+@pytest.mark.parametrize("after, items", [(1, 1), (2, 2), (3, 2)], ids=["a prompt", "all prompts", "a batch round"])
+def test_bench_interrupted_shows_what_was_measured(run, pair, tmp_path, monkeypatch, after, items):
     compare = benchmarking.compare
 
     def interrupted(*arguments):
-        measurements = compare(*arguments)
-        yield next(measurements)
+        yield from itertools.islice(compare(*arguments), after)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(benchmarking, "compare", interrupted)
-    code, out, _ = run("bench", "--items", 2, "--families", "facts", "--max-new-tokens", 4, *pair)
-    assert code == 130 and "interrupted after 1 of 2 items" in out
+    arguments = ("--items", 2, "--families", "facts", "--modes", "exact-self", "--batch", "2", "--max-new-tokens", 4)
+    code, out, _ = run("bench", *arguments, "--json", tmp_path / "b.json", *pair)
+    assert code == 130 and f"interrupted after {items} of 2 items" in out
+    assert ("batch 2" in out) == (after == 3)
+    figures = json.loads((tmp_path / "b.json").read_text())
+    assert figures["interrupted"] and figures["pooled"]["items"] == items
+
+
+def test_bench_interrupted_before_anything_was_measured_shows_nothing(run, pair, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(benchmarking, "compare", interrupted)
+    code, out, _ = run("bench", "--items", 1, *pair)
+    assert (code, out) == (130, "")
 
 
 @pytest.mark.parametrize(
@@ -292,7 +485,12 @@ def test_bench_interrupted_shows_what_was_measured(run, pair, monkeypatch):
         (("--families", "facts,maths"), ("arithmetic, code, facts, choice", "maths")),
         (("--families", "facts,facts"), ("once", "facts, facts")),
         (("--items", "0"), ("items", "0")),
-        (("--draft", "none"), ("--draft",)),
+        (("--modes", "native,exact"), ("exact-model", "got exact")),
+        (("--modes", "temporal,temporal"), ("once", "temporal, temporal")),
+        (("--modes", ""), ("modes", "none")),
+        (("--draft", "none", "--modes", "temporal"), ("temporal", "--draft")),
+        (("--batch", "1,x"), ("--batch", "1,8", "'1,x'")),
+        (("--batch", "0"), ("--batch", "'0'")),
         (("--prompts", "/no/such/file"), ("/no/such/file",)),
         (("--json", "/no/such/folder/b.json"), ("/no/such/folder/b.json",)),
         (("--max-new-tokens", "0"), ("max_new_tokens", "0")),
@@ -323,15 +521,27 @@ def test_bad_prompt_file_is_refused(tmp_path, content, part):
 def test_info_shows_ops_versions_and_models(run):
     code, out, err = run("info")
     assert (code, err) == (0, "")
-    for word in ("masked_attention", "transformers", "tiny-target", "tiny-draft"):
+    for word in ("masked_attention", "transformers", "batch invariance", "thin_linear", "tiny-target", "tiny-draft"):
         assert word in out
 
 
 def test_info_as_json(run):
     code, out, _ = run("info", "--json")
     report = json.loads(out)
-    assert code == 0 and set(report) == {"kernels", "versions", "models"}
+    assert code == 0 and set(report) == {"kernels", "versions", "batch_invariance", "models"}
     assert [model["name"] for model in report["models"]] == ["tiny-target", "tiny-draft"]
+
+
+def test_info_tries_torchs_linear_layer(monkeypatch):
+    from simsd.cli.info import batch_invariance
+
+    linear = torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda x, weight: linear(x, weight) + (len(x) in (3, 5)))
+    assert "3, 5" in batch_invariance()["torch linear, cpu float32"]
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda x, weight: x)
+    assert batch_invariance()["torch linear, cpu float32"] == "yes at 1 to 16 rows (tried now)"
+    monkeypatch.setattr(torch.nn.functional, "linear", None)
+    assert "unknown (TypeError" in batch_invariance()["torch linear, cpu float32"]
 
 
 def test_info_survives_broken_models(run, monkeypatch, tmp_path):
@@ -342,55 +552,7 @@ def test_info_survives_broken_models(run, monkeypatch, tmp_path):
     assert code == 0 and out.count("missing or damaged") == 2
 
 
-# Parts
-
-
-def test_growing_text_never_splits_a_character():
-    tokenizer = _Wrapper()
-    tokens = tokenizer.encode("naïve ✓ 漢字 🙂 end")
-    text = GrowingText(tokenizer)
-    parts = [text.push([token]) for token in tokens]
-    assert not any("\ufffd" in part for part in parts)
-    assert "".join(parts) + text.rest() == "naïve ✓ 漢字 🙂 end"
-    assert "".join(pieces(tokenizer, tokens)) == "naïve ✓ 漢字 🙂 end"
-
-
-def test_growing_text_shows_an_unfinished_character_at_the_end():
-    tokenizer = _Wrapper()
-    tokens = tokenizer.encode("ok 🙂")[:-1]
-    text = GrowingText(tokenizer)
-    assert text.push(tokens) == "ok " and text.rest() == "\ufffd"
-
-
-def test_steps_view_keeps_marks_under_their_tokens_at_any_width():
-    tokenizer = _Wrapper()
-    tokens = [*tokenizer.encode("a漢\nb🙂c"), tokenizer.backend.convert_tokens_to_ids(byte_pair.END)]
-    origins = [list(ORIGINS)[i % len(ORIGINS)] for i in range(len(tokens))]
-    result = Result(tokens, "", list(range(1, len(tokens) + 1)), [], origins, "end", [], Stats())
-    for width in (7, 12, 100):
-        lines = [line.plain for line in steps_view(result, tokenizer, width)]
-        rows = [lines[i : i + 3] for i in range(0, len(lines) - 1, 4)]
-        marks = "".join(how[6:] for _, how, _ in rows).replace(" ", "")
-        assert marks == "".join(ORIGINS[origin][0] for origin in origins)
-        assert "<|end|>" in "".join(text for text, _, _ in rows)
-
-
-def test_statistics_of_nothing_do_not_divide_by_zero():
-    assert statistics(Result([], "", [], [], [], "length", [], Stats())) == "0 tokens (length), 0 target forwards"
-
-
-def test_markdown_has_one_cell_per_column():
-    nothing = Result([1], "", [1], [1.0], ["denoised"], "length", [], Stats(new_tokens=1))
-    item = benchmarking.Item("facts", "x", tasks.held_out("facts", 1)[0])
-    rows = [benchmarking.row("facts", [benchmarking.Measurement(item, nothing, nothing)])]
-    settings = {"temperature": 0.7, "verify": "temporal", "accept": "mrs", "strategy": "sequential", "block_length": 4}
-    settings |= {"steps": 4, "rejected_tail": "truncate", "max_new_tokens": 8}
-    machine = dict.fromkeys(
-        ("date", "gpu", "cpu", "cores", "threads", "dtype", "compiled_ops", "simsd_kernels", "torch", "transformers")
-    )
-    report = benchmarking.Report(rows, rows[0], benchmarking.mean(rows), "t", "d", settings, machine)
-    lines = [line for line in tables.markdown(report).splitlines() if line.startswith("|")]
-    assert len({line.count("|") for line in lines[:3]}) == 1 and len(lines) == 6
+# The command
 
 
 def test_help_does_not_import_torch():
@@ -415,16 +577,3 @@ def test_module_runs_as_a_command():
 
 def _path() -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join(sys.path)}
-
-
-class _Wrapper:
-    """A tokenizer with the interface of simsd's."""
-
-    def __init__(self) -> None:
-        self.backend = byte_pair.byte_tokenizer()
-
-    def encode(self, text: str) -> list[int]:
-        return self.backend.encode(text)
-
-    def decode(self, ids, skip_special_tokens: bool = True) -> str:
-        return self.backend.decode(ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)

@@ -32,6 +32,7 @@ from stand_ins import END, MASK, VOCABULARY, random_sdar
 PAD = 0
 PROMPT = [5, 3, 9, 8, 7, 6]
 NEW = 18
+MANY = 256  # rows for drafted states; without max_rows their number follows measured times
 
 
 @pytest.fixture(autouse=True)
@@ -84,8 +85,9 @@ def run(target, draft):
 
 @pytest.fixture(scope="module")
 def greedy(target, draft) -> list[int]:
-    [result] = simsd.generate(target, [PROMPT], draft, simsd.GenerationConfig(max_new_tokens=NEW))
-    assert result.stats.accepted and result.stats.bonus
+    config = simsd.GenerationConfig(max_new_tokens=NEW, drafter="model", max_rows=MANY)
+    [result] = simsd.generate(target, [PROMPT], draft, config)
+    assert 0 < result.stats.accepted < result.stats.drafted
     return result.tokens
 
 
@@ -131,10 +133,13 @@ class Nothing(LogitsProcessor):
     [
         {},
         {"strategy": "sequential", "steps": 2},
-        {"strategy": "entropy_bounded", "entropy_bound": 1.0, "rejected_tail": "target_argmax"},
-        {"strategy": "low_confidence_dynamic", "threshold": 0.3, "draft_steps": 2},
-        {"block_length": 8, "rejected_tail": "truncate_no_bonus", "end_gate": 0.5},
-        {"accept": "mrs"},
+        {"drafter": "model", "lookahead": 3, "max_rows": 24, "draft_steps": 2},
+        {"drafter": "self", "strategy": "low_confidence_dynamic", "threshold": 0.3},
+        {"verify": "temporal"},
+        {"verify": "temporal", "strategy": "entropy_bounded", "entropy_bound": 1.0, "rejected_tail": "target_argmax"},
+        {"verify": "temporal", "strategy": "low_confidence_dynamic", "threshold": 0.3, "draft_steps": 2},
+        {"verify": "temporal", "block_length": 8, "rejected_tail": "truncate_no_bonus", "end_gate": 0.5},
+        {"verify": "temporal", "accept": "mrs"},
         {"verify": "none"},
     ],
     ids=lambda settings: "_".join(map(str, settings.values())) or "defaults",
@@ -144,15 +149,54 @@ def test_the_tokens_are_those_of_simsd_generate(target, draft, run, settings):
     assert run(**settings).tolist() == [PROMPT + expected.tokens]
 
 
-def test_without_an_assistant_it_decodes_natively(target, run):
-    [expected] = simsd.generate(target, [PROMPT], config=simsd.GenerationConfig(max_new_tokens=NEW))
-    output = run(assistant_model=None, return_dict_in_generate=True)
-    assert output.sequences.tolist() == [PROMPT + expected.tokens]
+@pytest.mark.parametrize("assistant", [True, False], ids=["assistant", "alone"])
+@pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "seed": 4}], ids=["greedy", "sampling"])
+def test_by_default_the_text_is_that_of_native_decoding(run, draft, assistant, sampling):
+    settings = {"return_dict_in_generate": True} | sampling
+    native = run(verify="none", **settings)
+    ours = run(assistant_model=draft.model if assistant else None, **settings)
+    assert ours.sequences.tolist() == native.sequences.tolist()
+    assert ours.results[0].step_map == native.results[0].step_map
+    assert ours.results[0].probs == native.results[0].probs
+    assert ours.results[0].stats.target_forwards <= native.results[0].stats.target_forwards
+
+
+def test_without_an_assistant_the_model_drafts_for_itself(run):
+    [result] = run(assistant_model=None, max_rows=MANY, return_dict_in_generate=True).results
+    assert result.stats.draft_forwards == 0 and result.stats.accepted > 0 and "drafted" in result.origins
+
+
+def test_temporal_verification_without_an_assistant_decodes_natively(run):
+    native = run(verify="none")
+    output = run(assistant_model=None, verify="temporal", return_dict_in_generate=True)
+    assert output.sequences.tolist() == native.tolist()
     assert set(output.results[0].origins) == {"denoised"}
 
 
-def test_the_assistant_is_used_and_the_output_tells_how(run, greedy):
-    output = run(return_dict_in_generate=True)
+@pytest.mark.parametrize(
+    ("settings", "origins"),
+    [({"drafter": "model", "max_rows": MANY}, {"denoised", "drafted"}), ({"verify": "temporal"}, {"drafted", "bonus"})],
+    ids=["exact", "temporal"],
+)
+def test_the_named_verifier_judges_the_assistants_drafts(run, settings, origins):
+    [result] = run(return_dict_in_generate=True, **settings).results
+    assert result.stats.draft_forwards > 0 and result.stats.accepted > 0
+    assert set(result.origins) == origins
+
+
+def test_lookahead_and_rows_change_the_work_and_not_the_text(target, run, greedy):
+    def forwards(**settings):
+        perfect = {"drafter": "model", "assistant_model": target.model, "draft_steps": 4}
+        output = run(return_dict_in_generate=True, **perfect, **settings)
+        assert output.sequences.tolist() == [PROMPT + greedy]
+        return output.results[0].stats.target_forwards
+
+    one_block = forwards(lookahead=1, max_rows=MANY)
+    assert forwards(lookahead=3, max_rows=MANY) < one_block < forwards(max_rows=0)
+
+
+def test_the_output_tells_how_it_came(run, greedy):
+    output = run(drafter="model", max_rows=MANY, return_dict_in_generate=True)
     [result] = output.results
     assert output.sequences.tolist() == [PROMPT + greedy]
     assert result.tokens == greedy and result.prompt_tokens == PROMPT and result.finish_reason == "length"
@@ -179,14 +223,33 @@ def test_other_attention_implementations_and_training_mode_are_no_obstacle(targe
     assert model.training and model.config._attn_implementation == "sdpa"
 
 
+ROWS = [PROMPT, [7], list(range(10, 19)), [4, 4]]
+SAMPLING = {"do_sample": True, "temperature": 0.9, "top_k": 20, "top_p": 0.9}
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_a_padded_batch_equals_one_by_one(run, side):
-    rows = [PROMPT, [7], list(range(10, 19)), [4, 4]]
-    ids, mask = padded(rows, side)
-    alone = [run(row)[0, len(row) :].tolist() for row in rows]
-    batch = run(ids, attention_mask=mask)
-    assert batch[:, : mask.shape[1]].tolist() == ids
-    assert batch[:, mask.shape[1] :].tolist() == alone
+@pytest.mark.parametrize("verify", ["exact", "temporal", "none"])
+@pytest.mark.parametrize("sampling", [{}, SAMPLING | {"seed": 9}], ids=["greedy", "sampling"])
+def test_each_row_of_a_padded_batch_equals_the_row_alone(run, side, verify, sampling):
+    settings = {"verify": verify, "return_dict_in_generate": True} | sampling
+    ids, mask = padded(ROWS, side)
+    batch = run(ids, attention_mask=mask, **settings)
+    assert batch.sequences[:, : mask.shape[1]].tolist() == ids
+    for row, given, result in zip(batch.sequences[:, mask.shape[1] :].tolist(), ROWS, batch.results, strict=True):
+        alone = run(given, **settings).results[0]
+        assert row == alone.tokens + [PAD] * (len(row) - len(alone.tokens))
+        assert (result.tokens, result.step_map, result.probs) == (alone.tokens, alone.step_map, alone.probs)
+
+
+def test_rows_of_a_batch_share_their_forwards(run, target):
+    calls = []
+    hook = target.model.lm_head.register_forward_hook(lambda *_: calls.append(1))
+    ids, mask = padded(ROWS, "left")
+    try:
+        results = run(ids, attention_mask=mask, verify="none", return_dict_in_generate=True).results
+    finally:
+        hook.remove()
+    assert len(calls) == max(result.stats.target_forwards for result in results)
 
 
 def test_pads_without_a_mask_are_recognised_as_transformers_does(run):
@@ -299,15 +362,16 @@ def test_a_stopping_criterion_cuts_at_any_token(run, greedy, new):
     assert criterion.asked == list(range(len(PROMPT) + 1, len(PROMPT) + new + 1))
 
 
-def test_criteria_stop_each_row_for_itself(run, greedy):
+@pytest.mark.parametrize("verify", ["exact", "temporal"])
+def test_criteria_stop_each_row_for_itself(run, greedy, verify):
     class StopAtToken(StoppingCriteria):
         def __call__(self, input_ids, scores, **kwargs):
             return input_ids[:, -1] == greedy[3]
 
     rows = [PROMPT, [7] * len(PROMPT)]
-    batch = run(rows, stopping_criteria=[StopAtToken()], pad_token_id=33)
+    batch = run(rows, stopping_criteria=[StopAtToken()], pad_token_id=33, verify=verify)
     for row, ids in zip(rows, batch[:, len(PROMPT) :].tolist(), strict=True):
-        alone = run(row)[0, len(PROMPT) :].tolist()
+        alone = run(row, verify=verify)[0, len(PROMPT) :].tolist()
         kept = alone.index(greedy[3]) + 1 if greedy[3] in alone else len(alone)
         assert ids == alone[:kept] + [33] * (len(ids) - kept)
 
@@ -318,16 +382,55 @@ def test_a_criterion_at_the_end_token_leaves_the_finish_reason(run, greedy):
     assert output.results[0].finish_reason == "end"
 
 
+def test_criteria_see_one_row_and_each_of_its_tokens_once(run):
+    seen: dict[int, list[list[int]]] = {}
+
+    class Watch(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            assert len(input_ids) == 1
+            seen.setdefault(int(input_ids[0, 0]), []).append(input_ids[0].tolist())
+            return torch.tensor([False])
+
+    rows = [PROMPT, [7] * len(PROMPT)]
+    output = run(rows, stopping_criteria=[Watch()], return_dict_in_generate=True)
+    for row, result in zip(rows, output.results, strict=True):
+        assert seen[row[0]] == [row + result.tokens[: n + 1] for n in range(len(result.tokens))]
+
+
+def test_a_criterion_that_raises_ends_the_call_and_the_model_can_go_on(run, greedy):
+    class Broken(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            raise LookupError("the criterion's own")
+
+    with pytest.raises(LookupError, match="the criterion's own"):
+        run([PROMPT, [7] * len(PROMPT)], stopping_criteria=[Broken()])
+    assert run().tolist() == [PROMPT + greedy]
+
+
 def test_a_max_length_criterion_of_the_caller_is_honoured(run, greedy):
     assert run(stopping_criteria=[MaxLengthCriteria(len(PROMPT) + 3)]).tolist() == [PROMPT + greedy[:3]]
 
 
-def test_max_time_ends_after_a_commit(run, greedy):
-    output = run(max_time=1e-6, return_dict_in_generate=True)
-    [result] = output.results
-    assert 1 <= len(result.tokens) <= 4 and result.tokens == greedy[: len(result.tokens)]
-    assert result.finish_reason == "stop"
+def test_max_time_ends_each_row_after_a_commit(run, greedy):
+    for settings in ({"verify": "none"}, {"drafter": "self"}, {"verify": "temporal"}):
+        rows = [PROMPT, [7] * len(PROMPT)]
+        whole = run(rows, **settings, return_dict_in_generate=True).results
+        results = run(rows, **settings, max_time=1e-6, return_dict_in_generate=True).results
+        for result, full in zip(results, whole, strict=True):
+            assert 1 <= len(result.tokens) <= 4 and result.tokens == full.tokens[: len(result.tokens)]
+            assert result.finish_reason == "stop"
     assert run(max_time=1000.0).tolist() == [PROMPT + greedy]
+
+
+def test_a_model_that_fails_is_not_silent(target, draft):
+    model = copy.deepcopy(target.model)
+    with torch.no_grad():
+        model.lm_head.weight.fill_(float("nan"))
+    with pytest.warns(UserWarning, match=r"not finite in rows \[0\]"):
+        output = model.generate(
+            torch.tensor([PROMPT]), custom_generate=simsd.hf_generate, max_new_tokens=NEW, return_dict_in_generate=True
+        )
+    assert output.results[0].finish_reason == "failed"
 
 
 @pytest.mark.parametrize("settings", [{}, {"stopping_criteria": [StopAt(len(PROMPT) + 6)]}], ids=["length", "stopped"])
@@ -346,9 +449,6 @@ def test_a_text_streamer_prints_the_text(run, greedy, tokenizer, capsys):
 def test_a_streamer_takes_one_row(run):
     with pytest.raises(SimsdError, match="streamer takes one row, got 2"):
         run([PROMPT, PROMPT], streamer=Recorder())
-
-
-SAMPLING = {"do_sample": True, "temperature": 0.9, "top_k": 20, "top_p": 0.9}
 
 
 def test_sampling_follows_torchs_seed(run):
@@ -370,9 +470,10 @@ def test_greedy_decoding_leaves_torchs_generator_alone(run):
 
 def test_a_given_seed_samples_as_simsd_generate(target, draft, run):
     for accept in ("match", "mrs"):
-        config = simsd.GenerationConfig(max_new_tokens=NEW, temperature=0.9, top_k=20, top_p=0.9, seed=5, accept=accept)
+        rule = {"verify": "temporal", "accept": accept}
+        config = simsd.GenerationConfig(max_new_tokens=NEW, temperature=0.9, top_k=20, top_p=0.9, seed=5, **rule)
         [expected] = simsd.generate(target, [PROMPT], draft, config)
-        assert run(**SAMPLING, seed=5, accept=accept).tolist() == [PROMPT + expected.tokens]
+        assert run(**SAMPLING, seed=5, **rule).tolist() == [PROMPT + expected.tokens]
 
 
 def test_top_k_defaults_to_transformers_50_when_sampling(target, run):
@@ -479,6 +580,11 @@ def test_neutral_values_are_taken(run, greedy):
         ({"clock": torch.zeros(1, len(PROMPT), dtype=torch.int32)}, "clock"),
         ({"not_a_setting": 3}, "not_a_setting"),
         ({"strategy": "random"}, "strategy must be one of"),
+        ({"accept": "mrs"}, "accept='mrs' is a setting of verify='temporal'"),
+        ({"drafter": "me"}, "drafter must be one of auto, model, self; got 'me'"),
+        ({"drafter": "model", "assistant_model": None}, "drafter='model' needs a draft model"),
+        ({"lookahead": 0}, "lookahead must be an integer in 1..16, got 0"),
+        ({"max_rows": -1}, "max_rows must be an integer >= 0, got -1"),
         ({"steps": 5}, "steps must be at most the block length 4"),
         ({"temperature": 0.0, "do_sample": True}, "temperature"),
         ({"mask_token_id": VOCABULARY}, "mask_token_id"),

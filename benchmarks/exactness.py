@@ -1,0 +1,314 @@
+"""Exact decoding against native decoding, token for token: the proof of `verify="exact"`.
+
+    python benchmarks/exactness.py [--quick] [--threads 1] [--out benchmarks/results]
+
+Every prompt is decoded natively, alone, once per sampling setting, and exactly under every setting of
+benchmarks/exactness_settings.py. A comparison is one prompt under one setting: the tokens, the step map (which
+denoising step revealed each token) and the reason why the text ended must be the same. There is no retry and no
+allowance for near ties. Probabilities are compared bit for bit as well and counted on their own. A setting under which
+no drafted token was accepted proves nothing; it is flagged and not counted.
+
+Prints a line per setting and per difference, writes exactness.json and exactness.md, and exits with 1 on a difference.
+With --quick, a few prompts per setting, files are written only where --out says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+
+import torch
+from attention_cpu import machine
+from exactness_settings import UNPROMISED, Setting, model, prompts, settings
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from simsd import Decoder, GenerationConfig, Result
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first place where a prompt's exact text is not its native one; `what` is "token", "step" or "end"."""
+
+    setting: str
+    prompt: int
+    what: str
+    position: int
+    native: int | str | None
+    exact: int | str | None
+
+    def __str__(self) -> str:
+        return (
+            f"DIFFERENT: {self.setting}, prompt {self.prompt}, position {self.position}: "
+            f"{self.what} {self.native} natively, {self.exact} exactly"
+        )
+
+
+@dataclass
+class Outcome:
+    """A setting's comparisons.
+
+    Attributes:
+        probs_differ: prompts of which a probability is not the same bit for bit.
+        cancelled: prompts cancelled on their way; what they had then is compared with native's beginning.
+        tokens: generated; drafted, accepted: tokens that the target judged, and took.
+        with_drafts: prompts of which at least one drafted token was accepted.
+        forwards, native_forwards: of the target, prefill excluded.
+    """
+
+    setting: Setting
+    differences: list[Difference] = field(default_factory=list)
+    comparisons: int = 0
+    probs_differ: int = 0
+    cancelled: int = 0
+    tokens: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    with_drafts: int = 0
+    forwards: int = 0
+    native_forwards: int = 0
+    seconds: float = 0.0
+
+    @property
+    def proves(self) -> bool:
+        return self.accepted > 0
+
+    def see(self, number: int, native: Result, exact: Result) -> Difference | None:
+        self.comparisons += 1
+        self.cancelled += exact.finish_reason == "cancelled"
+        self.probs_differ += exact.probs != native.probs[: len(exact.probs)]
+        self.tokens += len(exact.tokens)
+        self.drafted += exact.stats.drafted
+        self.accepted += exact.stats.accepted
+        self.with_drafts += exact.stats.accepted > 0
+        self.forwards += exact.stats.target_forwards
+        self.native_forwards += native.stats.target_forwards
+        found = difference(self.setting.name, number, native, exact)
+        if found is not None:
+            self.differences.append(found)
+        return found
+
+    def __str__(self) -> str:
+        text = f"{self.setting.name}: {self.comparisons} compared, {len(self.differences)} differ"
+        text += f" ({self.probs_differ} in probabilities), {self.accepted} of {self.drafted} drafted tokens accepted"
+        text += f", {self.cancelled} cancelled" if self.cancelled else ""
+        return text + ("" if self.proves else " - NOTHING ACCEPTED, no proof") + f", {self.seconds:.1f} s"
+
+    def to_dict(self) -> dict:
+        names = ("comparisons", "probs_differ", "cancelled", "tokens", "drafted", "accepted", "with_drafts")
+        counts = {name: getattr(self, name) for name in (*names, "forwards", "native_forwards", "proves")}
+        setting = {"group": self.setting.group, "setting": self.setting.name, "batch": self.setting.batch}
+        return setting | counts | {"differ": len(self.differences), "seconds": round(self.seconds, 2)}
+
+
+def difference(setting: str, number: int, native: Result, exact: Result) -> Difference | None:
+    """None where the two are the same, or where `exact` is a cancelled beginning of `native`."""
+    cancelled = exact.finish_reason == "cancelled"
+    for what, ours, theirs in (
+        ("token", exact.tokens, native.tokens),
+        ("step", exact.step_map, native.step_map),
+    ):
+        theirs = theirs[: len(ours)] if cancelled else theirs
+        for position in range(max(len(ours), len(theirs))):
+            pair = [values[position] if position < len(values) else None for values in (theirs, ours)]
+            if pair[0] != pair[1]:
+                return Difference(setting, number, what, position, *pair)
+    if not cancelled and exact.finish_reason != native.finish_reason:
+        return Difference(setting, number, "end", len(exact.tokens), native.finish_reason, exact.finish_reason)
+    return None
+
+
+def native_config(config: GenerationConfig, seed: int) -> GenerationConfig:
+    """Native decoding with the same sampling; what only concerns drafts falls back to its default, so that settings
+    that differ in nothing else share their native texts."""
+    neutral = GenerationConfig()
+    names = ("drafter", "lookahead", "max_rows", "order_power", "draft_steps")
+    return replace(config, verify="none", seed=seed, **{name: getattr(neutral, name) for name in names})
+
+
+class Natives:
+    """Native results, each decoded alone, once."""
+
+    def __init__(self) -> None:
+        self.known: dict[tuple[str, int, GenerationConfig], Result] = {}
+
+    def __call__(self, target: str, number: int, config: GenerationConfig, seed: int) -> Result:
+        key = target, number, native_config(config, seed)
+        if key not in self.known:
+            (self.known[key],) = decode(Decoder(model(target), [prompts(target)[number]], None, key[2], max_batch=1))
+        return self.known[key]
+
+    def counts(self) -> dict[str, int]:
+        texts = {(target, number, tuple(result.tokens)) for (target, number, _), result in self.known.items()}
+        return {"decoded": len(self.known), "distinct": len(texts)}
+
+
+def decode(decoder: Decoder, cancel: Iterable[int] = ()) -> list[Result]:
+    """All results; the sequences `cancel` are cancelled after their first tokens, unless these are the last ones."""
+    cancel = set(cancel)
+    for update in decoder:
+        if update.index in cancel and update.tokens and update.result is None:
+            decoder.cancel(update.index)
+    return decoder.results()
+
+
+def run(setting: Setting, natives: Natives, see: Callable[[Difference | None], None] = lambda _: None) -> Outcome:
+    """Decodes and compares; `see` is called once per comparison."""
+    began = time.perf_counter()
+    outcome = Outcome(setting)
+    draft = None if setting.draft is None else model(setting.draft)
+    wanted = [prompts(setting.target)[number] for number in setting.numbers]
+    seeds = [setting.seed(number) for number in setting.numbers]
+    cancel = range(4, len(wanted), setting.cancel_every) if setting.cancel_every else ()
+    decoder = Decoder(model(setting.target), wanted, draft, setting.config, seeds=seeds, max_batch=setting.batch)
+    exact = decode(decoder, cancel)
+    for number, seed, result in zip(setting.numbers, seeds, exact, strict=True):
+        see(outcome.see(number, natives(setting.target, number, setting.config, seed), result))
+    outcome.seconds = time.perf_counter() - began
+    return outcome
+
+
+def run_all(chosen: list[Setting], natives: Natives, console: Console) -> list[Outcome]:
+    """A progress bar on a terminal, else a line per setting; differences are printed on either."""
+    columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}")
+    outcomes = []
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=sum(len(setting.numbers) for setting in chosen))
+
+        def see(found: Difference | None) -> None:
+            progress.advance(task)
+            if found is not None:
+                write(console, str(found))
+
+        for n, setting in enumerate(chosen, 1):
+            progress.update(task, description=setting.name)
+            outcomes.append(run(setting, natives, see))
+            if not console.is_terminal:
+                write(console, f"{n}/{len(chosen)} {outcomes[-1]}")
+    return outcomes
+
+
+def write(console: Console, text: str) -> None:
+    console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+
+def totals(outcomes: Iterable[Outcome]) -> dict[str, int]:
+    """Sums over the settings that prove something; `unproved` counts the comparisons of the others. Differences are
+    summed over all."""
+    outcomes = list(outcomes)
+    proving = [outcome for outcome in outcomes if outcome.proves]
+    names = ("comparisons", "probs_differ", "cancelled", "tokens", "drafted", "accepted", "forwards", "native_forwards")
+    sums = {name: sum(getattr(outcome, name) for outcome in proving) for name in names}
+    return sums | {
+        "settings": len(proving),
+        "differ": sum(len(outcome.differences) for outcome in outcomes),
+        "unproved": sum(outcome.comparisons for outcome in outcomes if not outcome.proves),
+    }
+
+
+def report(outcomes: list[Outcome], natives: Natives, description: dict) -> dict:
+    promised = [outcome for outcome in outcomes if outcome.setting.group != UNPROMISED]
+    return {
+        "machine": description,
+        "totals": totals(promised),
+        "totals_not_promised": totals(outcome for outcome in outcomes if outcome.setting.group == UNPROMISED),
+        "native_texts": natives.counts(),
+        "settings": [outcome.to_dict() for outcome in outcomes],
+        "differences": [vars(found) for outcome in outcomes for found in outcome.differences],
+    }
+
+
+def summary(sums: dict[str, int]) -> str:
+    text = (
+        f"{sums['comparisons']:,} comparisons under {sums['settings']} settings: {sums['differ']:,} differ;"
+        f" probabilities differ in a bit in {sums['probs_differ']:,}; {sums['accepted']:,} of {sums['drafted']:,}"
+        f" drafted tokens accepted, {sums['forwards']:,} target forwards for native's {sums['native_forwards']:,}."
+    )
+    if sums["unproved"]:
+        text += f" {sums['unproved']:,} more, under settings where no drafted token was accepted, are not counted."
+    return text
+
+
+def markdown(full: dict) -> str:
+    facts = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in full["machine"].items())
+    lines = [
+        "Is exact decoding's text native decoding's, token for token?",
+        "",
+        f"Made by `python benchmarks/exactness.py`: {facts}.",
+        "",
+        summary(full["totals"])
+        + " They rest on {decoded:,} native texts, {distinct:,} of them distinct.".format(**full["native_texts"]),
+        "",
+        "A comparison is one prompt under one setting: tokens, step map and the reason of its end, exact against native"
+        " decoding of the prompt alone. No retries, no allowance for near ties. Forwards are the target's, prefill"
+        " excluded, in parts of native's.",
+        "",
+    ]
+    groups = dict.fromkeys(one["group"] for one in full["settings"])
+    for group in groups:
+        lines += [f"## {group[0].upper()}{group[1:]}", ""]
+        if group == UNPROMISED:
+            lines += [
+                summary(full["totals_not_promised"])
+                + " Not part of the count above: in these models a row's logits are not the same bits beside other rows"
+                " (experts run on as many rows as chose them; SiLU rounds the elements behind the last whole vectors"
+                " differently). `deterministic=True` is for them.",
+                "",
+            ]
+        lines += ["| setting | compared | differ | probabilities differ | accepted / drafted | forwards |"]
+        lines += ["|---|---|---|---|---|---|"]
+        for one in full["settings"]:
+            if one["group"] == group:
+                name = one["setting"] + ("" if one["proves"] else " (nothing accepted: not counted)")
+                name += f" ({one['cancelled']} cancelled)" if one["cancelled"] else ""
+                counts = one["comparisons"], one["differ"], one["probs_differ"]
+                drafts = f"{one['accepted']} / {one['drafted']}", f"{one['forwards'] / one['native_forwards']:.2f}"
+                lines.append("| " + " | ".join(map(str, (name, *counts, *drafts))) + " |")
+        lines.append("")
+    if full["differences"]:
+        lines += [
+            "## Differences",
+            "",
+            "| setting | prompt | position | what | native | exact |",
+            "|---|---|---|---|---|---|",
+        ]
+        order = ("setting", "prompt", "position", "what", "native", "exact")
+        lines += ["| " + " | ".join(str(found[name]) for name in order) + " |" for found in full["differences"]]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="about 250 comparisons instead of 11,000")
+    parser.add_argument("--threads", type=int, default=1, help="small models are fastest on one")
+    parser.add_argument("--only", default="", help="only settings whose group or name contains this; writes no files")
+    parser.add_argument("--out", type=pathlib.Path, help=f"folder to write to; {RESULTS} for a full run")
+    given = parser.parse_args(arguments)
+    torch.set_num_threads(given.threads)
+    console = Console()
+    chosen = [s for s in settings(given.quick) if given.only in s.group or given.only in s.name]
+    description = {} if given.quick or given.only else machine()
+    began = time.perf_counter()
+    natives = Natives()
+    full = report(run_all(chosen, natives, console), natives, description)
+    full["machine"] |= {"minutes": round((time.perf_counter() - began) / 60, 1)}
+    write(console, summary(full["totals"]))
+    if full["totals_not_promised"]["comparisons"]:
+        write(console, f"{UNPROMISED}: {summary(full['totals_not_promised'])}")
+    out = given.out or (None if given.quick or given.only else RESULTS)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "exactness.json").write_text(json.dumps(full, indent=2) + "\n")
+        (out / "exactness.md").write_text(markdown(full))
+    return 1 if full["totals"]["differ"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,478 @@
+"""The audit: it passes what is right, and fails what is broken for the right reason."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import byte_pair
+import simsd
+import simsd_kernels
+from simsd import audit
+from simsd.audit import chi_squared, context, distribution, equality, leak
+from simsd.audit.forwards import plain_logits
+from simsd.audit.report import FAIL, INCONCLUSIVE, PASS, REPORTED, RESULTS, Settings, Subject
+from simsd.cli import main
+from simsd.errors import SimsdError
+from simsd.exact import Exact
+from simsd.lanes import Lanes
+from simsd.layouts import STRIDE
+from simsd.models.sdar import SDARMoeConfig, SDARMoeForCausalLM
+from simsd.results import Result, Stats
+from small_checkpoints import BASE, MOE
+from stand_ins import MASK, disturbed, random_sdar
+
+PROMPTS = [[5, 9, 2, 40, 33], [7, 7, 1, 50, 12, 3, 22, 8, 19], [44, 2, 30]]
+SMALL = {"strategies": ("low_confidence_static",), "max_new_tokens": 12, "batch": 3, "blocks": 2, "seeds": 600}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def target():
+    return random_sdar(0)
+
+
+@pytest.fixture(scope="module")
+def draft():
+    return disturbed(random_sdar(0))
+
+
+@pytest.fixture(scope="module")
+def soft_target():
+    """Not sure of anything, so that its texts vary."""
+    return random_sdar(0, sharpness=0.5)
+
+
+@pytest.fixture(scope="module")
+def soft_draft():
+    return disturbed(random_sdar(0, sharpness=0.5))
+
+
+def subject_of(target, draft=None, prompts=PROMPTS, **changes) -> Subject:
+    return Subject(target, draft, prompts, Settings(**SMALL | changes))
+
+
+def only(checks, part, verify) -> audit.Check:
+    found = [check for check in checks if (check.part, check.verify) == (part, verify)]
+    assert len(found) == 1
+    return found[0]
+
+
+# The whole
+
+
+@pytest.mark.parametrize("drafter", ["self", "model"])
+def test_a_sound_decoder_passes_and_temporal_is_only_reported(soft_target, soft_draft, drafter):
+    report = audit.run(soft_target, soft_draft if drafter == "model" else None, PROMPTS, Settings(**SMALL))
+    assert report.passed and report.complete
+    for check in report.checks:
+        assert check.result == (PASS if check.verify == "exact" else REPORTED), check
+    assert {check.part for check in report.checks} == {"equality", "leak", "context", "distribution"}
+    assert only(report.checks, "leak", "exact").figures["max"] == 0
+    assert only(report.checks, "leak", "temporal").figures["max"] > 0
+    assert only(report.checks, "context", "temporal").figures["max"] > 0
+
+
+def test_the_built_in_pair_passes():
+    target, draft = simsd.load("tiny-target"), simsd.load("tiny-draft")
+    settings = Settings(**SMALL | {"seeds": 400, "states": 40, "verify": "exact"})
+    report = audit.run(target, draft, audit.default_prompts(1)[:2], settings)
+    assert [check.result for check in report.checks] == [PASS] * len(report.checks)
+    assert {check.verify for check in report.checks} == {"exact"}
+
+
+def test_mixture_of_experts_models_can_be_audited():
+    settings = BASE | MOE | {"block_length": 4, "mask_token_id": 0}
+    torch.manual_seed(0)
+    target = simsd.load(SDARMoeForCausalLM(SDARMoeConfig(**settings)).eval(), deterministic=True)
+    subject = subject_of(target)
+    assert equality.equality(subject, "exact", "low_confidence_static", 0.0).result == PASS
+    assert leak.exact_leak(subject).result == PASS
+    assert [check.result for check in context.exact_context(subject)] == [PASS, PASS]
+    # As it comes, a row's rounding depends on which experts the others went to: no leak, but not exactly 0 either.
+    as_it_comes = subject_of(simsd.load(SDARMoeForCausalLM(SDARMoeConfig(**settings)).eval()))
+    leaked = leak.exact_leak(as_it_comes)
+    assert leaked.result == (INCONCLUSIVE if leaked.figures["max"] else PASS) and leaked.figures["max"] < 1e-4
+    assert FAIL not in [check.result for check in context.exact_context(as_it_comes)]
+
+
+def test_stages_are_announced_before_they_run(target):
+    seen = []
+    settings = Settings(**SMALL | {"verify": "temporal", "seeds": 20, "temperature": 0.0})
+    report = audit.run(target, None, PROMPTS[:1], settings, lambda stage: seen.append(stage.name))
+    assert seen[0] == "equality, temporal, low_confidence_static" and "leak and context, temporal" in seen
+    assert all(check.result in (REPORTED, INCONCLUSIVE) for check in report.checks)
+    assert report.passed and "nothing that is required was shown" in report.upshot()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"verify": "none"}, "verify must be one of exact, temporal, both"),
+        ({"strategies": ()}, "strategies must be named once each"),
+        ({"strategies": ("sequential", "sequential")}, "once each"),
+        ({"strategies": ("random",)}, "strategy must be one of"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"seeds": 0}, "seeds must be an integer >= 1"),
+        ({"batch": True}, "batch must be an integer"),
+    ],
+)
+def test_bad_settings_are_refused(changes, message):
+    with pytest.raises(SimsdError, match=message):
+        Settings(**changes)
+
+
+def test_bad_prompts_are_refused_before_anything_is_decoded(target):
+    with pytest.raises(SimsdError, match="at least one prompt"):
+        audit.stages(target, None, [], Settings())
+    with pytest.raises(SimsdError, match="positions"):
+        audit.stages(target, None, [[1] * 600], Settings())
+
+
+# (a) equality
+
+
+def break_op(monkeypatch, name: str, broken) -> None:
+    """Exact decoders call broken(op, arguments, settings) where they would call op(*arguments, **settings)."""
+    making = Exact.__init__
+
+    def make(self, *arguments) -> None:
+        making(self, *arguments)
+        op = getattr(self, name)
+        setattr(self, name, lambda *arguments, **settings: broken(op, arguments, settings))
+
+    monkeypatch.setattr(Exact, "__init__", make)
+
+
+def flawed_walk(monkeypatch, position: int) -> None:
+    """Blocks that a forward with several copies finishes get the next id at `position`."""
+
+    def broken(op, arguments, settings):
+        walk = simsd_kernels.Walk(*op(*arguments, **settings))
+        block = arguments[4]
+        for lane in range(len(block)):
+            if (block[lane] >= 0).sum() > 1:
+                done = int(walk.progress[lane, 0])
+                walk.tokens[lane, :done, position] = (walk.tokens[lane, :done, position] + 1) % 60
+        return walk
+
+    break_op(monkeypatch, "_verify", broken)
+
+
+def test_a_wrong_walk_fails_equality_with_the_first_difference(target, draft, monkeypatch):
+    flawed_walk(monkeypatch, position=2)
+    subject = subject_of(target, draft)
+    check = equality.equality(subject, "exact", "low_confidence_static", 0.0)
+    assert check.result == FAIL and check.figures["equal"] < check.figures["texts"]
+    config = simsd.GenerationConfig(max_new_tokens=12, max_rows=256, drafter="model")
+    native = simsd.generate(target, PROMPTS, config=simsd.GenerationConfig(max_new_tokens=12, verify="none"))
+    broken = simsd.generate(target, PROMPTS, draft, config, max_batch=1)
+    found = {d["prompt"]: d for d in check.details if d["how"] == "drafter model, batch 1"}
+    assert found
+    for number, (right, wrong) in enumerate(zip(native, broken, strict=True)):
+        differing = [i for i, pair in enumerate(zip(right.tokens, wrong.tokens, strict=False)) if pair[0] != pair[1]]
+        if not differing:
+            assert number not in found
+            continue
+        at, difference = differing[0], found[number]
+        assert (difference["token"], difference["position"]) == (at, 2)
+        assert difference["block"] == (len(PROMPTS[number]) + at) // 4
+        assert difference["native_token"] == right.tokens[at]
+        assert difference["other_token"] == (right.tokens[at] + 1) % 60
+        assert difference["margin_native_context"] > 0  # native took the argmax there
+
+
+def test_margins_come_from_the_contexts_just_before_the_reveal(target):
+    native = result_of([1, 2], [10, 11, 12, 13, 14, 15], [2, 1, 2, 1, 3, 4])
+    other = result_of([1, 2], [10, 11, 20, 13, 14, 15], [2, 1, 4, 1, 2, 3])
+    found = equality.first_difference(target, native, other)
+    # Block 1 holds tokens 2 to 5. Of its differences number 2 is the earliest: native revealed it at step 2.
+    assert (found["token"], found["block"], found["position"]) == (2, 1, 0)
+    assert (found["native_token"], found["other_token"]) == (12, 20)
+    assert (found["native_step"], found["other_step"]) == (2, 4)
+    prefix = [1, 2, 10, 11]
+    logits = plain_logits(target, prefix, [[MASK, 13, MASK, MASK], [MASK, 13, 14, 15]])[:, 0]
+    margins = (logits[:, 12] - logits[:, 20]).tolist()
+    assert [found["margin_native_context"], found["margin_other_context"]] == pytest.approx(margins, abs=1e-4)
+
+
+def test_a_difference_in_order_alone_is_found_where_steps_count(target):
+    native = result_of([1, 2, 3, 4], [10, 11, 12, 13], [1, 2, 3, 4])
+    other = result_of([1, 2, 3, 4], [10, 11, 12, 13], [1, 3, 2, 4])
+    assert equality.first_difference(target, native, native) is None
+    found = equality.first_difference(target, native, other)
+    assert (found["token"], found["native_step"], found["other_step"], found["margin_native_context"]) == (1, 2, 3, 0)
+    assert equality.first_difference(target, native, other, with_steps=False) is None
+
+
+def test_a_text_that_ends_early_differs_where_it_ends(target):
+    native = result_of([1, 2, 3, 4], [10, 11, 12], [1, 2, 3])
+    found = equality.first_difference(target, native, result_of([1, 2, 3, 4], [10, 11], [1, 2]))
+    assert (found["token"], found["native_token"], found["other_token"]) == (2, 12, None)
+    assert found["margin_native_context"] is None
+
+
+def result_of(prompt: list[int], tokens: list[int], steps: list[int]) -> Result:
+    return Result(tokens, None, steps, [1.0] * len(tokens), ["denoised"] * len(tokens), "length", prompt, Stats())
+
+
+# (b) leak and (c) context
+
+
+def visible_copies(monkeypatch) -> None:
+    """Every copy sees every other copy of its block."""
+
+    def broken(op, arguments, settings):
+        plan = simsd_kernels.Plan(*op(*arguments, **settings))
+        copied = (torch.arange(settings["slots"]) >= settings["scratch"]) & (plan.birth < simsd_kernels.INF)
+        birth = torch.where(copied, plan.birth // STRIDE * STRIDE, plan.birth)
+        death = torch.where(copied, birth + STRIDE - 1, plan.death)
+        return plan._replace(birth=birth.contiguous(), death=death.contiguous())
+
+    break_op(monkeypatch, "_plan", broken)
+
+
+def test_copies_that_see_each_other_fail_leak_and_context(target, draft, monkeypatch):
+    visible_copies(monkeypatch)
+    subject = subject_of(target, draft)
+    leaked = leak.exact_leak(subject)
+    assert leaked.result == FAIL and leaked.figures["max"] > 0.01
+    assert [check.result for check in context.exact_context(subject)] == [FAIL, FAIL]
+
+
+def test_a_prefix_that_is_not_what_was_committed_fails_context(target, draft, monkeypatch):
+    from simsd.side import Side
+
+    forward = Side.forward
+
+    def forgetful(self, lanes, ends, rows, wanted, lifetimes):
+        out = forward(self, lanes, ends, rows, wanted, lifetimes)
+        if lanes.count == 2:  # the audited decoder; what it is compared with runs alone
+            self.cache.values[:, :, :, 1] = 0.0
+        return out
+
+    monkeypatch.setattr(Side, "forward", forgetful)
+    subject = subject_of(target, draft, PROMPTS[:2], batch=2)
+    assert [check.result for check in context.exact_context(subject)] == [FAIL, FAIL]
+
+
+def test_exact_context_looks_at_copies_of_later_blocks_and_at_partly_revealed_ones(target, draft):
+    seen = context.exact_context(subject_of(target, draft))[0].figures
+    assert seen["states"] >= 20 and 0 < seen["ahead"] < seen["states"]
+    assert seen["identical"] == seen["states"] and seen["alone"] == 0
+
+
+def test_temporal_leak_is_none_where_nothing_is_drafted_behind_the_judged_position(target):
+    drafted = leak.drafted_blocks(subject_of(target))
+    for block in drafted:
+        assert len(block.tokens) == 4 and MASK not in block.tokens
+        assert sorted(step for step in block.steps if step) == list(range(1, 5 - block.known))
+    at_once = [leak.Drafted([1, 2, 3, 4], [5, 6, 7, 8], [1, 1, 1, 1])]
+    assert leak.temporal_leak(subject_of(target), at_once).figures["max"] == 0
+    assert leak.temporal_context(subject_of(target), at_once).figures["max"] < 1e-4
+    one_later = [leak.Drafted([1, 2, 3, 4], [5, 6, 7, 8], [1, 1, 1, 2])]
+    assert leak.temporal_leak(subject_of(target), one_later).figures["max"] > 1e-3
+
+
+# (d) distributions
+
+
+@pytest.mark.parametrize("strategy", distribution.STRATEGIES)
+def test_seeds_that_repeat_fail_the_law_of_texts(soft_target, soft_draft, strategy, monkeypatch):
+    opening = Lanes.open
+    monkeypatch.setattr(
+        Lanes, "open", lambda self, lane, tokens, end, seed: opening(self, lane, tokens, end, seed % 20)
+    )
+    assert distribution.text_law(subject_of(soft_target, soft_draft), strategy, 1e-3).result == FAIL
+
+
+def test_noise_of_the_wrong_size_fails_the_law_of_texts(soft_target, soft_draft, monkeypatch):
+    opening = Lanes.open
+
+    def colder(self, lane, tokens, end, seed):
+        opening(self, lane, tokens, end, seed)
+        self.temperature.fill_(0.1)
+
+    monkeypatch.setattr(Lanes, "open", colder)
+    assert distribution.text_law(subject_of(soft_target, soft_draft), "sequential", 1e-3).result == FAIL
+
+
+def test_mrs_that_accepts_everything_fails(soft_target, monkeypatch):
+    subject = subject_of(soft_target, random_sdar(1, sharpness=0.5))
+    assert distribution.mrs_op_law(subject, 1e-3).result == PASS
+    verify = simsd_kernels.block_verify
+    monkeypatch.setattr(
+        simsd_kernels, "block_verify", lambda *a, coin, **k: verify(*a, coin=torch.zeros_like(coin), **k)
+    )
+    assert distribution.mrs_op_law(subject, 1e-3).result == FAIL
+
+
+def test_nothing_drafted_and_too_few_draws_are_inconclusive(soft_target):
+    one_token = random_sdar(0, block_length=1, sharpness=0.5)  # nothing is left to draft after a step
+    subject = subject_of(one_token)
+    assert equality.equality(subject, "exact", "sequential", 0.0).result == INCONCLUSIVE
+    assert leak.exact_leak(subject).result == INCONCLUSIVE
+    assert {check.result for check in context.exact_context(subject)} == {INCONCLUSIVE}
+    undrafted = distribution.text_law(subject, "sequential", 1e-3)
+    assert undrafted.result == INCONCLUSIVE and "no token came from a draft" in undrafted.summary
+    few = distribution.text_law(subject_of(soft_target, seeds=3), "sequential", 1e-3)
+    assert few.result == INCONCLUSIVE and "too few" in few.summary
+
+
+def test_plain_texts_follow_the_softmax_of_a_plain_forward(soft_target):
+    scene = distribution.Scene([5, 9, 2], free=1, top_k=4)
+    texts = distribution.plain_texts(soft_target, scene, "sequential", 20000, seed=0)
+    logits = plain_logits(soft_target, [], [[5, 9, 2, MASK]])[0, 3].clone()
+    logits[MASK] = -torch.inf
+    kept = logits.topk(4)
+    law = torch.zeros(64).index_put_((kept.indices,), kept.values.softmax(0))
+    counts = torch.zeros(64)
+    for (token,), count in texts.items():
+        counts[token] = count
+    assert chi_squared.against_law(counts, law).p > 1e-3
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("free", [2, 3])
+def test_contexts_leave_the_free_positions_whatever_the_prompts(length, free):
+    model = random_sdar(0, block_length=length)
+    prompts = [[], [3], [4, 5, 6], list(range(1, 40))]
+    free = free if free <= length else -(-free // length) * length
+    for tokens in distribution._contexts(subject_of(model, prompts=prompts), free):
+        assert (len(tokens) + free) % length == 0 and MASK not in tokens
+
+
+@pytest.mark.parametrize("statistic, freedom, p", [(3.8415, 1, 0.05), (18.307, 10, 0.05), (29.588, 10, 0.001)])
+def test_tail_of_chi_squared_matches_published_tables(statistic, freedom, p):
+    assert chi_squared.tail(statistic, freedom) == pytest.approx(p, rel=1e-3)
+
+
+def test_p_values_are_uniform_under_the_law_and_small_off_it():
+    torch.manual_seed(0)
+    law = torch.tensor([0.5, 0.25, 0.2, 0.04, 0.009, 0.001])
+
+    def counts(of, draws):
+        return torch.bincount(torch.multinomial(of, draws, replacement=True), minlength=6)
+
+    one = torch.tensor([chi_squared.against_law(counts(law, 500), law).p for _ in range(500)])
+    two = torch.tensor([chi_squared.two_samples(counts(law, 500), counts(law, 4000)).p for _ in range(500)])
+    for p in (one, two):
+        assert abs(p.mean() - 0.5) < 0.06 and abs((p < 0.1).float().mean() - 0.1) < 0.05
+    off = torch.tensor([0.4, 0.35, 0.2, 0.04, 0.009, 0.001])
+    assert chi_squared.against_law(counts(off, 2000), law).p < 1e-6
+    assert chi_squared.two_samples(counts(off, 2000), counts(law, 8000)).p < 1e-6
+    assert chi_squared.against_law(torch.tensor([10, 0, 1]), torch.tensor([0.5, 0.5, 0.0])).p == 0
+    assert chi_squared.against_law(torch.tensor([5, 4]), torch.tensor([0.5, 0.5])) is None
+
+
+def test_all_tests_of_chance_together_raise_a_false_alarm_below_one_in_a_thousand(soft_target):
+    settings = Settings(**SMALL | {"seeds": 100})
+    report = audit.run(soft_target, None, PROMPTS[:2], settings)
+    tested = [check for check in report.checks if "p" in check.figures]
+    assert 0 < len(tested) * report.alpha <= 1e-3
+    assert f"{report.alpha:.1e}" in report.markdown() and "0.001" in report.markdown()
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory) -> list[str]:
+    folder = tmp_path_factory.mktemp("pair")
+    target = byte_pair.write_model(folder / "target", sharpness=0.5)
+    return ["--target", str(target), "--draft", str(target)]
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory) -> str:
+    file = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    file.write_text("hello there\nwhat is this?\n")
+    return str(file)
+
+
+@pytest.fixture
+def run(capsys):
+    def run_(*arguments) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main(["audit", *map(str, arguments)])
+        out, err = capsys.readouterr()
+        return ended.value.code, out, err
+
+    return run_
+
+
+def test_command_passes_and_writes_table_json_markdown_and_picture(run, pair, prompts, tmp_path):
+    files = {name: tmp_path / f"audit.{name}" for name in ("json", "md", "svg")}
+    code, out, err = run(
+        *("--quick", "--prompts", prompts, "--seeds", 200, "--batch", 2, *pair, "--json", files["json"]),
+        *("--markdown", files["md"], "--plot", files["svg"]),
+    )
+    assert code == 0, out + err
+    assert "no required check failed" in out and "audit: equality done" in err
+    written = json.loads(files["json"].read_text(), parse_constant=pytest.fail)
+    assert written["passed"] is True and written["complete"] is True and written["prompts"] == 2
+    assert set(written["counts"]) == set(RESULTS) and written["counts"]["FAIL"] == 0
+    assert sum(written["counts"].values()) == len(written["checks"])
+    for check in written["checks"]:
+        assert set(check) == {"part", "name", "verify", "result", "summary", "figures", "details"}
+        assert check["name"] in files["md"].read_text()
+    assert 0 < written["alpha"] < 1e-3 and written["settings"]["seeds"] == 200
+    assert files["svg"].read_text().startswith("<?xml")
+
+
+def test_command_fails_with_exit_code_1_and_shows_the_first_difference(run, pair, prompts, monkeypatch, tmp_path):
+    flawed_walk(monkeypatch, position=1)
+    code, out, _ = run(
+        *("--verify", "exact", "--strategies", "sequential", "--temperature", 0, "--max-new-tokens", 8),
+        *("--seeds", 20, "--prompts", prompts, *pair, "--plot", tmp_path / "audit.png"),
+    )
+    assert code == 1
+    assert "FAIL" in out and "a required check failed" in out
+    assert "position 1" in out.replace("\n", " ") and "in native's context" in out.replace("\n", " ")
+    assert (tmp_path / "audit.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--verify", "none"], "verify must be one of exact, temporal, both"),
+        (["--strategies", "sequential,random"], "strategy must be one of"),
+        (["--items", "0"], "--items must be at least 1"),
+        (["--items", "2", "--prompts", "x.txt"], "leave out --items"),
+        (["--prompts", "/nowhere/x.txt"], "cannot be read"),
+        (["--json", "/nowhere/x.json"], "cannot be written"),
+        (["--plot", "audit.gif"], "must end in .png, .svg, .pdf"),
+        (["--batch", "0"], "batch must be an integer >= 1"),
+        (["--surprise"], "No such option"),
+    ],
+    ids=lambda value: value[0].strip("-") if isinstance(value, list) else "",
+)
+def test_bad_options_are_one_line_and_exit_code_2(run, arguments, message):
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert err.startswith("simsd: error: ") and message in err
+
+
+def test_interrupt_shows_what_was_checked_until_then(run, pair, prompts, monkeypatch, tmp_path):
+    def interrupted(subject):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(leak, "exact_leak", interrupted)
+    file = tmp_path / "audit.json"
+    code, out, _ = run(
+        *("--verify", "exact", "--strategies", "sequential", "--max-new-tokens", 4, "--prompts", prompts),
+        *(*pair, "--json", file),
+    )
+    assert code == 130 and "interrupted" in out and "equality" in out
+    written = json.loads(file.read_text())
+    assert written["complete"] is False and {check["part"] for check in written["checks"]} == {"equality"}

@@ -1,0 +1,174 @@
+"""Exact decoding against native decoding: the quick selection of benchmarks/exactness.py, and settings at random."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import pathlib
+import sys
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from simsd import Decoder, GenerationConfig
+from simsd.config import STRATEGIES
+from simsd.side import Side
+from simsd_kernels import INF
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "benchmarks"))
+
+import exactness
+import exactness_settings
+from exactness_settings import FACTORS, NEAR, ONE_FACTOR, PAIRWISE, RANDOM, UNLIKE, UNPROMISED
+
+QUICK = exactness_settings.settings(quick=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Small models are fastest on one; the full run of the benchmark takes two."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def outcomes():
+    return exactness.run_all(QUICK, exactness.Natives(), Console(stderr=True))
+
+
+@pytest.mark.parametrize("group", [ONE_FACTOR, PAIRWISE, RANDOM])
+def test_the_text_and_the_step_map_are_native_decodings(outcomes, group):
+    chosen = [outcome for outcome in outcomes if outcome.setting.group == group]
+    assert sum(outcome.comparisons for outcome in chosen) > 50
+    assert [str(found) for outcome in chosen for found in outcome.differences] == []
+
+
+def test_the_probabilities_are_native_decodings_to_the_last_bit(outcomes):
+    promised = [outcome for outcome in outcomes if outcome.setting.group != UNPROMISED]
+    assert [outcome.setting.name for outcome in promised if outcome.probs_differ] == []
+
+
+def test_the_comparisons_go_through_drafted_tokens(outcomes):
+    """Equality without drafts would be native decoding compared with itself. How many there are is the policy's choice,
+    which goes by measured times: bounds are wide."""
+    built_in = exactness.totals(outcome for outcome in outcomes if outcome.setting.group == ONE_FACTOR)
+    assert built_in["unproved"] < 0.1 * built_in["comparisons"]
+    assert built_in["accepted"] > 0.3 * built_in["tokens"]
+    assert built_in["forwards"] < 0.8 * built_in["native_forwards"]
+    assert exactness.totals(outcome for outcome in outcomes if outcome.setting.group == RANDOM)["accepted"] > 500
+
+
+def test_sequences_are_cancelled_on_their_way(outcomes):
+    assert sum(outcome.cancelled for outcome in outcomes) >= 2
+
+
+def test_every_pair_of_factor_values_is_among_the_settings():
+    names = list(FACTORS)
+    rows = exactness_settings.covering_array([len(values) for values in FACTORS.values()])
+    for a, b in itertools.combinations(range(len(names)), 2):
+        pairs = {(row[a], row[b]) for row in rows}
+        assert len(pairs) == len(FACTORS[names[a]]) * len(FACTORS[names[b]]), (names[a], names[b])
+
+
+def test_a_full_run_has_ten_thousand_comparisons_of_distinct_settings():
+    full = exactness_settings.settings()
+    assert sum(len(setting.numbers) for setting in full if setting.group != UNPROMISED) > 10_000
+    assert len({(setting.group, setting.name) for setting in full}) == len(full)
+    assert {setting.group for setting in full} == {setting.group for setting in QUICK}
+
+
+@pytest.mark.parametrize("what", ["token", "step", "end"])
+def test_a_change_of_the_text_is_found_and_placed(what):
+    native = exactness.Natives()("block 4", 0, GenerationConfig(max_new_tokens=12), 0)
+    at = 7
+    changed = {
+        "token": {"tokens": [*native.tokens[:at], native.tokens[at] + 1, *native.tokens[at + 1 :]]},
+        "step": {"step_map": [*native.step_map[:at], native.step_map[at] + 1, *native.step_map[at + 1 :]]},
+        "end": {"finish_reason": "failed"},
+    }[what]
+    found = exactness.difference("s", 3, native, dataclasses.replace(native, **changed))
+    assert (found.what, found.prompt, found.position) == (what, 3, len(native.tokens) if what == "end" else at)
+
+
+def test_a_missing_token_is_a_difference_unless_the_sequence_was_cancelled():
+    native = exactness.Natives()("block 4", 0, GenerationConfig(max_new_tokens=12), 0)
+    shorter = dataclasses.replace(native, tokens=native.tokens[:5], step_map=native.step_map[:5])
+    assert exactness.difference("s", 0, native, shorter).position == 5
+    assert exactness.difference("s", 0, native, dataclasses.replace(shorter, finish_reason="cancelled")) is None
+
+
+def test_a_difference_is_an_error_status_and_both_are_reported(tmp_path, monkeypatch):
+    """The texts of another seed stand in for wrong ones."""
+    monkeypatch.setattr(exactness, "native_config", native_of_another_seed)
+    arguments = ["--quick", "--threads", "1", "--only", "T = 3: near draft, low", "--out", str(tmp_path)]
+    assert exactness.main(arguments) == 1
+    assert "## Differences" in (tmp_path / "exactness.md").read_text()
+    monkeypatch.undo()
+    assert exactness.main(arguments) == 0
+    assert "## Differences" not in (tmp_path / "exactness.md").read_text()
+
+
+def test_copies_that_see_each_other_are_found_out(monkeypatch):
+    """What separates the copies of a block is their keys' death; without it, logits are near enough to look right."""
+    forward = Side.forward
+
+    def immortal(side, lanes, ends, rows, wanted, lifetimes):
+        if lifetimes is not None:
+            lifetimes = lifetimes[0], torch.full_like(lifetimes[1], INF)
+        return forward(side, lanes, ends, rows, wanted, lifetimes)
+
+    monkeypatch.setattr(Side, "forward", immortal)
+    setting = next(s for s in exactness_settings.settings() if s.name.startswith("block 4: near draft, batch 1"))
+    outcome = exactness.run(dataclasses.replace(setting, numbers=tuple(range(10))), exactness.Natives())
+    assert outcome.probs_differ == 10 and len(outcome.differences) > 3
+    assert outcome.differences[0].native != outcome.differences[0].exact
+
+
+def native_of_another_seed(config: GenerationConfig, seed: int) -> GenerationConfig:
+    return dataclasses.replace(config, verify="none", seed=seed + 1)
+
+
+@st.composite
+def cases(draw) -> tuple[str | None, GenerationConfig, list[list[int]], list[int], int]:
+    length = draw(st.sampled_from((1, 2, 3, 4, 5, 8)))
+    draft = draw(st.sampled_from((NEAR, NEAR, UNLIKE, None)))
+    strategy = draw(st.sampled_from(STRATEGIES))
+    config = GenerationConfig(
+        max_new_tokens=draw(st.integers(1, 20)),
+        block_length=length,
+        steps=draw(st.none() | st.integers(1, length)),
+        strategy=strategy,
+        threshold=draw(st.sampled_from((0.0, 0.3, 0.85, 1.0))),
+        entropy_bound=draw(st.sampled_from((0.0, 0.5, 3.0))),
+        temperature=draw(st.sampled_from((0.0, 0.3, 1.0))),
+        top_k=draw(st.sampled_from((0, 1, 5))),
+        top_p=draw(st.sampled_from((1.0, 0.9, 0.3))),
+        drafter=draw(st.sampled_from(("auto", "self") if draft is None else ("auto", "model", "self"))),
+        lookahead=draw(st.integers(1, 4)),
+        max_rows=draw(st.sampled_from((None, 0, 1, 8, 40, 200))),
+        order_power=draw(st.sampled_from((0.0, 0.5, 8.0))),
+        draft_steps=draw(st.none() | st.integers(1, length)),
+        end_token_ids=draw(st.sampled_from((None, (), (3, 17, 40)))),
+    )
+    token = st.integers(1, exactness_settings.END - 1)
+    prompts = draw(st.lists(st.lists(token, min_size=1, max_size=11), min_size=1, max_size=5))
+    seeds = draw(st.lists(st.integers(-5, 5), min_size=len(prompts), max_size=len(prompts)))
+    return draft, config, prompts, seeds, draw(st.integers(1, 4))
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(cases())
+def test_any_setting_gives_the_native_text(case):
+    draft, config, prompts, seeds, batch = case
+    target = exactness_settings.model("block 4")
+    draft = None if draft is None else exactness_settings.model(f"block 4/{draft}")
+    exact = exactness.decode(Decoder(target, prompts, draft, config, seeds=seeds, max_batch=batch))
+    for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+        native = exactness.decode(Decoder(target, [prompt], None, exactness.native_config(config, seed)))[0]
+        assert exactness.difference("", number, native, exact[number]) is None
+        assert exact[number].probs == native.probs

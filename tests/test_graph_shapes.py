@@ -1,0 +1,64 @@
+"""benchmarks/graph_shapes.py: what it counts."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import simsd
+from simsd.benchmarking import Item
+from stand_ins import random_sdar
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "graph_shapes.py"
+
+
+@pytest.fixture(scope="module")
+def shapes():
+    spec = importlib.util.spec_from_file_location("graph_shapes", SCRIPT)
+    module = sys.modules["graph_shapes"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_rows_of_native_forwards_are_the_block_and_what_it_commits(shapes):
+    """9 prompt tokens and 4 + 4 + 4 of the answer: blocks of 3, 4 and 4 steps; two commits ride along."""
+    target = random_sdar(0)
+    counter = shapes.RowCounter(target)
+    config = simsd.GenerationConfig(max_new_tokens=11, block_length=4, verify="none", end_token_ids=())
+    results, rows = shapes.decode(target, None, [list(range(1, 10))], config, counter)
+    assert results[0].stats.target_forwards == counter.forwards == 11
+    assert rows == (11 * 4 + 2 * 4) / 11
+
+
+def test_records_hold_ratios_rows_and_equal_texts(shapes):
+    target, draft = random_sdar(0), random_sdar(0)  # a perfect draft
+    items = [Item("x", [1, 2, 3]), Item("y", [4, 5])]
+    chosen = shapes.variants([4, 8], [16, 64], [1, 2])
+    assert len(chosen) == 2 * 3 * 2 * 2 and len({v.drafter for v in chosen}) == 2
+    records = shapes.measure(target, draft, items, chosen, 16)
+    for record in records:
+        assert record["same_text"] == 1.0
+        assert record["forwards_ratio"] <= 1.0 and set(record["by_family"]) == {"x", "y"}
+        assert (record["draft_ratio"] > 0) == (record["drafter"] == "model")
+        # Two blocks may wait for their commit beside the current state and the drafted ones.
+        assert record["rows"] <= record["max_rows"] + 3 * record["block_length"]
+    best = [r["forwards_ratio"] for r in records if r["drafter"] == "model" and r["max_rows"] == 64]
+    assert max(best) < 1.0
+    settings = {"items": 1, "families": ["x", "y"], "target": "t", "draft": "d", "date": "today"}
+    lines = [line for line in shapes.markdown(records, settings).splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + len(records) // 2 and len({line.count("|") for line in lines}) == 1
+    assert "Native's text in 100.0%" in shapes.markdown(records, settings)
+    json.dumps(records, allow_nan=False)
