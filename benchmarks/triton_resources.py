@@ -27,8 +27,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from simsd_kernels import dispatch
+from simsd_kernels.block_verify import graph_triton as graph
 from simsd_kernels.block_verify import triton as verify
 from simsd_kernels.masked_attention import triton as attention
+from simsd_kernels.reveal.api import STRATEGIES
 
 TOOLS = pathlib.Path(nvidia.__file__).parent / "bin"
 # Compute capability -> shared memory that one program may have, in bytes (CUDA programming guide, technical
@@ -46,7 +48,7 @@ class Variant:
     module: object
     kernel: str
     pointers: dict[str, str | None]
-    constants: dict[str, int]
+    constants: dict[str, int | str]
     options: dict[str, int]
 
 
@@ -68,6 +70,7 @@ def variants() -> Iterator[Variant]:
         for dim in HEAD_SIZES:
             yield from attention_variants(dtype, name, dim)
         yield from verify_variants(name)
+    yield from graph_variants()
 
 
 def attention_variants(dtype: torch.dtype, name: str, dim: int) -> Iterator[Variant]:
@@ -99,6 +102,21 @@ def verify_variants(name: str) -> Iterator[Variant]:
             chunks = verify.CHUNKS_AT_ONCE if kernel == "judge" else 64
             sizes = {"CHUNK": verify.CHUNK, "LENGTH": 64, "CHUNKS": chunks}
             yield Variant(f"{name}, {rule}", verify, kernel, pointers, sizes, verify.OPTIONS)
+
+
+def graph_variants() -> Iterator[Variant]:
+    """The walk does not read logits, so there is nothing to it but the strategy and the length of a block."""
+    long = ("p_drawn", "p_states", "p_revealed", "p_clean", "p_out_revealed", "p_out_tokens")
+    floats = ("p_drawn_prob", "p_log_odds", "p_entropy", "p_prob", "p_out_prob")
+    counts = ("block", "cleaned", "depth", "step", "step_map", "origin", "schedule")
+    counts += ("out_progress", "out_step_map", "out_origin")
+    pointers = dict.fromkeys(long, "i64") | dict.fromkeys(floats, "fp32") | {"p_threshold": "fp64"}
+    pointers |= dict.fromkeys((f"p_{name}" for name in counts), "i32")
+    for strategy in STRATEGIES:
+        for length in (4, 16, 64):
+            constants, options = graph.configuration(length)
+            constants = {**constants, "STRATEGY": strategy}
+            yield Variant(f"{strategy}, L {length}", graph, "walk", pointers, constants, options)
 
 
 def source(variant: Variant) -> ASTSource:

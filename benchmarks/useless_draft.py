@@ -42,8 +42,8 @@ class NoOwnDraft:
         self.propose = exact.Policy.choose
         propose = self.propose
 
-        def choose(policy, blocks_left, has_self, has_model):
-            return propose(policy, blocks_left, [False] * len(has_self), has_model)
+        def choose(policy, blocks_left, masked, has_model):
+            return propose(policy, blocks_left, [0] * len(masked), has_model)
 
         exact.Policy.choose = choose
 

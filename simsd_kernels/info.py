@@ -107,7 +107,9 @@ def _status(op: str, backend: str, gpus: object) -> str:
     """AVAILABLE, or why `backend` cannot serve `op` here on the device it is made for."""
     device = torch.device("cuda" if backend in ("triton", "cuda") else "cpu")
     if backend == "triton":
-        if importlib.util.find_spec(f"simsd_kernels.{op}.triton") is None:
+        folder, _, overload = op.partition(".")
+        module = f"{overload}_triton" if overload else "triton"
+        if importlib.util.find_spec(f"simsd_kernels.{folder}.{module}") is None:
             return "this op has no triton kernel"
         if dispatch.interpreting():
             device = torch.device("cpu")

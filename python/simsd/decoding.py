@@ -91,7 +91,7 @@ class Decoder:
             for side in self._sides:
                 side.committed[lane] = min(side.committed[lane], self._lanes.starts[lane])
             if isinstance(self._loop, Exact):
-                self._loop.has_self[lane] = False
+                self._loop.masked[lane] = 0
 
     def _update(self, sequence: Sequence, tokens: list[int]) -> Update:
         if sequence.finish_reason is not None:
@@ -143,7 +143,7 @@ class Decoder:
             self._loop = Temporal(lanes, target_side, draft_side, sampler, config, self.end_ids)
         else:
             experience = experience_of(target.model, None if self.draft is None else self.draft.model, target.device)
-            policy = Policy(config, length, lanes.count, experience, _size_ratio(target, self.draft))
+            policy = Policy(config, length, lanes.count, experience)
             self._loop = Exact(lanes, target_side, draft_side, sampler, config, policy)
 
     def _exact_step(self) -> list[tuple[Sequence, list[int]]]:
@@ -312,11 +312,3 @@ def _usable_draft(draft: LoadedModel | None, config: GenerationConfig) -> Loaded
     if config.verify == "exact" and config.drafter == "model" and draft is None:
         raise SimsdError("drafter='model' needs a draft model, got None: name one, or use drafter='auto' or 'self'")
     return draft
-
-
-def _size_ratio(target: LoadedModel, draft: LoadedModel | None) -> float:
-    """A first guess at the draft's time per forward in target forwards, before any was timed."""
-    if draft is None:
-        return 1.0
-    layers = [model.model.config.num_hidden_layers for model in (draft, target)]
-    return min(1.0, 0.1 + layers[0] / layers[1])

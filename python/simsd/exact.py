@@ -19,7 +19,7 @@ from simsd.config import GenerationConfig
 from simsd.drafting import Proposal, Sampler, by_model, by_target
 from simsd.lanes import Lanes
 from simsd.models.attention import unchecked
-from simsd.policy import Choice, Policy
+from simsd.policy import Policy, Way
 from simsd.side import Side
 
 DEFAULT_ROWS = 128  # rows that drafted states of one lane take at most where max_rows does not say
@@ -62,13 +62,14 @@ class Exact:
         self._plan = unchecked(kernels.plan_block, device, dtype)
         self._verify = unchecked(kernels.block_verify_graph, device, dtype, "block_verify.graph")
         self.samples = config.temperature > 0
-        # For the next self-draft: the target's logits for the copy that each lane's walk ended on.
+        # For the next self-draft: the target's logits for the copy that each lane's walk ended on, and how many
+        # positions of the block are masked since (0: the walk did not end inside a block).
         self.last: tuple[Tensor, Tensor] | None = None
         self.last_copy = [-1] * lanes.count
-        self.has_self = [False] * lanes.count
+        self.masked = [0] * lanes.count
 
     def open(self, lane: int) -> None:
-        self.has_self[lane] = False
+        self.masked[lane] = 0
         self.policy.open(lane)
 
     @torch.inference_mode()
@@ -79,12 +80,7 @@ class Exact:
             (end - start) // lanes.length if start >= 0 else 0
             for start, end in zip(lanes.starts, lanes.ends, strict=True)
         ]
-        active = sum(n > 0 for n in left)
-        if self.config.verify == "none":
-            choice = Choice(["none"] * lanes.count, [0] * lanes.count)
-        else:
-            choice = policy.choose(left, self.has_self, self.draft is not None)
-        proposal = self._propose(choice)
+        proposal = self._propose(policy.choose(left, self.masked, self.draft is not None))
 
         began = time.perf_counter()
         drafting = any(proposal.depths)
@@ -99,16 +95,16 @@ class Exact:
             proposal.prob,
             proposal.log_odds,
             proposal.entropy,
-            torch.tensor(policy.trust(choice), device=lanes.device),
+            torch.tensor(policy.trust(), device=lanes.device),
             proposal.power,
             *self._noise(proposal),
             schedule=self.sampler.schedule,
             strategy=self.sampler.strategy,
             threshold=self.sampler.bound,
-            floor=policy.floor(active) if drafting else 0.0,
+            floor=policy.floor() if drafting else 0.0,
             mask_id=self.target.model.mask_token_id,
             max_copies=self.copies if drafting else 1,
-            max_rows=self._max_rows(active),
+            max_rows=self._max_rows(),
             scratch=self.target.scratch,
             slots=self.target.slots,
             stride=layouts.STRIDE,
@@ -127,15 +123,16 @@ class Exact:
         walk = kernels.Walk(*walked)
         lanes.advance(walk)
         self.last = logits, index
-        steps = self._read(walk, plan, proposal, choice)
+        steps = self._read(walk, plan, proposal)
         policy.target.see(self.target.rows, time.perf_counter() - began)
         return steps
 
-    def _propose(self, choice: Choice) -> Proposal:
-        """Drafts what was chosen."""
+    def _propose(self, ways: list[Way]) -> Proposal:
+        """Drafts in the ways chosen."""
         lanes = self.lanes
-        own = [lane for lane, kind in enumerate(choice.kind) if kind == "self"]
-        blocks = max(choice.depth) or int(bool(own))
+        own = [lane for lane, way in enumerate(ways) if way.kind == "self"]
+        depths = [way.depth for way in ways]
+        blocks = max(depths) or int(bool(own))
         model = self.target.model
         vocabulary = model.vocab_size if self.samples and blocks else None
         proposal = Proposal.empty(lanes, blocks, vocabulary, model.dtype)
@@ -147,8 +144,8 @@ class Exact:
                 lanes, own, logits[rows.clamp(min=0).flatten().long()], proposal, self.sampler, model.mask_token_id
             )
         self.draft_forwards = [0] * lanes.count
-        if any(choice.depth):
-            self.draft_forwards = by_model(self.draft, lanes, proposal, choice.depth, self.sampler, self.policy.draft)
+        if any(depths):
+            self.draft_forwards = by_model(self.draft, lanes, proposal, depths, self.sampler, self.policy.draft)
         return proposal
 
     def _noise(self, proposal: Proposal) -> tuple[Tensor | None, ...]:
@@ -157,8 +154,8 @@ class Exact:
         lanes, sampler = self.lanes, self.sampler
         return proposal.logits, lanes.temperature, lanes.top_k, lanes.top_p, lanes.seed, sampler.banned
 
-    def _max_rows(self, active: int) -> int:
-        return DEFAULT_ROWS * active if self.config.max_rows is None else self.config.max_rows
+    def _max_rows(self) -> int:
+        return DEFAULT_ROWS * self.policy.active if self.config.max_rows is None else self.config.max_rows
 
     def _forward(self, plan: kernels.Plan, ahead: int) -> tuple[Tensor, Tensor]:
         """Logits [N, V] of the masked positions of every copy, and their rows, int32 [B, C, L]."""
@@ -171,7 +168,7 @@ class Exact:
         logits, index = self.target.forward(lanes, lanes.starts, rows, wanted, (plan.birth, plan.death))
         return logits, index[:, ahead * lanes.length :].unflatten(1, (-1, lanes.length)).contiguous()
 
-    def _read(self, walk: kernels.Walk, plan: kernels.Plan, proposal: Proposal, choice: Choice) -> dict[int, Step]:
+    def _read(self, walk: kernels.Walk, plan: kernels.Plan, proposal: Proposal) -> dict[int, Step]:
         """The iteration's one read by the host."""
         lanes, length = self.lanes, self.lanes.length
         copies = (plan.block >= 0).sum(1, keepdim=True) + plan.cleaned[:, None]
@@ -203,8 +200,9 @@ class Exact:
             self.target.committed[lane] = start + committed * length
             if self.draft is not None:
                 self.draft.committed[lane] = min(self.draft.committed[lane], start + same * length)
-            self.has_self[lane], self.last_copy[lane] = step > 0, last
-            self.policy.see(lane, choice.kind[lane], judged, accepted, taken - 1, same > 0, (copied - 1) * length)
+            self.masked[lane] = length - int(sum(shown)) if step > 0 else 0
+            self.last_copy[lane] = last
+            self.policy.see(lane, judged, accepted, taken - 1, (copied - 1) * length, self.draft_forwards[lane])
             steps[lane] = Step(
                 blocks=[
                     (tokens[k], [int(x) for x in column(1, k)], column(2, k), [ORIGINS[int(x)] for x in column(3, k)])

@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
+from typing import ClassVar
 
 import torch
 from torch import nn
 
 from simsd.config import GenerationConfig
 
-FIRST_WAIT = 8  # iterations without the draft model after it did not pay; doubled each time it does not again
-MAX_WAIT = 512
+FIRST_PATIENCE = (
+    64  # iterations that a way of drafting rests which others surpass; doubled each time it is tried in vain
+)
+MAX_PATIENCE = 2048
+TRIES = 2  # before a way of drafting is judged by its record
 
 
 class Line:
@@ -62,47 +66,66 @@ class Line:
 
 @dataclasses.dataclass
 class Record:
-    """How one lane fares with one kind of draft; starts from the batch's own record."""
+    """What came of one way of drafting, the latest weighing most."""
 
-    judged: float = 0.0
-    accepted: float = 0.0
+    DECAY: ClassVar[float] = 0.9
+
     tries: float = 0.0
-    extra: float = 0.0  # steps beyond the first
-    whole: float = 0.0  # first blocks finished as drafted
+    extra: float = 0.0  # steps of the target beyond the first
     rows: float = 0.0  # that the target ran for drafted states
+    forwards: float = 0.0  # of the draft model
+    idle: int = 0  # times that it was passed over since
+    patience: int = FIRST_PATIENCE
 
-    def see(self, judged: int, accepted: int, extra: int, whole: bool, rows: int) -> None:
-        keep = 0.9
-        self.judged, self.accepted = self.judged * keep + judged, self.accepted * keep + accepted
-        self.tries, self.extra = self.tries * keep + 1, self.extra * keep + extra
-        self.whole, self.rows = self.whole * keep + whole, self.rows * keep + rows
+    def see(self, **values: float) -> None:
+        for name, value in {"tries": 1.0, **values}.items():
+            setattr(self, name, getattr(self, name) * self.DECAY + value)
 
-    def trust(self, prior: float) -> float:
-        """Accepted share of judged tokens, `prior` weighing as much as six."""
-        return (self.accepted + 6 * prior) / (self.judged + 6)
-
-    def mean(self, name: str, prior: float) -> float:
-        return (getattr(self, name) + 2 * prior) / (self.tries + 2)
-
-
-KINDS = ("self", "model")
+    def mean(self, name: str) -> float:
+        return getattr(self, name) / max(self.tries, 1.0)
 
 
 @dataclasses.dataclass
-class Choice:
-    """Per lane: who drafts the current block ("none", "self" or "model"), and how many blocks the draft model goes."""
+class Acceptance:
+    """The share of judged tokens that the target took."""
 
-    kind: list[str]
-    depth: list[int]
+    judged: float = 0.0
+    accepted: float = 0.0
+
+    def see(self, judged: int, accepted: int) -> None:
+        self.judged, self.accepted = self.judged * 0.9 + judged, self.accepted * 0.9 + accepted
+
+    def share(self, prior: float) -> float:
+        """`prior` weighs as much as six tokens."""
+        return (self.accepted + 6 * prior) / (self.judged + 6)
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """A way of drafting: who proposes the current block ("none", "self" or "model"), and how many blocks ahead, the
+    current one included, the draft model goes (0: it is not asked)."""
+
+    kind: str
+    depth: int
+
+
+NONE = Way("none", 0)
+OWN = Way("self", 0)
 
 
 class Experience:
-    """What is known of a pair of models, whatever was decoded: times by rows, and how drafts fared."""
+    """What is known of a pair of models, whatever was decoded: times by rows, how far drafts were right, and what each
+    way of drafting brought, by the situation: about how many sequences the batch has (rows and forwards weigh
+    differently then) and which part of the block is still masked."""
 
     def __init__(self, device: torch.device) -> None:
         per_row = 1 / 80 if device.type == "cpu" else 1 / 2000
         self.target, self.draft = Line(per_row), Line(per_row)
-        self.overall = {kind: Record() for kind in KINDS}
+        self.acceptance = {kind: Acceptance() for kind in ("self", "model")}
+        self.records: dict[tuple[int, int, Way], Record] = {}
+
+    def record(self, active: int, quarter: int, way: Way) -> Record:
+        return self.records.setdefault((active.bit_length(), quarter, way), Record())
 
 
 # Kept while the models live, so that a call of `generate` need not learn anew what the last one found out.
@@ -116,104 +139,103 @@ def experience_of(target: nn.Module, draft: nn.Module | None, device: torch.devi
 
 
 class Policy:
-    def __init__(
-        self, config: GenerationConfig, block_length: int, lanes: int, experience: Experience, draft_ratio: float
-    ) -> None:
-        """`draft_ratio`: the draft model's share of the target's time per forward, as far as one can tell before."""
-        self.config, self.length = config, block_length
-        self.target, self.draft, self.overall = experience.target, experience.draft, experience.overall
-        self.draft_ratio = draft_ratio
-        self.records = [{kind: Record() for kind in KINDS} for _ in range(lanes)]
-        self.wait = [0] * lanes
-        self.next_wait = [FIRST_WAIT] * lanes
+    def __init__(self, config: GenerationConfig, block_length: int, lanes: int, experience: Experience) -> None:
+        self.config, self.length, self.experience = config, block_length, experience
+        self.target, self.draft = experience.target, experience.draft
+        self.active = 1
+        self.ways = [NONE] * lanes
+        self.quarters = [0] * lanes
+        self.acceptance = [{kind: Acceptance() for kind in ("self", "model")} for _ in range(lanes)]
 
     def open(self, lane: int) -> None:
-        self.records[lane] = {kind: Record() for kind in KINDS}
+        self.acceptance[lane] = {kind: Acceptance() for kind in ("self", "model")}
 
-    def choose(self, blocks_left: list[int], has_self: list[bool], has_model: bool) -> Choice:
-        """`blocks_left`: 0 where the lane is free. `has_self`: the target's logits for the block are at hand."""
-        choice = Choice(["none"] * len(blocks_left), [0] * len(blocks_left))
-        active = sum(left > 0 for left in blocks_left)
+    def choose(self, blocks_left: list[int], masked: list[int], has_model: bool) -> list[Way]:
+        """By lane. `blocks_left`: 0 where the lane is free. `masked`: positions of the block that are masked after a
+        step whose logits are at hand; 0: there are none, the block is fresh."""
+        self.active = max(sum(left > 0 for left in blocks_left), 1)
         for lane, left in enumerate(blocks_left):
-            if not left:
-                continue
             ahead = min(self.config.lookahead, left)
-            match self.config.drafter:
-                case "model":
-                    choice.kind[lane], choice.depth[lane] = "model", ahead
-                case "self":
-                    choice.kind[lane] = "self" if has_self[lane] else "none"
-                case "auto":
-                    self._weigh(choice, lane, ahead, has_self[lane], has_model, active)
-        return choice
+            if not left or self.config.verify == "none":
+                self.ways[lane] = NONE
+            elif self.config.drafter == "model":
+                self.ways[lane] = Way("model", ahead)
+            elif self.config.drafter == "self":
+                self.ways[lane] = OWN if masked[lane] else NONE
+            else:
+                self.quarters[lane] = self._quarter(masked[lane])
+                self.ways[lane] = self._best(self.quarters[lane], ahead, masked[lane] > 0, has_model)
+        return self.ways
 
-    def _weigh(self, choice: Choice, lane: int, ahead: int, has_self: bool, has_model: bool, active: int) -> None:
-        forward = self.draft_seconds(active)
-        worth = {"none": 0.0}
-        if has_self:
-            worth["self"] = self._worth(lane, "self", active)
-        if has_model and self.wait[lane] != 1:
-            self.wait[lane] = max(self.wait[lane] - 1, 0)
-        if has_model and self.wait[lane] <= 1:
-            trying = self.wait[lane] == 1 or self.overall["model"].tries < 1
-            worth["model"] = float("inf") if trying else self._worth(lane, "model", active) - forward
-            if worth["model"] <= 0:
-                self.wait[lane] = self.next_wait[lane]
-                self.next_wait[lane] = min(2 * self.next_wait[lane], MAX_WAIT)
-            elif trying:
-                self.wait[lane] = 0
-        kind = choice.kind[lane] = max(worth, key=worth.__getitem__)
-        if kind == "none" or worth.get("model", 0.0) <= 0:
-            return
-        choice.depth[lane] = int(kind == "model")
-        # Each block further is drafted in vain if the one before does not come out as drafted.
-        probability = self._mean(lane, kind, "whole", 0.5)
-        gain = self._worth(lane, "model", active) + self.step_seconds(active)
-        for depth in range(2, ahead + 1):
-            rows = 2 * self.length * self.target.slope
-            if probability * gain < (1 - probability) * forward + rows:
-                break
-            choice.depth[lane] = depth
-            probability *= self._mean(lane, "model", "whole", 0.5)
+    def _quarter(self, masked: int) -> int:
+        """How many quarters of the block are masked, rounded up; 0: it is fresh."""
+        return -(-4 * masked // self.length)
 
-    def _worth(self, lane: int, kind: str, active: int) -> float:
-        """Seconds that a draft of this kind saves the target, its own cost aside."""
-        steps = self._mean(lane, kind, "extra", 0.25 * self.length)
-        return steps * self.step_seconds(active) - self._mean(lane, kind, "rows", 0.0) * self.target.slope
+    def _best(self, quarter: int, ahead: int, has_self: bool, has_model: bool) -> Way:
+        """The way that saves most time by its record; untried ones first, and now and then one that was surpassed.
 
-    def _mean(self, lane: int, kind: str, name: str, prior: float) -> float:
-        return self.records[lane][kind].mean(name, self.overall[kind].mean(name, prior))
+        The target's own logits propose the current block wherever there are some: they cost nothing.
+        """
+        further = range(2, ahead + 1) if has_model else ()
+        own = [OWN, *(Way("self", depth) for depth in further)]
+        ways = own if has_self else [Way("model", depth) for depth in (1, *further) if has_model]
+        records = {way: self.experience.record(self.active, quarter, way) for way in ways}
+        for way, record in records.items():
+            if record.tries < TRIES - 0.5:
+                return way
+            if record.idle >= record.patience:
+                record.idle, record.patience = 0, min(2 * record.patience, MAX_PATIENCE)
+                return way
+        saved = {NONE: 0.0} | {way: self.saved(quarter, way) for way in ways}
+        if not has_self:
+            # A step on the current state alone leaves logits for a draft of the target's own next time.
+            later = self._quarter(self.length - 1)
+            saved[NONE] = max(0.0, *(self.saved(later, way, steps=2) for way in own))
+        best = max(saved, key=saved.__getitem__)
+        for way, record in records.items():
+            record.idle = 0 if way == best else record.idle + 1
+            record.patience = FIRST_PATIENCE if way == best else record.patience
+        return best
 
-    def trust(self, choice: Choice) -> list[float]:
+    def saved(self, quarter: int, way: Way, steps: int = 1) -> float:
+        """Seconds per step that a way of drafting saves by its record, `steps` being those that it takes anyway."""
+        record = self.experience.record(self.active, quarter, way)
+        spent = record.mean("rows") * self.target.slope + record.mean("forwards") * self.draft_seconds()
+        extra = record.mean("extra")
+        return (extra * self.step_seconds() - spent) / (steps + extra)
+
+    def trust(self) -> list[float]:
+        """By lane, how far the draft's probabilities are believed."""
         if self.config.drafter != "auto":
-            return [1.0] * len(choice.kind)
+            return [1.0] * len(self.ways)
+        overall = self.experience.acceptance
         return [
-            1.0 if kind == "none" else self.records[lane][kind].trust(self.overall[kind].trust(1.0))
-            for lane, kind in enumerate(choice.kind)
+            1.0 if way.kind == "none" else self.acceptance[lane][way.kind].share(overall[way.kind].share(1.0))
+            for lane, way in enumerate(self.ways)
         ]
 
-    def step_seconds(self, active: int) -> float:
+    def step_seconds(self) -> float:
         """What one native step of one sequence costs in a batch of `active`."""
-        active = max(active, 1)
-        return self.target.base / active + self.target.slope * self.length
+        return self.target.base / self.active + self.target.slope * self.length
 
-    def draft_seconds(self, active: int) -> float:
+    def draft_seconds(self) -> float:
+        """What one draft forward of one sequence costs, as far as it is known."""
         if not self.draft.n:
-            return self.draft_ratio * self.step_seconds(active)
-        return self.draft.base / max(active, 1) + self.draft.slope * self.length
+            return 0.0
+        return self.draft.base / self.active + self.draft.slope * self.length
 
-    def floor(self, active: int) -> float:
+    def floor(self) -> float:
         """The least probability of being visited at which a copy pays for its rows."""
         if self.config.max_rows is not None:
             return 0.0
-        return min(1.0, self.target.slope * self.length / self.step_seconds(active))
+        return min(1.0, self.target.slope * self.length / self.step_seconds())
 
-    def see(self, lane: int, kind: str, judged: int, accepted: int, extra: int, whole: bool, rows: int) -> None:
-        """What came of a draft: tokens judged and accepted, steps beyond the first, whether the first block came out as
-        drafted, and the rows that the target ran for it."""
-        if kind == "none":
+    def see(self, lane: int, judged: int, accepted: int, extra: int, rows: int, forwards: int) -> None:
+        """What came of the lane's draft: tokens judged and accepted, steps beyond the first, the rows that the target
+        ran for it and the draft model's forwards."""
+        way = self.ways[lane]
+        if way == NONE:
             return
-        self.records[lane][kind].see(judged, accepted, extra, whole, rows)
-        self.overall[kind].see(judged, accepted, extra, whole, rows)
-        if kind == "model" and extra:
-            self.next_wait[lane] = FIRST_WAIT
+        self.experience.record(self.active, self.quarters[lane], way).see(extra=extra, rows=rows, forwards=forwards)
+        self.acceptance[lane][way.kind].see(judged, accepted)
+        self.experience.acceptance[way.kind].see(judged, accepted)

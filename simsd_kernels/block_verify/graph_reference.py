@@ -50,7 +50,7 @@ def block_verify_graph(
     full = _union(torch.ones_like(states[:, 0], dtype=torch.bool), bit)  # [B]
     revealed = revealed & full[:, None]
     cleaned, depth = cleaned.clamp(max=ahead), depth.clamp(max=ahead)
-    token, *statistics = _actions(
+    token, *statistics = actions(
         *(target_logits, rows, revealed, block, start, temperature, top_k, top_p, seed, banned_ids, strategy)
     )
 
@@ -130,7 +130,7 @@ def block_verify_graph(
     return progress, known, out_tokens, out_steps, out_prob, out_origin
 
 
-def _actions(
+def actions(
     target_logits, rows, revealed, block, start, temperature, top_k, top_p, seed, banned_ids, strategy
 ) -> tuple[Tensor, ...]:
     """token, prob, log_odds, entropy, each [B, C, L]: what the target draws at every position of every copy."""
