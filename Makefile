@@ -53,6 +53,8 @@ bench: $(VENV)/.installed-test
 	$(BIN)/simsd audit --json benchmarks/results/audit.json --markdown benchmarks/results/audit.md
 	$(BIN)/simsd bench --items 100 --batch 1,8 --json benchmarks/results/tiny_pair.json \
 		--markdown benchmarks/results/tiny_pair.md
+	$(BIN)/simsd bench --items 50 --temperature 0.8 --modes native,exact-model,exact-self,exact-auto \
+		--json benchmarks/results/tiny_pair_t08.json --markdown benchmarks/results/tiny_pair_t08.md
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -17,6 +17,12 @@ def test_a_results_table_is_the_measured_one(path, shown):
     assert shown.strip() == (ROOT / path).read_text(encoding="utf-8").strip()
 
 
+def test_the_count_of_exact_comparisons_is_the_measured_one():
+    measured = (ROOT / "benchmarks/results/exactness.md").read_text(encoding="utf-8")
+    (count,) = re.findall(r"^> ([\d,]+ comparisons under .*)$", README, re.MULTILINE)
+    assert f"\n{count}\n" in measured
+
+
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "examples/tiny_pair/README.md"])
 def test_links_lead_somewhere(document):
     text = (ROOT / document).read_text(encoding="utf-8")

@@ -62,7 +62,7 @@ def simsd(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs the command line and exits: 0 done, 2 wrong input (one line on stderr), 130 interrupted."""
+    """Runs the command line and exits: 0 done, 1 an audit's required check failed, 2 wrong input, 130 interrupted."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without UTF-8 gets question marks, not an error

@@ -100,8 +100,7 @@ def _decode(decoder: Decoder, stream: bool) -> bool:
     try:
         for update in decoder:
             if text is not None:
-                ahead = _ahead(decoder, update.provisional, len(text.tokens) + len(update.tokens))
-                text.push(update.tokens, ahead)
+                text.push(update.tokens, _before_end(update.provisional, decoder.end_ids))
     except KeyboardInterrupt:
         return True
     finally:
@@ -111,10 +110,9 @@ def _decode(decoder: Decoder, stream: bool) -> bool:
     return False
 
 
-def _ahead(decoder: Decoder, block: list[int | None], committed: int) -> list[int | None]:
-    """The provisional block as far as the text can still go: to its first end token or the length limit."""
-    block = block[: decoder.config.max_new_tokens - committed]
-    return block[: next((i for i, token in enumerate(block) if token in decoder.end_ids), len(block))]
+def _before_end(block: list[int | None], end_ids: tuple[int, ...]) -> list[int | None]:
+    """The block as far as there is text: to its first end token."""
+    return block[: next((i for i, token in enumerate(block) if token in end_ids), len(block))]
 
 
 def _print(decoder: Decoder, prompt: str, as_json: bool, stream: bool, show_steps: bool) -> None:
