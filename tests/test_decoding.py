@@ -67,6 +67,9 @@ def test_drafts_are_accepted_and_save_forwards(target, close_draft, drafter):
     assert [r.tokens for r in exact] == [r.tokens for r in native]
     assert [r.probs for r in exact] == [r.probs for r in native]
     forwards = [sum(r.stats.target_forwards for r in results) for results in (exact, native)]
+    if drafter == "auto":  # by measured times it may find that a draft does not pay for such a small model
+        assert forwards[0] <= forwards[1]
+        return
     assert forwards[0] < 0.9 * forwards[1]
     assert sum(r.stats.accepted for r in exact) > 0
     assert {"denoised", "drafted"} == {origin for r in exact for origin in r.origins}
@@ -149,10 +152,14 @@ def test_a_cancelled_sequence_leaves_the_others_alone(target, close_draft):
     config = settings_for("model", max_new_tokens=20, end_token_ids=())
     whole = simsd.generate(target, PROMPTS, close_draft, config)
     decoder = simsd.Decoder(target, PROMPTS, close_draft, config, max_batch=3)
-    for n, _ in enumerate(decoder):
+    done = []
+    for n, update in enumerate(decoder):
         if n == 2:
             decoder.cancel(1)  # running
             decoder.cancel(4)  # waiting
+        if update.result is not None:
+            done.append(update.index)
+    assert sorted(done) == list(range(len(PROMPTS)))  # each reports its end, once
     results = decoder.results()
     assert [results[i].finish_reason for i in (1, 4)] == ["cancelled"] * 2
     assert results[1].tokens == whole[1].tokens[: len(results[1].tokens)] and len(results[1].tokens) < 20
@@ -214,7 +221,12 @@ def test_an_error_in_the_middle_leaves_a_decoder_that_goes_on(target, close_draf
 
 @pytest.mark.parametrize(
     "place",
-    [(simsd.lanes.Lanes, "advance"), (simsd.exact.Exact, "_read"), (simsd.sequences.Sequence, "commit")],
+    [
+        (simsd.lanes.Lanes, "open"),
+        (simsd.lanes.Lanes, "advance"),
+        (simsd.exact.Exact, "_read"),
+        (simsd.sequences.Sequence, "commit"),
+    ],
     ids=lambda place: place[1],
 )
 def test_an_interrupt_between_decision_and_commit_loses_and_doubles_nothing(target, close_draft, monkeypatch, place):

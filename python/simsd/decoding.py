@@ -95,6 +95,7 @@ class Decoder:
 
     def _update(self, sequence: Sequence, tokens: list[int]) -> Update:
         if sequence.finish_reason is not None:
+            sequence.reported = True
             return Update(sequence.index, tokens, [], sequence.result(self.target))
         ahead = sequence.provisional[: sequence.limit - len(sequence.tokens)]
         end = next((i for i, token in enumerate(ahead) if token in self.end_ids), len(ahead) - 1)
@@ -106,13 +107,16 @@ class Decoder:
             if sequence is not None and sequence.finish_reason is not None:
                 self._lanes.close(lane)
                 self._running[lane] = None
+                if not sequence.reported:
+                    yield self._update(sequence, [])
         for lane in range(self._batch):
             while self._running[lane] is None and self._waiting:
-                sequence = self._waiting.popleft()
-                if sequence.finish_reason is None:
-                    self._open(lane, sequence)
+                # It waits until it is in: an interrupt on the way must not lose it.
+                if self._waiting[0].finish_reason is None:
+                    self._open(lane, self._waiting[0])
+                    self._running[lane] = self._waiting.popleft()
                 else:
-                    yield self._update(sequence, [])
+                    yield self._update(self._waiting.popleft(), [])
 
     def _open(self, lane: int, sequence: Sequence) -> None:
         if self._loop is None:
@@ -126,7 +130,6 @@ class Decoder:
             self._loop.open(lane, sequence.seed)
         else:
             self._loop.open(lane)
-        self._running[lane] = sequence
 
     def _build(self) -> None:
         target, config, length = self.target, self.config, self.block_length

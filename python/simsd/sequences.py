@@ -41,6 +41,7 @@ class Sequence:
         self.origins: list[str] = []
         self.provisional: list[int | None] = []
         self.finish_reason: str | None = None if config.max_new_tokens else "length"
+        self.reported = False  # its last update is out
         self.stats = Stats()
         self.began: float | None = None
 
