@@ -126,6 +126,7 @@ def test_a_device_that_runs_every_row_gives_the_same_text(target, close_draft, m
         side.packs = False
 
     monkeypatch.setattr(simsd.side.Side, "__init__", unpacked)
+    monkeypatch.setattr("simsd.side.PREFILL_ROWS", 8)
     whole = simsd.generate(target, PROMPTS, close_draft, config, max_batch=3)
     assert [r.tokens for r in whole] == [r.tokens for r in packed]
 

@@ -211,7 +211,7 @@ def by_model(
             stage = torch.where(shown, n, stage)
             tokens[at], revealed[at] = part
             step = step + live
-            if bool((revealed[at] == _everything(lanes.length)).all()):
+            if bool(lanes.bits_in(revealed[at]).all()):
                 break
         proposal.fill(lanes, chosen, k, logits, sampler, (tokens[at], revealed[at], step[at]), MODEL_POWER)
         if forwards > 1:
@@ -232,8 +232,3 @@ def _write(lanes: Lanes, at: Tensor, k: int, clean: Tensor) -> None:
     """Drafted block k into the text behind the committed one, where the next block's forward finds it."""
     places = lanes.start[at].long()[:, None] + k * lanes.length + lanes.index.long()
     lanes.text[at[:, None], places] = clean[at, k]
-
-
-def _everything(length: int) -> int:
-    bits = (1 << length) - 1
-    return bits - (1 << 64) if bits >= 1 << 63 else bits

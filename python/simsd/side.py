@@ -85,8 +85,8 @@ class Side:
         end = torch.tensor(upto, dtype=torch.int32, device=lanes.device)
         rows = self._pending(lanes, end, chunk)
         lifetimes = layouts.key_lifetimes(rows, end, self.length, self.slots)
-        none = torch.zeros_like(rows.tokens, dtype=torch.bool)
-        self._run(rows.tokens, rows.positions, rows.slots, rows.clock, *lifetimes, none, 0)
+        none = rows.tokens.new_zeros((len(ends), 0), dtype=torch.bool)
+        self._run(rows.tokens, rows.positions, rows.slots, rows.clock, *lifetimes, none, chunk)
         for lane, more in enumerate(long):
             if more:
                 self.committed[lane] += chunk
@@ -103,10 +103,10 @@ class Side:
         wanted: Tensor,
         ahead: int,
     ) -> tuple[Tensor | None, Tensor]:
+        """`wanted` marks rows from row `ahead` on; the logits of those before are nobody's."""
         batch, width = tokens.shape
         if not self.packs:
-            picked = torch.arange(ahead, width, device=tokens.device)
-            asked = picked if wanted.numel() and ahead < width else picked[:0]
+            asked = torch.arange(ahead, width, device=tokens.device)
             logits = run(self.model.model, tokens, positions, clock, birth, death, self.cache, slots, asked)
             self.rows = batch * width
             index = torch.arange(wanted.numel(), dtype=torch.int32, device=tokens.device).view_as(wanted)
