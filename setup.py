@@ -1,4 +1,4 @@
-"""Builds `simsd_kernels/_C.abi3.so`: the C++ ops (and the CUDA ones, once csrc/cuda has any) on torch's stable ABI.
+"""Builds `simsd_kernels/_C.abi3.so`: the C++ ops, and the CUDA ones where wanted, on torch's stable ABI.
 
 One binary serves every torch >= 2.11 and Python >= 3.11. It has no PyInit: `torch.ops.load_library` loads it.
 Without a C++ compiler the package installs as pure Python and everything runs on the `reference` backend.
@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 
+import torch
 from setuptools import find_packages, setup
 from torch.utils import cpp_extension
 
@@ -38,28 +39,42 @@ def toolkit_root():
     return os.path.realpath(top.group(1)) if top else None
 
 
+def cuda_targets():
+    """nvcc's options for the GPUs of SIMSD_CUDA_ARCHS: compute capabilities without the dot, or "native"."""
+    wanted = os.environ.get("SIMSD_CUDA_ARCHS", "80;90;100;120;80+PTX")
+    if wanted == "native":
+        return ["-arch=native"]
+    targets = []
+    for arch in wanted.split(";"):
+        if not re.fullmatch(r"\d+a?(\+PTX)?", arch):
+            raise SystemExit(f"SIMSD_CUDA_ARCHS={wanted!r}: give native, or a list such as 80;90;120;80+PTX")
+        number, _, ptx = arch.partition("+")
+        targets.append(f"-gencode=arch=compute_{number},code={'compute' if ptx else 'sm'}_{number}")
+    return targets
+
+
 def cuda_options():
     """Extra CppExtension arguments for the CUDA sources, {} where they are not to be built."""
     wanted = os.environ.get("SIMSD_BUILD_CUDA", "auto")
     if wanted not in ("auto", "0", "1"):
         raise SystemExit(f"SIMSD_BUILD_CUDA={wanted!r} is unknown: choose one of auto, 0, 1")
-    kernels, root = sources("cuda/*.cu"), toolkit_root()
-    if wanted == "1" and not kernels:
-        raise SystemExit("SIMSD_BUILD_CUDA=1: csrc/cuda holds no CUDA sources yet; use SIMSD_BUILD_CUDA=auto or 0")
-    if wanted == "1" and root is None:
+    if wanted == "0" or (wanted == "auto" and torch.version.cuda is None):
+        return {}
+    root = toolkit_root()
+    if root is None and wanted == "1":
         raise SystemExit(
             "SIMSD_BUILD_CUDA=1: no nvcc on PATH or under CUDA_HOME; install the CUDA toolkit or set it to 0"
         )
-    if wanted == "0" or not kernels or root is None:
+    if root is None:
+        say("NO nvcc FOUND on PATH or under CUDA_HOME: CUDA tensors are served by Triton (slower at a few ops).")
         return {}
     cpp_extension.CUDA_HOME = root  # torch leaves it None in its CPU builds
-    targets = [f"-gencode=arch=compute_{sm},code=sm_{sm}" for sm in (80, 90, 100, 120)]
     return {
-        "sources": kernels + sources("cuda/*.cpp"),
+        "sources": sources("cuda/*.cu") + sources("cuda/bindings/*.cpp"),
         "include_dirs": [f"{root}/include"],
         "library_dirs": [f"{root}/lib64"],
         "libraries": ["cudart_static", "dl", "rt", "pthread"],
-        "nvcc": ["-O3", *targets],
+        "nvcc": ["-O3", "-Xfatbin=-compress-all", *cuda_targets()],
     }
 
 

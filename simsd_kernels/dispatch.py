@@ -7,7 +7,7 @@ import importlib.util
 import logging
 import os
 import pathlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 
@@ -33,19 +33,44 @@ def load_library() -> str | None:
     return None
 
 
+# A build of the CUDA kernels that runs them on the CPU (tests/emulation.py): backend "cuda" then takes CPU tensors.
+EMULATION = os.environ.get("SIMSD_CUDA_EMULATION") or None
+
 # (op, dispatch key) -> what keeps the compiled library from serving it. Filled at import: torch.compile can trace a
 # dict look-up, but none of the questions asked to fill it.
 _compiled_obstacles: dict[tuple[str, str], str | None] = {}
+_operators: dict[tuple[str, str], torch._ops.OpOverload] = {}
 
 
-def probe(op_names: Iterable[str]) -> None:
+def probe(schemas: dict[str, str]) -> None:
     """Loads the compiled ops and notes what they implement."""
     missing = load_library()
-    for op in op_names:
+    for op in schemas:
         for key in ("CPU", "CUDA"):
             has = not missing and torch._C._dispatch_has_kernel_for_dispatch_key(f"simsd::{op}", key)
             reason = None if has else missing or f"the compiled library has no {key} kernel for this op"
             _compiled_obstacles[op, key] = reason
+            _operators[op, key.lower()] = overload("simsd", op)
+    if EMULATION:
+        torch.ops.load_library(EMULATION)
+        for op, schema in schemas.items():
+            _EMULATED.define(op + schema)
+            has = torch._C._dispatch_has_kernel_for_dispatch_key(f"simsd_emulated::{op}", "CPU")
+            _compiled_obstacles[op, "CUDA"] = None if has else "there is no CUDA kernel for this op"
+            _operators[op, "cuda"] = overload("simsd_emulated", op)
+
+
+_EMULATED = torch.library.Library("simsd_emulated", "FRAGMENT")
+
+
+def overload(namespace: str, op: str) -> torch._ops.OpOverload:
+    packet, _, name = op.partition(".")
+    return getattr(getattr(getattr(torch.ops, namespace), packet), name or "default")
+
+
+def operator(op: str, backend: str) -> torch._ops.OpOverload:
+    """What serves `op` on the compiled backends "cpu" and "cuda"."""
+    return _operators[op, backend]
 
 
 def compiled_obstacle(op: str, key: str) -> str | None:
@@ -61,6 +86,19 @@ def triton_obstacle() -> str | None:
     return None if _HAS_TRITON else "triton is not installed (pip install triton)"
 
 
+MINIMUM_CAPABILITY = (8, 0)
+
+
+def capability_obstacle(device: torch.device) -> str | None:
+    """Why the kernels do not run on this GPU, None where they do (or where it cannot be asked)."""
+    if device.type != "cuda" or torch.compiler.is_compiling() or not torch.cuda.is_available():
+        return None
+    given = torch.cuda.get_device_capability(device)
+    if given >= MINIMUM_CAPABILITY:
+        return None
+    return f"supports compute capability 8.0 (Ampere) and newer, got {given[0]}.{given[1]}: use backend='reference'"
+
+
 def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -71,14 +109,14 @@ def device_obstacle(backend: str, op: str, device: torch.device) -> str | None:
         case "reference":
             return None
         case "cpu" | "cuda":
-            if device.type != backend:
+            if device.type != ("cpu" if EMULATION else backend):
                 return f"needs {backend} tensors, got {device.type}"
-            return compiled_obstacle(op, backend.upper())
+            return compiled_obstacle(op, backend.upper()) or capability_obstacle(device)
         case "triton":
             if obstacle := triton_obstacle():
                 return obstacle
             if device.type == "cuda" or (device.type == "cpu" and interpreting()):
-                return None
+                return capability_obstacle(device)
             return f"needs cuda tensors (or TRITON_INTERPRET=1 set before import), got {device.type}"
     raise AssertionError(backend)
 

@@ -6,6 +6,8 @@ implementations for its own dispatch keys. Argument meanings are documented once
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -59,6 +61,29 @@ for _name, _schema in SCHEMAS.items():
 
 # Before the op folders register kernels of their own: what is there now is the compiled library's.
 dispatch.probe(SCHEMAS)
+
+
+def implement(
+    op: str, reference: Callable, triton: Callable | None = None, triton_obstacle: Callable | None = None
+) -> None:
+    """Registers what serves `torch.ops.simsd.<op>` where the compiled library does not.
+
+    Args:
+        op: a name of SCHEMAS.
+        reference: checks its arguments and serves any device.
+        triton: the same by Triton, on CUDA tensors.
+        triton_obstacle: called with the op's arguments; why `triton` cannot serve them, or None.
+    """
+    LIBRARY.impl(op, reference, "CompositeExplicitAutograd")
+    if triton is None or dispatch.compiled_obstacle(op, "CUDA") is None:
+        return
+
+    def on_cuda(*arguments):
+        if dispatch.triton_obstacle() or triton_obstacle(*arguments):
+            return reference(*arguments)
+        return triton(*arguments)
+
+    LIBRARY.impl(op, on_cuda, "CUDA")
 
 
 @torch.library.register_fake("simsd::masked_attention", lib=LIBRARY)

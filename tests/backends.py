@@ -7,7 +7,7 @@ import torch
 
 from simsd_kernels import dispatch
 
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("reference", "cpu", "cuda") if dispatch.EMULATION else ("reference", "cpu")
 
 
 def on_each_backend(op: str, but: str | None = None) -> pytest.MarkDecorator:

@@ -33,8 +33,8 @@ def store_kv(
     match dispatch.choose(OP, backend, k.device, lambda name: obstacle(name, k)):
         case "reference":
             reference.store_kv(k, v, k_cache, v_cache, slots)
-        case _:
-            torch.ops.simsd.store_kv(k, v, k_cache, v_cache, slots)
+        case compiled:
+            dispatch.operator(OP, compiled)(k, v, k_cache, v_cache, slots)
 
 
 def check(k, v, k_cache, v_cache, slots) -> None:

@@ -1,0 +1,34 @@
+// torch.ops.simsd_emulated.*: what tests ask of the emulation itself.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <string>
+
+#include "cuda/device.h"
+#include "cuda/emulation/launch.h"
+
+namespace {
+
+void set_schedule(int64_t seed) { simsd::emulation::set_schedule(static_cast<uint64_t>(seed)); }
+
+// JSON: what kernels did since the last call.
+std::string take_counters() {
+    const simsd::emulation::Counters c = simsd::emulation::counters;
+    simsd::emulation::counters = {};
+    return "{\"launches\": " + std::to_string(c.launches) + ", \"blocks\": " + std::to_string(c.blocks) +
+           ", \"matrix_products\": " + std::to_string(c.matrix_products) +
+           ", \"async_bytes\": " + std::to_string(c.async_bytes) +
+           ", \"loaded_bytes\": " + std::to_string(c.loaded_bytes) + "}";
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(simsd_emulated, m) {
+    m.def("set_schedule(int seed) -> ()");
+    m.def("take_counters() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(simsd_emulated, CompositeExplicitAutograd, m) {
+    m.impl("set_schedule", TORCH_BOX(&set_schedule));
+    m.impl("take_counters", TORCH_BOX(&take_counters));
+}
