@@ -38,10 +38,20 @@ demo: $(VENV)/.installed
 	$(BIN)/simsd generate "Tom has 23 apples. Tom buys 45 more. How many apples does Tom have now?" --show-steps
 	$(BIN)/simsd bench --items 25 --modes native,temporal,exact-model,exact-auto
 
-# Kernels under Triton's interpreter need a process of their own: it is switched on before Triton is imported.
+# The tests of each op, which also run on its CUDA kernel.
+OP_TESTS := $(patsubst simsd_kernels/%/api.py,tests/test_%.py,$(wildcard simsd_kernels/*/api.py)) tests/test_graph_verify.py
+IN_PARALLEL := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# Kernels under Triton's interpreter, and CUDA kernels run on the CPU, need processes of their own: which it is to be is
+# settled when the package is imported. AddressSanitizer's runtime must be there before anything else.
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest tests --ignore tests/interpreted
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted
+	$(BIN)/python -m pytest tests --ignore tests/interpreted --ignore tests/emulated --ignore tests/gpu
+	TRITON_INTERPRET=1 $(IN_PARALLEL) tests/interpreted
+	library=$$($(BIN)/python tests/emulation.py) && \
+		SIMSD_CUDA_EMULATION=$$library $(IN_PARALLEL) tests/emulated $(OP_TESTS) -k "cuda or emulation"
+	library=$$($(BIN)/python tests/emulation.py --asan) && \
+		SIMSD_CUDA_EMULATION=$$library LD_PRELOAD=$$(gcc -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
+		$(IN_PARALLEL) tests/emulated
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/attention_cpu.py

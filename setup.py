@@ -86,6 +86,8 @@ def has_compiler():
 
 def extensions():
     if not has_compiler():
+        if os.environ.get("SIMSD_BUILD_CUDA") == "1":
+            raise SystemExit("SIMSD_BUILD_CUDA=1: no C++ compiler found; install g++ or set CXX")
         say("NO C++ COMPILER FOUND. Installing pure Python: every op runs on the slow `reference` backend.")
         say("Install g++ (or set CXX) and install again to get the C++ ops.")
         return []

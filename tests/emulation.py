@@ -52,7 +52,7 @@ def build(asan: bool, only: list[str]) -> pathlib.Path:
     lines = [f"build {compiled}: compile {source}" for source, compiled in objects.items()]
     lines.append(f"build {library}: link {' '.join(map(str, objects.values()))}")
     (folder / "build.ninja").write_text("\n".join([rules, *lines]) + "\n")
-    subprocess.run(["ninja", "--quiet", "-C", str(folder)], stdout=sys.stderr, check=True)
+    subprocess.run([sys.executable, "-m", "ninja", "--quiet", "-C", str(folder)], stdout=sys.stderr, check=True)
     return library
 
 

@@ -1,0 +1,123 @@
+"""Reads from the compiled library what each CUDA kernel takes of each GPU, and tabulates it.
+
+    python benchmarks/cuda_resources.py [--output benchmarks/results/cuda_resources.md]
+
+Needs a library that was built with CUDA (SIMSD_BUILD_CUDA=1 SIMSD_CUDA_ARCHS unset) and no GPU. Registers and stack are
+ptxas's; spills are local loads and stores counted in the machine code. No figure says how fast a kernel is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import pathlib
+import re
+import subprocess
+import tempfile
+
+from triton.backends import nvidia
+
+import simsd_kernels
+
+TOOLS = pathlib.Path(nvidia.__file__).parent / "bin"
+TARGETS = (80, 90, 100, 120)
+
+
+@dataclasses.dataclass(frozen=True)
+class Resources:
+    registers: int
+    stack_bytes: int
+    spills: int
+    matrix_instructions: int  # HMMA: products on the tensor cores
+
+
+def library() -> pathlib.Path | None:
+    return next(pathlib.Path(simsd_kernels.__file__).parent.glob("_C*.so"), None)
+
+
+def contents(path: pathlib.Path) -> tuple[list[int], list[int]]:
+    """Compute capabilities of the machine code and of the PTX in the library."""
+    command = [TOOLS / "cuobjdump", "--list-elf", "--list-ptx", path]
+    listing = subprocess.run(command, capture_output=True, text=True).stdout  # fails where there is no device code
+    return tuple(sorted(map(int, re.findall(rf"\.sm_(\d+)\.{kind}", listing))) for kind in ("cubin", "ptx"))
+
+
+def measure(path: pathlib.Path, capability: int) -> dict[str, Resources]:
+    """Kernel, as C++ writes it, to what it takes."""
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(
+            [TOOLS / "cuobjdump", "--extract-elf", f"sm_{capability}", path], cwd=folder, check=True, capture_output=True
+        )
+        found = {}
+        for binary in sorted(pathlib.Path(folder).glob("*.cubin")):
+            usage = _run("cuobjdump", "--dump-resource-usage", binary)
+            code = _instructions(_run("nvdisasm", "-c", binary))
+            for symbol, text in re.findall(r"Function (\S+):\n(.*)", usage):
+                numbers = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text))
+                instructions = code[symbol]
+                found[symbol] = Resources(
+                    registers=int(numbers["REG"]),
+                    stack_bytes=int(numbers["STACK"]) + int(numbers["LOCAL"]),
+                    spills=len(re.findall(r"\b(?:LDL|STL)\b", instructions)),
+                    matrix_instructions=len(re.findall(r"\bHMMA\b", instructions)),
+                )
+    names = subprocess.run(["c++filt"], input="\n".join(found), capture_output=True, text=True, check=True).stdout
+    short = (re.sub(r"\(anonymous namespace\)::|\(simsd::.*|^void |simsd::", "", name) for name in names.splitlines())
+    return dict(sorted(zip(short, found.values(), strict=True)))
+
+
+def compiler(path: pathlib.Path) -> str:
+    """The CUDA release that compiled the library, such as "13.0"."""
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([TOOLS / "cuobjdump", "--extract-elf", "all", path], cwd=folder, check=True, capture_output=True)
+        binary = min(pathlib.Path(folder).glob("*.cubin")).read_bytes()
+    return re.search(rb"Cuda compilation tools, release ([\d.]+)", binary).group(1).decode()
+
+
+def _instructions(disassembly: str) -> dict[str, str]:
+    """Symbol to its machine code."""
+    parts = re.split(r"^\s*\.section\s+\.text\.([^,\s]+).*$", disassembly, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def _run(tool: str, *arguments: object) -> str:
+    return subprocess.run([TOOLS / tool, *map(str, arguments)], check=True, capture_output=True, text=True).stdout
+
+
+def table(results: dict[int, dict[str, Resources]], release: str) -> str:
+    lines = [
+        "# CUDA kernels, as compiled",
+        "",
+        f"{datetime.date.today()}, CUDA {release}. Made by `python benchmarks/cuda_resources.py`, which needs no GPU and had none.",
+        "Each cell: registers per thread / tensor core instructions"
+        + (" (no kernel spills)." if not any(r.spills for part in results.values() for r in part.values()) else "."),
+        "",
+        "| kernel | " + " | ".join(f"sm_{capability}" for capability in results) + " |",
+        "|---|" + "---|" * len(results),
+    ]
+    for kernel in next(iter(results.values())):
+        cells = []
+        for part in results.values():
+            r = part[kernel]
+            extra = f" / {r.stack_bytes} B stack, {r.spills} spills" if r.stack_bytes or r.spills else ""
+            cells.append(f"{r.registers} / {r.matrix_instructions}{extra}")
+        lines.append(f"| `{kernel}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    default = pathlib.Path(__file__).parent / "results" / "cuda_resources.md"
+    parser.add_argument("--output", type=pathlib.Path, default=default)
+    arguments = parser.parse_args()
+    path = library()
+    if path is None or not contents(path)[0]:
+        raise SystemExit("no CUDA kernels in the installed library: install with SIMSD_BUILD_CUDA=1 and the CUDA toolkit")
+    results = {capability: measure(path, capability) for capability in TARGETS}
+    arguments.output.write_text(table(results, compiler(path)))
+    print(arguments.output.read_text())
+
+
+if __name__ == "__main__":
+    main()

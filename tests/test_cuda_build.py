@@ -1,0 +1,63 @@
+"""The compiled library holds every CUDA kernel for every GPU that it names, without spilled registers."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+import sys
+
+import pytest
+import torch
+
+from simsd_kernels import dispatch, ops
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "benchmarks"))
+import cuda_resources  # noqa: E402
+
+TABLE = pathlib.Path(cuda_resources.__file__).parent / "results" / "cuda_resources.md"
+PATH = cuda_resources.library()
+
+if PATH is None or not cuda_resources.contents(PATH)[0]:
+    pytest.skip(
+        "the installed library was built without CUDA (SIMSD_BUILD_CUDA=1 and a CUDA toolkit build it)",
+        allow_module_level=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def resources():
+    return {capability: cuda_resources.measure(PATH, capability) for capability in cuda_resources.TARGETS}
+
+
+def test_machine_code_for_every_target_and_ptx_for_what_comes():
+    assert cuda_resources.contents(PATH) == (list(cuda_resources.TARGETS), [80])
+
+
+@pytest.mark.parametrize("op", ops.SCHEMAS)
+def test_every_op_has_a_cuda_kernel_though_torch_may_have_no_cuda(op):
+    assert dispatch.compiled_obstacle(op, "CUDA") is None
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"simsd::{op}", "CUDA")
+
+
+@pytest.mark.parametrize("capability", cuda_resources.TARGETS)
+def test_no_kernel_spills(resources, capability):
+    spilled = {name: r for name, r in resources[capability].items() if r.spills or r.stack_bytes}
+    assert not spilled
+
+
+@pytest.mark.parametrize("capability", cuda_resources.TARGETS)
+def test_half_precision_products_run_on_tensor_cores(resources, capability):
+    for name, found in resources[capability].items():
+        assert not re.search(r"attend.*float16|product.*float16", name, re.I) or found.matrix_instructions, name
+
+
+def test_the_table_shows_this_build(resources):
+    release = cuda_resources.compiler(PATH)
+    if f"CUDA {release}." not in TABLE.read_text():
+        pytest.skip(f"the table was made with another CUDA release than {release}")
+
+    def cells(text):
+        return [line for line in text.splitlines() if line.startswith("|")]
+
+    measured = cuda_resources.table(resources, release)
+    assert cells(TABLE.read_text()) == cells(measured), "run `python benchmarks/cuda_resources.py`"

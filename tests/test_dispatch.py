@@ -1,0 +1,92 @@
+"""Which backend serves a call, and what is said where none can. GPUs are asked for by name only: none is needed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import simsd_kernels
+from simsd_kernels import dispatch
+
+OP = "store_kv"
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Makes it look as if there were a GPU of this compute capability, with these backends installed."""
+
+    def pretend(capability: tuple[int, int] = (9, 0), cuda: bool = True, triton: bool = True) -> None:
+        monkeypatch.delenv("SIMSD_BACKEND", raising=False)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        monkeypatch.setitem(dispatch._compiled_obstacles, (OP, "CUDA"), None if cuda else "not compiled")
+        monkeypatch.setattr(dispatch, "_HAS_TRITON", triton)
+        monkeypatch.setattr(dispatch, "EMULATION", None)
+
+    return pretend
+
+
+def choose(backend: str | None = None, obstacle=lambda name: None) -> str:
+    return dispatch.choose(OP, backend, GPU, obstacle)
+
+
+@pytest.mark.parametrize(
+    "cuda, triton, served",
+    [(True, True, "cuda"), (True, False, "cuda"), (False, True, "triton"), (False, False, "reference")],
+)
+def test_on_a_gpu_compiled_comes_before_triton_before_reference(gpu, cuda, triton, served):
+    gpu(cuda=cuda, triton=triton)
+    assert choose() == served
+
+
+def test_a_call_that_the_first_backend_cannot_serve_goes_to_the_next(gpu):
+    gpu()
+    assert choose(obstacle=lambda name: "supports head sizes ..." if name == "cuda" else None) == "triton"
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_a_gpu_too_old_is_told_what_is_supported_and_what_can_serve(gpu, backend):
+    gpu(capability=(7, 5))
+    assert choose() == "reference"
+    with pytest.raises(RuntimeError) as error:
+        choose(backend)
+    assert f"{backend}: supports compute capability 8.0 (Ampere) and newer, got 7.5" in str(error.value)
+    assert "reference: can serve this call" in str(error.value)
+
+
+def test_an_explicit_backend_that_cannot_serve_lists_what_each_lacks(gpu):
+    gpu(cuda=False)
+    with pytest.raises(RuntimeError) as error:
+        choose("cuda")
+    assert str(error.value).splitlines() == [
+        "store_kv: backend 'cuda' cannot serve this call.",
+        "  reference: can serve this call",
+        "  cpu: needs cpu tensors, got cuda",
+        "  triton: can serve this call",
+        "  cuda: not compiled",
+    ]
+
+
+@pytest.mark.parametrize("variable, source", [(None, "backend"), ("rocm", "SIMSD_BACKEND")])
+def test_an_unknown_backend_is_refused_by_the_name_of_who_asked(monkeypatch, variable, source):
+    if variable:
+        monkeypatch.setenv("SIMSD_BACKEND", variable)
+    with pytest.raises(ValueError, match=f"{source}='rocm' is unknown: choose one of reference, cpu, triton, cuda"):
+        dispatch.choose(OP, None if variable else "rocm", torch.device("cpu"), lambda name: None)
+
+
+def test_the_environment_insists_and_the_argument_insists_more(monkeypatch):
+    monkeypatch.setenv("SIMSD_BACKEND", "reference")
+    cpu = torch.device("cpu")
+    assert dispatch.choose(OP, None, cpu, lambda name: None) == "reference"
+    if dispatch.compiled_obstacle(OP, "CPU") is None and not dispatch.EMULATION:
+        assert dispatch.choose(OP, "cpu", cpu, lambda name: None) == "cpu"
+
+
+@pytest.mark.skipif(dispatch.EMULATION is not None, reason="the emulation takes CPU tensors")
+def test_cuda_refuses_tensors_of_the_cpu():
+    cache = torch.zeros(1, 1, 2, 4)
+    new, slots = torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="cuda: needs cuda tensors, got cpu"):
+        simsd_kernels.store_kv(new, new, cache, cache.clone(), slots, backend="cuda")
