@@ -1,4 +1,4 @@
-# make demo | test | bench | lint | setup | clean. PYTHON picks the interpreter, VENV the virtual environment.
+# make demo | test | bench | gpu | lint | setup | clean. PYTHON picks the interpreter, VENV the virtual environment.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -16,7 +16,7 @@ endif
 
 SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 
-.PHONY: setup demo test bench lint clean
+.PHONY: setup demo test bench gpu lint clean
 
 setup: $(VENV)/.installed
 
@@ -43,15 +43,16 @@ OP_TESTS := $(patsubst simsd_kernels/%/api.py,tests/test_%.py,$(wildcard simsd_k
 IN_PARALLEL := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 # Kernels under Triton's interpreter, and CUDA kernels run on the CPU, need processes of their own: which it is to be is
-# settled when the package is imported. AddressSanitizer's runtime must be there before anything else.
+# settled when the package is imported. AddressSanitizer must be there before anything else, and C++'s runtime with it:
+# it would end the process at the first exception.
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest tests --ignore tests/interpreted --ignore tests/emulated --ignore tests/gpu
 	TRITON_INTERPRET=1 $(IN_PARALLEL) tests/interpreted
 	library=$$($(BIN)/python tests/emulation.py) && \
 		SIMSD_CUDA_EMULATION=$$library $(IN_PARALLEL) tests/emulated $(OP_TESTS) -k "cuda or emulation"
 	library=$$($(BIN)/python tests/emulation.py --asan) && \
-		SIMSD_CUDA_EMULATION=$$library LD_PRELOAD=$$(gcc -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
-		$(IN_PARALLEL) tests/emulated
+		preload="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" && \
+		SIMSD_CUDA_EMULATION=$$library LD_PRELOAD=$$preload ASAN_OPTIONS=detect_leaks=0 $(IN_PARALLEL) tests/emulated
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/attention_cpu.py
@@ -65,6 +66,12 @@ bench: $(VENV)/.installed-test
 		--markdown benchmarks/results/tiny_pair.md
 	$(BIN)/simsd bench --items 50 --temperature 0.8 --modes native,exact-model,exact-self,exact-auto \
 		--json benchmarks/results/tiny_pair_t08.json --markdown benchmarks/results/tiny_pair_t08.md
+
+# Uses PYTHON as it is: no virtual environment, no pip, no network. SECTION=build,test,... runs these alone; OUTPUT is
+# the folder of the results, BUDGET the seconds for all sections together.
+gpu:
+	@PYTHONPATH=benchmarks:.:python:$$PYTHONPATH $(PYTHON) -m gpu $(if $(SECTION),--section $(SECTION)) \
+		$(if $(OUTPUT),--output $(OUTPUT)) $(if $(BUDGET),--budget $(BUDGET))
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

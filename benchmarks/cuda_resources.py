@@ -3,7 +3,8 @@
     python benchmarks/cuda_resources.py [--output benchmarks/results/cuda_resources.md]
 
 Needs a library that was built with CUDA (SIMSD_BUILD_CUDA=1 SIMSD_CUDA_ARCHS unset) and no GPU. Registers and stack are
-ptxas's; spills are local loads and stores counted in the machine code. No figure says how fast a kernel is.
+ptxas's; spills are local loads and stores counted in the machine code; shared memory is what the host asks for
+(cuda_shapes.py). No figure says how fast a kernel is.
 """
 
 from __future__ import annotations
@@ -11,17 +12,22 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import json
+import os
 import pathlib
 import re
 import subprocess
+import sys
 import tempfile
 
 from triton.backends import nvidia
 
 import simsd_kernels
 
+HERE = pathlib.Path(__file__).resolve().parent
 TOOLS = pathlib.Path(nvidia.__file__).parent / "bin"
 TARGETS = (80, 90, 100, 120)
+SHARED_BYTES = 99 * 1024  # that a block may have on all of them: sm_120's (CUDA programming guide)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,18 +45,15 @@ def library() -> pathlib.Path | None:
 def contents(path: pathlib.Path) -> tuple[list[int], list[int]]:
     """Compute capabilities of the machine code and of the PTX in the library."""
     command = [TOOLS / "cuobjdump", "--list-elf", "--list-ptx", path]
-    listing = subprocess.run(command, capture_output=True, text=True).stdout  # fails where there is no device code
-    return tuple(sorted(map(int, re.findall(rf"\.sm_(\d+)\.{kind}", listing))) for kind in ("cubin", "ptx"))
+    listing = subprocess.run(command, capture_output=True, text=True).stdout  # it fails where there is no device code
+    return tuple(sorted(set(map(int, re.findall(rf"\.sm_(\d+)\.{kind}", listing)))) for kind in ("cubin", "ptx"))
 
 
 def measure(path: pathlib.Path, capability: int) -> dict[str, Resources]:
     """Kernel, as C++ writes it, to what it takes."""
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(
-            [TOOLS / "cuobjdump", "--extract-elf", f"sm_{capability}", path], cwd=folder, check=True, capture_output=True
-        )
         found = {}
-        for binary in sorted(pathlib.Path(folder).glob("*.cubin")):
+        for binary in extract(path, f"sm_{capability}", folder):
             usage = _run("cuobjdump", "--dump-resource-usage", binary)
             code = _instructions(_run("nvdisasm", "-c", binary))
             for symbol, text in re.findall(r"Function (\S+):\n(.*)", usage):
@@ -67,12 +70,29 @@ def measure(path: pathlib.Path, capability: int) -> dict[str, Resources]:
     return dict(sorted(zip(short, found.values(), strict=True)))
 
 
+def shared_memory() -> dict[str, int]:
+    """Kernel to the bytes of shared memory that a block of it takes at most."""
+    build = [sys.executable, str(HERE.parent / "tests" / "emulation.py")]
+    library = subprocess.run(build, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+    ran = subprocess.run(
+        [sys.executable, str(HERE / "cuda_shapes.py")],
+        env=os.environ | {"SIMSD_CUDA_EMULATION": library}, check=True, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    return json.loads(ran.stdout)
+
+
 def compiler(path: pathlib.Path) -> str:
     """The CUDA release that compiled the library, such as "13.0"."""
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([TOOLS / "cuobjdump", "--extract-elf", "all", path], cwd=folder, check=True, capture_output=True)
-        binary = min(pathlib.Path(folder).glob("*.cubin")).read_bytes()
+        binary = extract(path, "all", folder)[0].read_bytes()
     return re.search(rb"Cuda compilation tools, release ([\d.]+)", binary).group(1).decode()
+
+
+def extract(path: pathlib.Path, name: str, folder: str) -> list[pathlib.Path]:
+    """The binaries in the library whose name holds `name`, written to `folder`."""
+    command = [TOOLS / "cuobjdump", "--extract-elf", name, path]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    return sorted(pathlib.Path(folder).glob("*.cubin"))
 
 
 def _instructions(disassembly: str) -> dict[str, str]:
@@ -85,16 +105,18 @@ def _run(tool: str, *arguments: object) -> str:
     return subprocess.run([TOOLS / tool, *map(str, arguments)], check=True, capture_output=True, text=True).stdout
 
 
-def table(results: dict[int, dict[str, Resources]], release: str) -> str:
+def table(results: dict[int, dict[str, Resources]], shared: dict[str, int], release: str) -> str:
     lines = [
         "# CUDA kernels, as compiled",
         "",
-        f"{datetime.date.today()}, CUDA {release}. Made by `python benchmarks/cuda_resources.py`, which needs no GPU and had none.",
+        f"{datetime.date.today()}, CUDA {release}. Made by `python benchmarks/cuda_resources.py`,",
+        "which needs no GPU and had none.",
         "Each cell: registers per thread / tensor core instructions"
         + (" (no kernel spills)." if not any(r.spills for part in results.values() for r in part.values()) else "."),
+        "Shared memory: KiB per block, at most.",
         "",
-        "| kernel | " + " | ".join(f"sm_{capability}" for capability in results) + " |",
-        "|---|" + "---|" * len(results),
+        "| kernel | " + " | ".join(f"sm_{capability}" for capability in results) + " | shared memory |",
+        "|---|" + "---|" * (len(results) + 1),
     ]
     for kernel in next(iter(results.values())):
         cells = []
@@ -102,20 +124,20 @@ def table(results: dict[int, dict[str, Resources]], release: str) -> str:
             r = part[kernel]
             extra = f" / {r.stack_bytes} B stack, {r.spills} spills" if r.stack_bytes or r.spills else ""
             cells.append(f"{r.registers} / {r.matrix_instructions}{extra}")
-        lines.append(f"| `{kernel}` | " + " | ".join(cells) + " |")
+        lines.append(f"| `{kernel}` | " + " | ".join(cells) + f" | {shared[kernel] / 1024:.1f} |")
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    default = pathlib.Path(__file__).parent / "results" / "cuda_resources.md"
+    default = HERE / "results" / "cuda_resources.md"
     parser.add_argument("--output", type=pathlib.Path, default=default)
     arguments = parser.parse_args()
     path = library()
     if path is None or not contents(path)[0]:
-        raise SystemExit("no CUDA kernels in the installed library: install with SIMSD_BUILD_CUDA=1 and the CUDA toolkit")
+        raise SystemExit("no CUDA kernels in the installed library: install with SIMSD_BUILD_CUDA=1 and a CUDA toolkit")
     results = {capability: measure(path, capability) for capability in TARGETS}
-    arguments.output.write_text(table(results, compiler(path)))
+    arguments.output.write_text(table(results, shared_memory(), compiler(path)))
     print(arguments.output.read_text())
 
 

@@ -30,7 +30,13 @@ from simsd_kernels import dispatch
 from simsd_kernels.block_verify import graph_triton as graph
 from simsd_kernels.block_verify import triton as verify
 from simsd_kernels.masked_attention import triton as attention
+from simsd_kernels.plan_block import triton as plan
+from simsd_kernels.qk_norm_rope_store import triton as rope
+from simsd_kernels.reveal import triton as reveal
 from simsd_kernels.reveal.api import STRATEGIES
+from simsd_kernels.sample_logits import triton as sample
+from simsd_kernels.store_kv import triton as store
+from simsd_kernels.thin_linear import triton as thin
 
 TOOLS = pathlib.Path(nvidia.__file__).parent / "bin"
 # Compute capability -> shared memory that one program may have, in bytes (CUDA programming guide, technical
@@ -38,6 +44,7 @@ TOOLS = pathlib.Path(nvidia.__file__).parent / "bin"
 TARGETS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 HEAD_SIZES = (64, 128, 256)
+PAGE = 16  # keys per page: the least, which no tile of keys fits in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,15 +69,23 @@ class Resources:
 
 def variants() -> Iterator[Variant]:
     """Every kernel in every configuration that is shipped."""
-    vectors = dict.fromkeys(("p_clock", "p_birth", "p_death", "p_kv_len", "p_keys", "p_bounds"), "i32")
-    for tile in (32, 64):
-        constants = {"TILE": tile, "SPLIT": attention.SPLIT, "QUERIES": attention.QUERIES}
-        yield Variant(f"int32, tile {tile}", attention, "summarise", vectors, constants, dict(attention.EXACT))
+    vectors = dict.fromkeys(("p_clock", "p_birth", "p_death", "p_kv_len", "p_table", "p_keys", "p_bounds"), "i32")
+    for page in (0, PAGE):
+        pointers = vectors if page else vectors | {"p_table": None}
+        for tile in (32, 64):
+            constants = {"TILE": tile, "SPLIT": attention.SPLIT, "QUERIES": attention.QUERIES, "PAGE": page}
+            case = f"int32, tile {tile}" + f", pages of {page}" * bool(page)
+            yield Variant(case, attention, "summarise", pointers, constants, dict(attention.EXACT))
     for dtype, name in NAMES.items():
         for dim in HEAD_SIZES:
             yield from attention_variants(dtype, name, dim)
+            yield from cache_variants(name, dim)
+        yield from sample_variants(name)
         yield from verify_variants(name)
+        pointers = dict.fromkeys(("p_x", "p_weight", "p_out"), name)
+        yield Variant(f"{name}, linear", thin, "multiply", pointers, *thin.configuration(dtype))
     yield from graph_variants()
+    yield from plan_variants()
 
 
 def attention_variants(dtype: torch.dtype, name: str, dim: int) -> Iterator[Variant]:
@@ -80,24 +95,52 @@ def attention_variants(dtype: torch.dtype, name: str, dim: int) -> Iterator[Vari
     tiles = {**tiles, "n_dim": dim}
     options = {**options, **attention.EXACT}
     case = f"{name}, D {dim}"
-    yield Variant(case, attention, "attend_few_rows", {**inputs, **partials}, tiles, options)
-    scan = {**tiles, "SCAN": attention.TILES_SCANNED}
-    yield Variant(case, attention, "attend_many_rows", {**inputs, "p_out": name}, scan, options)
+    for page in (0, PAGE):
+        paged = {**tiles, "PAGE": page}
+        of_pages = case + f", pages of {page}" * bool(page)
+        yield Variant(of_pages, attention, "attend_few_rows", {**inputs, **partials}, paged, options)
+        scan = {**paged, "SCAN": attention.TILES_SCANNED}
+        yield Variant(of_pages, attention, "attend_many_rows", {**inputs, "p_out": name}, scan, options)
     combined = {**tiles, "ROWS": attention.COMBINED_ROWS}
     yield Variant(case, attention, "combine_splits", {**partials, "p_out": name}, combined, dict(attention.EXACT))
 
 
+def cache_variants(name: str, dim: int) -> Iterator[Variant]:
+    caches = dict.fromkeys(("p_k", "p_v", "p_k_cache", "p_v_cache"), name) | {"p_slots": "i32"}
+    sizes = {**store.configuration(dim), "n_dim": dim}
+    yield Variant(f"{name}, D {dim}", store, "scatter_rows", caches, sizes, store.OPTIONS)
+    pointers = caches | dict.fromkeys(("p_q", "p_q_weight", "p_k_weight", "p_cos", "p_sin", "p_out"), name)
+    sizes = {**rope.configuration(dim), "n_dim": dim, "n_rotary": dim}
+    yield Variant(f"{name}, D {dim}", rope, "norm_rope_store", pointers, sizes, rope.OPTIONS)
+
+
+def sample_variants(name: str) -> Iterator[Variant]:
+    """With everything on; what `block_verify` launches of these kernels is less, but for the rows it leaves out."""
+    pointers = {
+        "p_logits": name, "p_banned": "u8", "p_known": "i32", "p_drafted": "i64", "p_temperature": "fp32",
+        "p_top_k": "i32", "p_top_p": "fp32", "p_seed": "i64", "p_position": "i32", "p_revealed": "i64",
+        "p_cutoff": "i32", "p_stats": "fp32", "p_ids": "i32", "p_allowed": "i64", "p_token": "i64",
+    }  # fmt: skip
+    pointers |= dict.fromkeys(("p_prob", "p_log_odds", "p_entropy", "p_logsumexp"), "fp32")
+    sweep = {"LANES": sample.SWEEP_LANES}
+    yield Variant(name, sample, "find_cutoffs", pointers, sweep, sample.SWEEP_OPTIONS)
+    yield Variant(name, sample, "scan_chunks", pointers, {"CHUNK": sample.CHUNK}, sample.OPTIONS)
+    rows = {"ROWS": sample.ROWS_AT_ONCE, "CHUNKS": sample.CHUNKS_AT_ONCE}
+    yield Variant(name, sample, "finish_rows", pointers, rows, sample.OPTIONS)
+
+
 def verify_variants(name: str) -> Iterator[Variant]:
     for rule in ("match", "mrs"):
-        draft, noise = (None, "i64") if rule == "match" else (name, None)
+        draft = name if rule == "mrs" else None
         pointers = {
-            "p_target": name, "p_draft": draft, "p_banned": "u8", "p_allowed": "i64", "p_known": "i32",
-            "p_drafted": "i64", "p_temperature": "fp32", "p_seed": noise, "p_revealed": noise,
-            "p_position": noise and "i32", "p_coin": draft and "fp32", "p_residual": "fp32", "p_stats": "fp32",
-            "p_best": "i32", "p_draft_ids": "i64", "p_accepted": "i32", "p_bonus": "i64", "p_tokens": "i64",
-            "p_target_ids": "i64", "p_prob": "fp32", "p_stop": "i32", "p_rejected": "fp32", "p_mass": "fp64",
+            "p_target": name, "p_draft": draft, "p_banned": "u8", "p_allowed": "i64", "p_stats": "fp32",
+            "p_ids": "i32", "p_cutoff": "i32", "p_draft_stats": draft and "fp32", "p_draft_tops": draft and "i32",
+            "p_draft_cutoff": draft and "i32", "p_draft_ids": "i64", "p_known": "i32", "p_drafted": "i64",
+            "p_temperature": "fp32", "p_coin": draft and "fp32", "p_residual": "fp32", "p_accepted": "i32",
+            "p_bonus": "i64", "p_tokens": "i64", "p_target_ids": "i64", "p_prob": "fp32", "p_stop": "i32",
+            "p_rejected": "fp32", "p_mass": "fp64",
         }  # fmt: skip
-        for kernel in ("scan_chunks", "judge") + ("weigh_residual", "draw_residual") * (rule == "mrs"):
+        for kernel in ("judge",) + ("weigh_residual", "draw_residual") * (rule == "mrs"):
             # blocks of up to 64 positions, vocabularies of up to 2**18 ids
             chunks = verify.CHUNKS_AT_ONCE if kernel == "judge" else 64
             sizes = {"CHUNK": verify.CHUNK, "LENGTH": 64, "CHUNKS": chunks}
@@ -105,18 +148,40 @@ def verify_variants(name: str) -> Iterator[Variant]:
 
 
 def graph_variants() -> Iterator[Variant]:
-    """The walk does not read logits, so there is nothing to it but the strategy and the length of a block."""
+    """Steps and walks do not read logits, so there is nothing to them but the strategy and the length of a block."""
     long = ("p_drawn", "p_states", "p_revealed", "p_clean", "p_out_revealed", "p_out_tokens")
     floats = ("p_drawn_prob", "p_log_odds", "p_entropy", "p_prob", "p_out_prob")
     counts = ("block", "cleaned", "depth", "step", "step_map", "origin", "schedule")
     counts += ("out_progress", "out_step_map", "out_origin")
-    pointers = dict.fromkeys(long, "i64") | dict.fromkeys(floats, "fp32") | {"p_threshold": "fp64"}
+    pointers = dict.fromkeys(long, "i64") | dict.fromkeys(floats, "fp32")
     pointers |= dict.fromkeys((f"p_{name}" for name in counts), "i32")
+    pointers |= dict.fromkeys(("p_tokens", "p_proposal", "p_newly"), "i64")
     for strategy in STRATEGIES:
+        pointers["p_bound"] = "fp64" if strategy == "entropy_bounded" else None
         for length in (4, 16, 64):
-            constants, options = graph.configuration(length)
-            constants = {**constants, "STRATEGY": strategy}
-            yield Variant(f"{strategy}, L {length}", graph, "walk", pointers, constants, options)
+            for module, kernel in ((reveal, "reveal_step"), (graph, "walk")):
+                constants, options = module.configuration(length)
+                constants = {**constants, "STRATEGY": strategy}
+                yield Variant(f"{strategy}, L {length}", module, kernel, dict(pointers), constants, options)
+
+
+def plan_variants() -> Iterator[Variant]:
+    """Draft logits are drawn from outside of these kernels."""
+    types = {
+        "i64": "token clean long tokens proposed set seen mask out_tokens out_states out_revealed",
+        "i32": "depth blocks_left schedule progress int taken order pick start kept cleaned out_positions out_slots"
+        " out_clock out_birth out_death out_block",
+        "fp32": "prob log_odds entropy power trust out_reach",
+        "fp64": "threshold bar floor reach score sorted weight",
+    }
+    pointers = {f"p_{name}": dtype for dtype, names in types.items() for name in names.split()}
+    for length in (4, 16, 64):
+        constants, options = plan.configuration(length)
+        for strategy in STRATEGIES:
+            grown = {**constants, "STRATEGY": strategy}
+            yield Variant(f"{strategy}, L {length}, graph", plan, "grow", pointers, grown, options)
+        laid_out = {"LENGTH": constants["LENGTH"]}
+        yield Variant(f"L {length}, graph", plan, "lay_out", pointers, laid_out, plan.LAYOUT_OPTIONS)
 
 
 def source(variant: Variant) -> ASTSource:
@@ -124,7 +189,7 @@ def source(variant: Variant) -> ASTSource:
     kernel = getattr(variant.module, variant.kernel)
     signature, constants, attributes = {}, {}, {}
     sizes = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
-    inner = re.compile(r"stride_(\w+_d|\w+_v|clock_q|birth_k|death_k|kv_len)$")
+    inner = re.compile(r"stride_(\w+_d|\w+_v|clock_q|birth_k|death_k|kv_len|weight_k|tokens_l|step_map_l|revealed_b)$")
     for i, name in enumerate(kernel.arg_names):
         if name in variant.constants or name.startswith("p_") and variant.pointers[name] is None:
             signature[name], constants[i,] = "constexpr", variant.constants.get(name)
@@ -132,7 +197,7 @@ def source(variant: Variant) -> ASTSource:
             signature[name], attributes[i,] = "*" + variant.pointers[name], [["tt.divisibility", 16]]
         elif inner.match(name):
             signature[name], constants[i,] = "constexpr", 1
-        elif name == "scale":
+        elif name in ("scale", "eps", "threshold"):
             signature[name] = "fp32"
         else:
             signature[name] = "i32"

@@ -7,6 +7,7 @@ from simsd_kernels.block_verify.api import block_verify
 from simsd_kernels.block_verify.graph_api import Walk, block_verify_graph
 from simsd_kernels.masked_attention.api import masked_attention
 from simsd_kernels.plan_block.api import Plan, plan_block
+from simsd_kernels.qk_norm_rope_store.api import qk_norm_rope_store
 from simsd_kernels.reveal.api import reveal
 from simsd_kernels.sample_logits.api import sample_logits
 from simsd_kernels.store_kv.api import store_kv
@@ -24,6 +25,7 @@ __all__ = [
     "block_verify_graph",
     "masked_attention",
     "plan_block",
+    "qk_norm_rope_store",
     "reveal",
     "sample_logits",
     "store_kv",

@@ -54,13 +54,13 @@ def probe(schemas: dict[str, str]) -> None:
     if EMULATION:
         torch.ops.load_library(EMULATION)
         for op, schema in schemas.items():
-            _EMULATED.define(op + schema)
+            EMULATED.define(op + schema)
             has = torch._C._dispatch_has_kernel_for_dispatch_key(f"simsd_emulated::{op}", "CPU")
             _compiled_obstacles[op, "CUDA"] = None if has else "there is no CUDA kernel for this op"
             _operators[op, "cuda"] = overload("simsd_emulated", op)
 
 
-_EMULATED = torch.library.Library("simsd_emulated", "FRAGMENT")
+EMULATED = torch.library.Library("simsd_emulated", "FRAGMENT")
 
 
 def overload(namespace: str, op: str) -> torch._ops.OpOverload:

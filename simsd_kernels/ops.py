@@ -18,9 +18,13 @@ LIBRARY = torch.library.Library("simsd", "DEF")
 SCHEMAS = {
     "masked_attention": (
         "(Tensor q, Tensor k, Tensor v, Tensor clock, Tensor birth, Tensor death, Tensor? kv_len=None,"
-        " float? scale=None) -> Tensor"
+        " float? scale=None, Tensor? block_table=None) -> Tensor"
     ),
     "store_kv": "(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots) -> ()",
+    "qk_norm_rope_store": (
+        "(Tensor q, Tensor k, Tensor v, Tensor? q_weight, Tensor? k_weight, Tensor cos, Tensor sin,"
+        " Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots, float eps) -> Tensor"
+    ),
     "sample_logits": (
         "(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor seed, Tensor position,"
         " Tensor revealed, Tensor? banned_ids=None)"
@@ -86,34 +90,52 @@ def implement(
     LIBRARY.impl(op, on_cuda, "CUDA")
 
 
-@torch.library.register_fake("simsd::masked_attention", lib=LIBRARY)
-def _(q, k, v, clock, birth, death, kv_len=None, scale=None) -> Tensor:
+def fake(op: str) -> Callable:
+    """Registers the decorated function as what `torch.ops.simsd.<op>` is to a compiler: shapes and dtypes alone."""
+
+    def register(function: Callable) -> Callable:
+        torch.library.register_fake(f"simsd::{op}", function, lib=LIBRARY)
+        if dispatch.EMULATION:
+            torch.library.register_fake(f"simsd_emulated::{op}", function, lib=dispatch.EMULATED)
+        return function
+
+    return register
+
+
+@fake("masked_attention")
+def _(q, k, v, clock, birth, death, kv_len=None, scale=None, block_table=None) -> Tensor:
     return q.new_empty(q.shape)
 
 
-@torch.library.register_fake("simsd::store_kv", lib=LIBRARY)
+@fake("store_kv")
 def _(k, v, k_cache, v_cache, slots) -> None:
     return None
 
 
-@torch.library.register_fake("simsd::sample_logits", lib=LIBRARY)
+@fake("qk_norm_rope_store")
+def _(q, k, v, q_weight, k_weight, cos, sin, k_cache, v_cache, slots, eps) -> Tensor:
+    batch, rows, heads, dim = q.shape
+    return q.new_empty((batch, heads, rows, dim))
+
+
+@fake("sample_logits")
 def _(logits, temperature, top_k, top_p, seed, position, revealed, banned_ids=None):
     rows = logits.shape[:1]
     statistic = [logits.new_empty(rows, dtype=torch.float32) for _ in range(4)]
     return logits.new_empty(rows, dtype=torch.int64), *statistic
 
 
-@torch.library.register_fake("simsd::thin_linear", lib=LIBRARY)
+@fake("thin_linear")
 def _(x, weight) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-@torch.library.register_fake("simsd::reveal", lib=LIBRARY)
+@fake("reveal")
 def _(tokens, revealed, step_map, proposal, prob, log_odds, entropy, step, schedule, strategy, threshold) -> Tensor:
     return torch.empty_like(revealed)
 
 
-@torch.library.register_fake("simsd::block_verify", lib=LIBRARY)
+@fake("block_verify")
 def _(
     target_logits,
     draft_ids,
@@ -141,7 +163,7 @@ def _(
     )
 
 
-@torch.library.register_fake("simsd::block_verify.graph", lib=LIBRARY)
+@fake("block_verify.graph")
 def _(target_logits, rows, states, revealed, block, clean, cleaned, depth, start, step, step_map, prob, origin, *_):
     batch, ahead, length = clean.shape
     shape = (batch, ahead + 2, length)
@@ -155,7 +177,7 @@ def _(target_logits, rows, states, revealed, block, clean, cleaned, depth, start
     )
 
 
-@torch.library.register_fake("simsd::plan_block", lib=LIBRARY)
+@fake("plan_block")
 def _(tokens, revealed, start, step, blocks_left, clean, depth, prob, *rest):
     max_copies, _, _, slots, _ = rest[-5:]
     batch, ahead, length = clean.shape

@@ -55,10 +55,15 @@ def noise_words(seed, position, revealed, b_quad):
 
 
 @triton.jit
-def gumbel(b_word):
-    """-log(-log1p(-u)), u = (word + 0.5) / 2**32; log1p(-u) as log(w) * -u / (w - 1) with w = 1 - u (Kahan)."""
-    b_u = tl.minimum((b_word.to(tl.float32) + 0.5) * (2.0**-32), LARGEST_UNIFORM)
-    b_w = 1.0 - b_u
+def log1p(b_x):
+    """log(1 + x) for x > -1, as log(w) * x / (w - 1) with w = 1 + x rounded (Kahan)."""
+    b_w = 1.0 + b_x
     exact = b_w == 1.0
-    b_log1p = tl.where(exact, -b_u, tl.log(b_w) * tl.div_rn(b_u, tl.where(exact, 1.0, 1.0 - b_w)))
-    return -tl.log(-b_log1p)
+    return tl.where(exact, b_x, tl.log(b_w) * tl.div_rn(b_x, tl.where(exact, 1.0, b_w - 1.0)))
+
+
+@triton.jit
+def gumbel(b_word):
+    """-log(-log1p(-u)), u = (word + 0.5) / 2**32."""
+    b_u = tl.minimum((b_word.to(tl.float32) + 0.5) * (2.0**-32), LARGEST_UNIFORM)
+    return -tl.log(-log1p(-b_u))

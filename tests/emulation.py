@@ -5,7 +5,7 @@ library's path:
 
 `--asan` builds with AddressSanitizer, whose runtime must be loaded first:
 
-    LD_PRELOAD=$(gcc -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \\
+    LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \\
         SIMSD_CUDA_EMULATION=$(python tests/emulation.py --asan) pytest tests/emulated
 """
 
@@ -38,8 +38,8 @@ def build(asan: bool, only: list[str]) -> pathlib.Path:
     library = folder / "simsd_emulated.so"
     # -O1 under AddressSanitizer: it compiles in half the time, and the tests wait for fibers anyway.
     optimise = "-O1 -fsanitize=address -fno-omit-frame-pointer" if asan else "-O2"
-    includes = [ROOT / "csrc", *cpp_extension.include_paths()]
-    flags = " ".join([FLAGS, optimise, *(f"-isystem {path}" for path in includes)])
+    system = (f"-isystem {path}" for path in cpp_extension.include_paths())
+    flags = " ".join([FLAGS, optimise, f"-I{ROOT / 'csrc'}", *system])
     sources = sorted([*CUDA.glob("*.cu"), *CUDA.glob("bindings/*.cpp"), *CUDA.glob("emulation/*.cpp")])
     if only:
         sources = [path for path in sources if path.stem in (*only, "runtime") or path.parent.name == "emulation"]

@@ -24,9 +24,17 @@ if PATH is None or not cuda_resources.contents(PATH)[0]:
     )
 
 
+MATRIX_KERNELS = re.compile(r"intervals::attend_(all|split)<|linear::multiply<")
+
+
 @pytest.fixture(scope="module")
 def resources():
     return {capability: cuda_resources.measure(PATH, capability) for capability in cuda_resources.TARGETS}
+
+
+@pytest.fixture(scope="module")
+def shared():
+    return cuda_resources.shared_memory()
 
 
 def test_machine_code_for_every_target_and_ptx_for_what_comes():
@@ -48,10 +56,16 @@ def test_no_kernel_spills(resources, capability):
 @pytest.mark.parametrize("capability", cuda_resources.TARGETS)
 def test_half_precision_products_run_on_tensor_cores(resources, capability):
     for name, found in resources[capability].items():
-        assert not re.search(r"attend.*float16|product.*float16", name, re.I) or found.matrix_instructions, name
+        assert bool(found.matrix_instructions) == bool(MATRIX_KERNELS.match(name)), name
 
 
-def test_the_table_shows_this_build(resources):
+@pytest.mark.parametrize("capability", cuda_resources.TARGETS)
+def test_every_target_has_every_kernel_and_room_for_its_shared_memory(resources, shared, capability):
+    assert resources[capability].keys() == shared.keys()
+    assert max(shared.values()) <= cuda_resources.SHARED_BYTES
+
+
+def test_the_table_shows_this_build(resources, shared):
     release = cuda_resources.compiler(PATH)
     if f"CUDA {release}." not in TABLE.read_text():
         pytest.skip(f"the table was made with another CUDA release than {release}")
@@ -59,5 +73,5 @@ def test_the_table_shows_this_build(resources):
     def cells(text):
         return [line for line in text.splitlines() if line.startswith("|")]
 
-    measured = cuda_resources.table(resources, release)
+    measured = cuda_resources.table(resources, shared, release)
     assert cells(TABLE.read_text()) == cells(measured), "run `python benchmarks/cuda_resources.py`"

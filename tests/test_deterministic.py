@@ -8,6 +8,7 @@ from torch import nn
 
 import simsd
 from simsd import SimsdError
+from simsd.models import deterministic as modules
 from simsd.models.deterministic import is_deterministic
 from simsd_kernels import dispatch
 from small_checkpoints import MASK_ID, VOCABULARY, stock_model, write_checkpoint
@@ -127,7 +128,7 @@ def test_float32_on_the_cpu_is_deterministic_unless_told_otherwise(monkeypatch):
 
 
 def test_what_cannot_be_promised_is_refused():
-    with pytest.raises(SimsdError, match="on the CPU, got device meta"):
+    with pytest.raises(SimsdError, match="on the CPU or on CUDA, got device meta"):
         simsd.load("tiny-draft", device="meta", deterministic=True)
     with pytest.raises(SimsdError, match="silu, got hidden_act='gelu'"):
         load(False, hidden_act="gelu")
@@ -143,3 +144,25 @@ def test_exp_does_not_notice_where_an_element_lies(threads):
             assert torch.equal(values[part].exp(), whole[part])
             assert torch.equal(values[part].clone().exp(), whole[part])
     assert torch.equal(values[::3].exp(), whole[::3])
+
+
+@KINDS
+@pytest.mark.parametrize("changes", SIZES, ids=["even sizes", "odd sizes"])
+def test_what_a_gpu_runs_is_the_same_model_and_row_independent(monkeypatch, moe, changes):
+    """The modules of CUDA, RMSNorm among them, on a CPU, where SiLU must be ours, too."""
+    ordinary, tokens = load(moe, deterministic=False, **changes), random_tokens()
+    expected = logits(ordinary, tokens)
+    monkeypatch.setitem(modules._BY_DEVICE, "cpu", modules._BY_DEVICE["cpu"] | modules._BY_DEVICE["cuda"])
+    loaded = simsd.load(ordinary.model, deterministic=True)
+    norms = [module for module in loaded.model.modules() if "Norm" in type(module).__name__]
+    assert norms and all(type(module).__module__ == modules.__name__ for module in norms)
+    whole = logits(loaded, tokens)
+    torch.testing.assert_close(whole, expected, atol=1e-4, rtol=1e-4)
+    for rows in ROWS:
+        assert torch.equal(logits(loaded, tokens[:, :rows]), whole[:, :rows]), f"{rows} rows"
+
+
+def test_a_gpu_is_supported_but_not_preferred():
+    config, gpu = load(False, deterministic=False).config, torch.device("cuda")
+    modules.check_supported(config, gpu)
+    assert not modules.preferable(config, gpu, torch.float32)

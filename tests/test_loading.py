@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 
 import simsd
 from simsd import SimsdError
+from simsd.models import deterministic
 from small_checkpoints import (
     END_ID,
     MASK_ID,
@@ -351,3 +352,68 @@ def test_a_hub_id_that_cannot_be_had_is_refused_in_one_line(monkeypatch):
     ) as error:
         simsd.load("nobody/nothing")
     assert "\n" not in str(error.value)
+
+
+# thin_linear
+
+
+@KINDS
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_thin_linear_computes_the_linear_layers_and_nothing_else(monkeypatch, moe, dtype, tokens):
+    ordinary = simsd.load(stock_model(moe), mask_token_id=MASK_ID, dtype=dtype, deterministic=False)
+    thin = simsd.load(ordinary.model, thin_linear=True)
+    assert thin.thin_linear and not thin.deterministic and not ordinary.thin_linear
+    changed = {}
+    for (name, before), after in zip(ordinary.model.named_modules(), thin.model.modules(), strict=True):
+        if type(before) is not type(after):
+            changed[name] = type(before)
+    linear_layers = {name for name, module in ordinary.model.named_modules() if type(module) is nn.Linear}
+    assert changed.keys() == linear_layers and "lm_head" in changed
+    assert thin.config._experts_implementation == ordinary.config._experts_implementation
+
+    calls = []
+    used = deterministic.linear
+    monkeypatch.setattr(deterministic, "linear", lambda *args: calls.append(1) or used(*args))
+    with torch.inference_mode():
+        out = thin.model(tokens, use_cache=False).logits
+        expected = ordinary.model(tokens, use_cache=False).logits
+    assert len(calls) == len(linear_layers)
+    tolerance = 1e-4 if dtype == "float32" else 0.1
+    torch.testing.assert_close(out, expected, atol=tolerance, rtol=tolerance)
+
+
+def test_thin_linear_from_a_folder(folder):
+    loaded = simsd.load(folder, thin_linear=True)
+    assert loaded.thin_linear and not loaded.deterministic
+    assert deterministic.uses_thin_linear(loaded.model) and not deterministic.is_deterministic(loaded.model)
+    plain = simsd.load(folder, thin_linear=False)
+    assert not plain.thin_linear and not plain.deterministic and not deterministic.uses_thin_linear(plain.model)
+
+
+def test_a_model_in_memory_keeps_its_linear_layers_unless_told_otherwise(folder):
+    plain = simsd.load(folder, deterministic=False)
+    thin, fixed = (simsd.load(plain.model, **{name: True}) for name in ("thin_linear", "deterministic"))
+    assert not plain.thin_linear and fixed.thin_linear and fixed.deterministic
+    for loaded in (plain, thin, fixed):
+        again = simsd.load(loaded.model)
+        assert again.model is loaded.model
+        assert (again.thin_linear, again.deterministic) == (loaded.thin_linear, loaded.deterministic)
+    assert simsd.load(thin.model, thin_linear=True).model is thin.model
+    assert simsd.load(thin.model, deterministic=False).thin_linear
+    for loaded, settings in (
+        (thin, {"thin_linear": False}),
+        (fixed, {"deterministic": False}),
+        (fixed, {"thin_linear": False}),
+    ):
+        back = simsd.load(loaded.model, **settings)
+        assert not back.thin_linear and not back.deterministic and not deterministic.uses_thin_linear(back.model)
+        assert back.model.lm_head.weight.data_ptr() == plain.model.lm_head.weight.data_ptr()
+    only = simsd.load(fixed.model, thin_linear=True)
+    assert only.thin_linear and not only.deterministic
+    both = simsd.load(thin.model, deterministic=True, thin_linear=True)
+    assert both.deterministic and both.thin_linear and deterministic.is_deterministic(both.model)
+
+
+def test_deterministic_without_thin_linear_is_refused(folder):
+    with pytest.raises(SimsdError, match="deterministic=True computes .* got thin_linear=False: drop one of the two"):
+        simsd.load(folder, deterministic=True, thin_linear=False)

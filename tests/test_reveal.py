@@ -65,6 +65,41 @@ def revealed_by(given, strategy, threshold=0.85, backend=None):
     return chosen
 
 
+def random_batch(seed):
+    """(arguments by name, strategy, threshold) of blocks of any length in any state: ties, NaN, infinities, strides."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def pick(*choices):
+        return choices[int(torch.randint(len(choices), (), generator=generator))]
+
+    batch, length, steps = pick(1, 2, 5, 9), pick(1, 2, 4, 7, 8, 16, 31, 32, 33, 48, 63, 64), pick(0, 1, 2, 3, 8)
+
+    def any_of(*values):
+        return torch.tensor(values)[torch.randint(len(values), (batch, length), generator=generator)]
+
+    def statistic(*values):
+        return any_of(*values) if pick(False, True) else torch.rand((batch, length), generator=generator) * 3 - 0.5
+
+    given = {
+        "tokens": torch.randint(-(2**62), 2**62, (batch, length), generator=generator),
+        "revealed": torch.randint(-(2**63), 2**63 - 1, (batch,), generator=generator),
+        "step_map": torch.randint(0, 99, (batch, length), generator=generator, dtype=torch.int32),
+        "proposal": torch.randint(-(2**62), 2**62, (batch, length), generator=generator),
+        "prob": statistic(0.0, 0.3, 0.6, 0.6000001, 1.0, math.nan),
+        "log_odds": statistic(-math.inf, -2.0, -0.0, 0.0, 0.5, 3.0, math.inf, math.nan),
+        "entropy": statistic(0.0, -0.0, 1e-12, 0.1, 0.1, 0.25, 2.0, math.nan, math.inf).abs(),
+        "step": torch.randint(-1, steps + 1, (batch,), generator=generator, dtype=torch.int32),
+        "schedule": torch.randint(0, pick(2, 4, 70), (steps,), generator=generator, dtype=torch.int32),
+    }
+    for _ in range(pick(0, 0, 1, 2)):  # fewer revealed, or none
+        given["revealed"] &= torch.randint(-(2**63), 2**63 - 1, (batch,), generator=generator)
+    if pick(False, False, True):
+        given["revealed"] &= pick(0, -(2**63), 1)
+    if pick(False, False, True):
+        given = {name: torch.stack((value, value), dim=-1)[..., 1] for name, value in given.items()}
+    return given, pick(*STRATEGIES), pick(0.0, 0.1, 0.3, 0.6, 1.0, 1.7, math.inf)
+
+
 @each_backend
 @pytest.mark.parametrize("number", range(len(GOLDEN)))
 def test_golden_positions(backend, number):

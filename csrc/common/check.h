@@ -83,7 +83,7 @@ inline void check_dtype(const char* op, const char* name, const Tensor& tensor,
     check(false, op, ": ", name, " must be ", wanted.str(), ", got ", dtype_text(given));
 }
 
-inline void check_cpu(const char* op, const char* name, const Tensor& tensor) {
+inline void check_cpu(const char* op, const char* name, const Tensor& tensor, const Tensor& /* first */) {
     check(tensor.is_cpu(), op, ": ", name, " must be on the CPU like the other tensors");
 }
 

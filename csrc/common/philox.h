@@ -27,7 +27,11 @@ SIMSD_INLINE void philox_round(uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_
 
 // Turns the counter words into noise words, in place.
 SIMSD_INLINE void philox4x32(uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_t& c3, uint32_t k0, uint32_t k1) {
+#ifdef __CUDACC__
+#pragma unroll
+#else
 #pragma GCC unroll 10
+#endif
     for (int round = 0; round < 10; ++round) {
         philox_round(c0, c1, c2, c3, k0, k1);
         k0 += 0x9E3779B9u;

@@ -3,6 +3,8 @@
 // Two phases. Every row from `known` on gets its own verdict, in parallel: one sweep of the target row (two rows for
 // mrs). Then each block is walked up to its first rejection; under mrs that one row is swept again for the residual
 // draw. The Python definition is block_verify/reference.py.
+#include "common/arguments/block_verify.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -12,7 +14,6 @@
 #include <tuple>
 #include <vector>
 
-#include "common/check.h"
 #include "common/strided.h"
 #include "cpu/vocabulary/row.h"
 
@@ -42,10 +43,9 @@ struct Logits {
     }
 };
 
-Logits read_logits(const char* name, const Tensor& tensor) {
-    return {vocabulary::element_of(OP, name, tensor),
-            tensor.const_data_ptr(),
-            {tensor.stride(0), tensor.stride(1), tensor.stride(2)}};
+Logits read_logits(const Tensor& tensor) {
+    return {
+        element_of<Element>(tensor), tensor.const_data_ptr(), {tensor.stride(0), tensor.stride(1), tensor.stride(2)}};
 }
 
 // The softmax of a row over the ids that the filter keeps.
@@ -144,46 +144,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> block_verify(
     const std::optional<Tensor> seed, const std::optional<Tensor> position, const std::optional<Tensor> revealed,
     const std::optional<Tensor> draft_logits, const std::optional<Tensor> coin, const std::optional<Tensor> residual,
     const std::optional<Tensor> banned_ids, const std::string rule) {
-    check_shape(OP, "target_logits", target_logits, {-1, -1, -1}, "[B, L, V]");
+    check_block_verify(check_cpu, target_logits, draft_ids, known, drafted, temperature, top_k, top_p, seed, position,
+                       revealed, draft_logits, coin, residual, banned_ids, rule);
     const int64_t batch = target_logits.size(0), length = target_logits.size(1), vocabulary = target_logits.size(2);
-    check(length <= 64, OP, ": block length L must be at most 64, got ", length);
-    check(vocabulary > 0, OP, ": target_logits must have at least one vocabulary entry, got ",
-          shape_text(target_logits));
-    check(rule == "match" || rule == "mrs", OP, ": rule must be one of match, mrs, got '", rule, "'");
     const bool mrs = rule == "mrs";
-    check_cpu(OP, "target_logits", target_logits);
-    const auto vector = [&](const char* name, const Tensor& tensor, ScalarType type) {
-        check_shape(OP, name, tensor, {batch}, "[B]");
-        check_dtype(OP, name, tensor, {type});
-        check_cpu(OP, name, tensor);
-    };
-    const auto matrix = [&](const char* name, const Tensor& tensor, ScalarType type) {
-        check_shape(OP, name, tensor, {batch, length}, "[B, L]");
-        check_dtype(OP, name, tensor, {type});
-        check_cpu(OP, name, tensor);
-    };
-    matrix("draft_ids", draft_ids, ScalarType::Long);
-    vector("known", known, ScalarType::Int);
-    vector("drafted", drafted, ScalarType::Long);
-    vector("temperature", temperature, ScalarType::Float);
-    if (top_k) vector("top_k", *top_k, ScalarType::Int);
-    if (top_p) vector("top_p", *top_p, ScalarType::Float);
-    if (seed) vector("seed", *seed, ScalarType::Long);
-    if (position) matrix("position", *position, ScalarType::Int);
-    if (revealed) matrix("revealed", *revealed, ScalarType::Long);
-    if (coin) matrix("coin", *coin, ScalarType::Float);
-    if (residual) vector("residual", *residual, ScalarType::Float);
-    if (draft_logits) {
-        check_shape(OP, "draft_logits", *draft_logits, {batch, length, vocabulary}, "[B, L, V]");
-        check_cpu(OP, "draft_logits", *draft_logits);
-    }
-    check(!mrs || (draft_logits && coin && residual), OP, ": rule 'mrs' needs draft_logits, coin, residual");
-    check(seed.has_value() == position.has_value() && seed.has_value() == revealed.has_value(), OP,
-          ": seed, position and revealed go together");
     const auto banned = vocabulary::read_banned(OP, banned_ids, vocabulary);
 
-    const Logits target = read_logits("target_logits", target_logits);
-    const Logits draft = draft_logits ? read_logits("draft_logits", *draft_logits) : target;
+    const Logits target = read_logits(target_logits);
+    const Logits draft = draft_logits ? read_logits(*draft_logits) : target;
     const auto ids = strided_const<int64_t, 2>(draft_ids);
     const auto known_count = strided_const<int32_t, 1>(known);
     const auto drafted_set = strided_const<int64_t, 1>(drafted);

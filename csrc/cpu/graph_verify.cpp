@@ -3,6 +3,8 @@
 // All lanes walk in step: each round draws the masked positions of the states that the lanes stand at, in parallel over
 // (lane, position), then moves every lane on. A copy that no walk visits costs nothing. The output row of the block
 // that a lane is in doubles as its current state. The Python definition is block_verify/graph_reference.py.
+#include "common/arguments/graph_verify.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -12,7 +14,6 @@
 #include <tuple>
 #include <vector>
 
-#include "common/check.h"
 #include "common/strided.h"
 #include "cpu/allocate.h"
 #include "cpu/reveal.h"
@@ -133,40 +134,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> block_verify_graph(
     const Tensor step_map, const Tensor prob, const Tensor origin, const Tensor temperature,
     const std::optional<Tensor> top_k, const std::optional<Tensor> top_p, const std::optional<Tensor> seed,
     const std::optional<Tensor> banned_ids, const Tensor schedule, const std::string strategy_name, double threshold) {
-    check_shape(OP, "target_logits", target_logits, {-1, -1}, "[N, V]");
-    const int64_t count = target_logits.size(0), vocabulary = target_logits.size(1);
-    check(vocabulary > 0, OP, ": target_logits must have at least one vocabulary entry, got ",
-          shape_text(target_logits));
-    const auto element = vocabulary::element_of(OP, "target_logits", target_logits);
-    check_cpu(OP, "target_logits", target_logits);
-    check_shape(OP, "states", states, {-1, -1, -1}, "[B, C, L]");
-    const int64_t batch = states.size(0), copies = states.size(1), length = states.size(2);
-    check(length <= MAX_BLOCK_LENGTH, OP, ": block length L must be at most 64, got ", length);
-    check_shape(OP, "clean", clean, {batch, -1, length}, "[B, K, L]");
-    const int64_t ahead = clean.size(1);
-    const auto given = [&](const char* name, const Tensor& tensor, ScalarType type,
-                           std::initializer_list<int64_t> shape, const char* letters) {
-        check_shape(OP, name, tensor, shape, letters);
-        check_dtype(OP, name, tensor, {type});
-        check_cpu(OP, name, tensor);
-    };
-    given("rows", rows, ScalarType::Int, {batch, copies, length}, "[B, C, L]");
-    given("states", states, ScalarType::Long, {batch, copies, length}, "[B, C, L]");
-    given("revealed", revealed, ScalarType::Long, {batch, copies}, "[B, C]");
-    given("block", block, ScalarType::Int, {batch, copies}, "[B, C]");
-    given("clean", clean, ScalarType::Long, {batch, ahead, length}, "[B, K, L]");
-    given("cleaned", cleaned, ScalarType::Int, {batch}, "[B]");
-    given("depth", depth, ScalarType::Int, {batch}, "[B]");
-    given("start", start, ScalarType::Int, {batch}, "[B]");
-    given("step", step, ScalarType::Int, {batch}, "[B]");
-    given("step_map", step_map, ScalarType::Int, {batch, length}, "[B, L]");
-    given("prob", prob, ScalarType::Float, {batch, length}, "[B, L]");
-    given("origin", origin, ScalarType::Int, {batch, length}, "[B, L]");
-    given("temperature", temperature, ScalarType::Float, {batch}, "[B]");
-    if (top_k) given("top_k", *top_k, ScalarType::Int, {batch}, "[B]");
-    if (top_p) given("top_p", *top_p, ScalarType::Float, {batch}, "[B]");
-    if (seed) given("seed", *seed, ScalarType::Long, {batch}, "[B]");
-    given("schedule", schedule, ScalarType::Int, {-1}, "[T]");
+    const auto [count, vocabulary, batch, copies, length, ahead] =
+        check_graph_verify(check_cpu, target_logits, rows, states, revealed, block, clean, cleaned, depth, start, step,
+                           step_map, prob, origin, temperature, top_k, top_p, seed, banned_ids, schedule);
+    const auto element = element_of<vocabulary::Element>(target_logits);
     const auto banned = vocabulary::read_banned(OP, banned_ids, vocabulary);
     const Strategy strategy = parse_strategy(OP, strategy_name);
     const auto heat = strided_const<float, 1>(temperature);

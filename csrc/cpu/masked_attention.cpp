@@ -1,5 +1,7 @@
 // masked_attention on the CPU: argument checks, the work's partition over threads, registration. The arithmetic is in
 // attention/kernel.h.
+#include "common/arguments/masked_attention.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/BFloat16.h>
@@ -8,11 +10,11 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <vector>
 
-#include "common/check.h"
 #include "cpu/attention/problem.h"
 #include "cpu/capability.h"
 
@@ -20,7 +22,6 @@ namespace simsd {
 namespace attention {
 namespace {
 
-constexpr const char* OP = "masked_attention";
 constexpr int64_t MAX_GROUP = 8;      // row blocks that walk over a split together
 constexpr double SERIAL_FLOPS = 2e6;  // below this, waking threads costs more than it saves
 constexpr int64_t ALIGNMENT = 16;     // floats: one cache line
@@ -286,10 +287,10 @@ std::vector<TileRange> tile_ranges(const Problem& p) {
     return tiles;
 }
 
-// The tensor's int32 [B, N] values in one contiguous run, copied to `storage` if they are not.
-const int32_t* contiguous_ints(const Tensor& tensor, std::vector<int32_t>& storage) {
+// The tensor's int32 [B, N] values in one contiguous run, copied to `storage` if they are not one (or if `copy`).
+const int32_t* contiguous_ints(const Tensor& tensor, std::vector<int32_t>& storage, bool copy = false) {
     const auto* data = static_cast<const int32_t*>(tensor.const_data_ptr());
-    if (tensor.is_contiguous()) return data;
+    if (tensor.is_contiguous() && !copy) return data;
     const int64_t rows = tensor.size(0), columns = tensor.size(1), row_stride = tensor.stride(0);
     const int64_t column_stride = tensor.stride(1);
     storage.resize(rows * columns);
@@ -299,47 +300,26 @@ const int32_t* contiguous_ints(const Tensor& tensor, std::vector<int32_t>& stora
     return storage.data();
 }
 
-void check_arguments(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& clock, const Tensor& birth,
-                     const Tensor& death, const std::optional<Tensor>& kv_len) {
-    check_shape(OP, "q", q, {-1, -1, -1, -1}, "[B, Hq, Lq, D]");
-    const int64_t batch = q.size(0), q_heads = q.size(1), q_rows = q.size(2), dim = q.size(3);
-    check_shape(OP, "k", k, {batch, -1, -1, dim}, "[B, Hkv, Lk, D]");
-    const int64_t kv_heads = k.size(1), keys = k.size(2);
-    check_shape(OP, "v", v, {batch, kv_heads, keys, dim}, "[B, Hkv, Lk, D]");
-    check_shape(OP, "clock", clock, {batch, q_rows}, "[B, Lq]");
-    check_shape(OP, "birth", birth, {batch, keys}, "[B, Lk]");
-    check_shape(OP, "death", death, {batch, keys}, "[B, Lk]");
-    check(kv_heads > 0 && q_heads % kv_heads == 0, OP, ": ", q_heads, " query heads are not a multiple of ", kv_heads,
-          " key/value heads");
-    check_dtype(OP, "q", q, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
-    check_dtype(OP, "k", k, {q.scalar_type()});
-    check_dtype(OP, "v", v, {q.scalar_type()});
-    check_dtype(OP, "clock", clock, {ScalarType::Int});
-    check_dtype(OP, "birth", birth, {ScalarType::Int});
-    check_dtype(OP, "death", death, {ScalarType::Int});
-    check_cpu(OP, "q", q);
-    check_cpu(OP, "k", k);
-    check_cpu(OP, "v", v);
-    check_cpu(OP, "clock", clock);
-    check_cpu(OP, "birth", birth);
-    check_cpu(OP, "death", death);
-    if (kv_len) {
-        check_shape(OP, "kv_len", *kv_len, {batch}, "[B]");
-        check_dtype(OP, "kv_len", *kv_len, {ScalarType::Int});
-        check_cpu(OP, "kv_len", *kv_len);
+// Table entries that are no page become -1, and their keys dead at every clock.
+void leave_out_holes(int64_t page_size, int64_t page_count, std::vector<int32_t>& pages, std::vector<int32_t>& births,
+                     std::vector<int32_t>& deaths) {
+    for (size_t i = 0; i < pages.size(); ++i) {
+        if (pages[i] >= 0 && pages[i] < page_count) continue;
+        pages[i] = -1;
+        std::fill_n(births.begin() + i * page_size, page_size, std::numeric_limits<int32_t>::max());
+        std::fill_n(deaths.begin() + i * page_size, page_size, std::numeric_limits<int32_t>::min());
     }
 }
 
 Tensor masked_attention(const Tensor q, const Tensor k, const Tensor v, const Tensor clock, const Tensor birth,
-                        const Tensor death, const std::optional<Tensor> kv_len, const std::optional<double> scale) {
-    check_arguments(q, k, v, clock, birth, death, kv_len);
+                        const Tensor death, const std::optional<Tensor> kv_len, const std::optional<double> scale,
+                        const std::optional<Tensor> block_table) {
+    check_masked_attention(check_cpu, q, k, v, clock, birth, death, kv_len, block_table);
     Tensor out = torch::stable::new_empty(q, q.sizes());
     if (out.numel() == 0) return out;
 
     Problem p{};
-    p.element = q.scalar_type() == ScalarType::Float      ? Element::float32
-                : q.scalar_type() == ScalarType::BFloat16 ? Element::bfloat16
-                                                          : Element::float16;
+    p.element = element_of<Element>(q);
     p.q = q.const_data_ptr();
     p.k = k.const_data_ptr();
     p.v = v.const_data_ptr();
@@ -350,15 +330,20 @@ Tensor masked_attention(const Tensor q, const Tensor k, const Tensor v, const Te
         p.v_strides[axis] = v.stride(axis);
         p.out_strides[axis] = out.stride(axis);
     }
-    std::vector<int32_t> clocks, births, deaths;
+    std::vector<int32_t> clocks, births, deaths, pages;
     p.clock = contiguous_ints(clock, clocks);
-    p.birth = contiguous_ints(birth, births);
-    p.death = contiguous_ints(death, deaths);
+    p.birth = contiguous_ints(birth, births, block_table.has_value());
+    p.death = contiguous_ints(death, deaths, block_table.has_value());
+    if (block_table) {
+        p.page_size = k.size(2);
+        p.pages = contiguous_ints(*block_table, pages, true);
+        leave_out_holes(p.page_size, k.size(0), pages, births, deaths);
+    }
     p.batch = q.size(0);
     p.kv_heads = k.size(1);
     p.group = q.size(1) / p.kv_heads;
     p.q_rows = q.size(2);
-    p.keys = k.size(2);
+    p.keys = birth.size(1);
     p.dim = q.size(3);
     p.tile_count = divide_up(p.keys, TILE);
     p.scale = static_cast<float>(scale.value_or(1.0 / std::sqrt(static_cast<double>(p.dim))));

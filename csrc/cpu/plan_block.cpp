@@ -1,19 +1,17 @@
 // plan_block: from drafted blocks to the rows of one exact verification forward. Checks, growth of every lane's graph
 // (plan/draft.h), the cut to the row budget, layout (plan/layout.h). The Python definition is plan_block/reference.py.
+#include "common/arguments/plan_block.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <cmath>
-#include <limits>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
-#include "common/check.h"
 #include "common/strided.h"
-#include "common/visibility.h"
 #include "cpu/allocate.h"
 #include "cpu/plan/draft.h"
 #include "cpu/plan/layout.h"
@@ -24,9 +22,7 @@ namespace simsd {
 namespace {
 
 constexpr const char* OP = "plan_block";
-constexpr int64_t MAX_COPIES = 512;
 
-using plan::copy_stride;
 using plan::Drawn;
 using plan::Given;
 using plan::Growth;
@@ -80,46 +76,11 @@ Outputs plan_block(const Tensor tokens, const Tensor revealed, const Tensor star
                    const std::optional<Tensor> seed, const std::optional<Tensor> banned_ids, const Tensor schedule,
                    const std::string strategy_name, double threshold, double floor, int64_t mask_id, int64_t max_copies,
                    int64_t max_rows, int64_t scratch, int64_t slots, int64_t stride) {
-    check_shape(OP, "tokens", tokens, {-1, -1}, "[B, L]");
-    const int64_t batch = tokens.size(0), length = tokens.size(1);
-    check(length >= 1 && length <= MAX_BLOCK_LENGTH, OP, ": block length L must be in 1..64, got ", length);
-    check_shape(OP, "clean", clean, {batch, -1, length}, "[B, K, L]");
-    const int64_t ahead = clean.size(1);
-    const auto given = [&](const char* name, const Tensor& tensor, ScalarType type,
-                           std::initializer_list<int64_t> shape, const char* letters) {
-        check_shape(OP, name, tensor, shape, letters);
-        check_dtype(OP, name, tensor, {type});
-        check_cpu(OP, name, tensor);
-    };
-    given("tokens", tokens, ScalarType::Long, {batch, length}, "[B, L]");
-    given("revealed", revealed, ScalarType::Long, {batch}, "[B]");
-    given("start", start, ScalarType::Int, {batch}, "[B]");
-    given("step", step, ScalarType::Int, {batch}, "[B]");
-    given("blocks_left", blocks_left, ScalarType::Int, {batch}, "[B]");
-    given("clean", clean, ScalarType::Long, {batch, ahead, length}, "[B, K, L]");
-    given("depth", depth, ScalarType::Int, {batch}, "[B]");
-    given("prob", prob, ScalarType::Float, {batch, ahead, length}, "[B, K, L]");
-    given("log_odds", log_odds, ScalarType::Float, {batch, ahead, length}, "[B, K, L]");
-    given("entropy", entropy, ScalarType::Float, {batch, ahead, length}, "[B, K, L]");
-    given("trust", trust, ScalarType::Float, {batch}, "[B]");
-    given("power", power, ScalarType::Float, {batch, ahead}, "[B, K]");
-    if (temperature) given("temperature", *temperature, ScalarType::Float, {batch}, "[B]");
-    if (top_k) given("top_k", *top_k, ScalarType::Int, {batch}, "[B]");
-    if (top_p) given("top_p", *top_p, ScalarType::Float, {batch}, "[B]");
-    if (seed) given("seed", *seed, ScalarType::Long, {batch}, "[B]");
-    given("schedule", schedule, ScalarType::Int, {-1}, "[T]");
+    const auto [batch, length, ahead] =
+        check_plan_block(check_cpu, tokens, revealed, start, step, blocks_left, clean, depth, prob, log_odds, entropy,
+                         trust, power, draft_logits, temperature, top_k, top_p, seed, banned_ids, schedule, threshold,
+                         floor, max_copies, max_rows, scratch, slots, stride);
     const Strategy strategy = parse_strategy(OP, strategy_name);
-    check(!std::isnan(threshold), OP, ": threshold must be a number, got nan");
-    check(floor >= 0.0, OP, ": floor must be a number >= 0, got ", floor);
-    check(max_copies >= 1 && max_copies <= MAX_COPIES && max_copies + 2 < stride, OP, ": max_copies must be in 1..",
-          std::min(MAX_COPIES, std::max<int64_t>(stride, 3) - 3), " for stride ", stride, ", got ", max_copies);
-    check(max_rows >= 0, OP, ": max_rows must be >= 0, got ", max_rows);
-    check(slots <= std::numeric_limits<int32_t>::max() && scratch >= 0 && scratch <= slots &&
-              max_copies * copy_stride(length) <= slots - scratch,
-          OP, ": ", max_copies, " copies from slot ", scratch, " on need ", max_copies * copy_stride(length),
-          " slots, got slots ", slots);
-    check(stride <= (INF - 1) / std::max<int64_t>(scratch / length, 1), OP, ": clocks of the ", scratch / length,
-          " blocks before slot ", scratch, " must stay below 2**30, got stride ", stride);
 
     const auto begins = strided_const<int32_t, 1>(start), so_far = strided_const<int32_t, 1>(step),
                left = strided_const<int32_t, 1>(blocks_left), depths = strided_const<int32_t, 1>(depth);
@@ -149,11 +110,7 @@ Outputs plan_block(const Tensor tokens, const Tensor revealed, const Tensor star
     if (strategy == Strategy::low_confidence_dynamic) threshold = static_cast<float>(threshold);
     const plan::Rules rules{{strided_const<int32_t, 1>(schedule), schedule.size(0)}, strategy, threshold};
     if (draft_logits) {
-        check_shape(OP, "draft_logits", *draft_logits, {batch, ahead, length, -1}, "[B, K, L, V]");
-        check(draft_logits->size(3) > 0, OP, ": draft_logits must have at least one vocabulary entry, got ",
-              shape_text(*draft_logits));
-        check_cpu(OP, "draft_logits", *draft_logits);
-        const Drawn drawn{vocabulary::element_of(OP, "draft_logits", *draft_logits),
+        const Drawn drawn{element_of<vocabulary::Element>(*draft_logits),
                           strided_const<char, 4>(*draft_logits),
                           length,
                           draft_logits->size(3),

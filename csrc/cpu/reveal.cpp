@@ -6,7 +6,7 @@
 
 #include <string>
 
-#include "common/check.h"
+#include "common/arguments/reveal.h"
 #include "common/strided.h"
 
 namespace simsd {
@@ -17,29 +17,8 @@ constexpr const char* OP = "reveal";
 Tensor reveal(Tensor tokens, Tensor revealed, Tensor step_map, const Tensor proposal, const Tensor prob,
               const Tensor log_odds, const Tensor entropy, const Tensor step, const Tensor schedule,
               const std::string strategy_name, double threshold) {
-    check_shape(OP, "tokens", tokens, {-1, -1}, "[B, L]");
+    check_reveal(check_cpu, tokens, revealed, step_map, proposal, prob, log_odds, entropy, step, schedule);
     const int64_t batch = tokens.size(0), length = tokens.size(1);
-    check(length <= MAX_BLOCK_LENGTH, OP, ": block length L must be at most 64, got ", length);
-    const auto matrix = [&](const char* name, const Tensor& tensor, ScalarType type) {
-        check_shape(OP, name, tensor, {batch, length}, "[B, L]");
-        check_dtype(OP, name, tensor, {type});
-        check_cpu(OP, name, tensor);
-    };
-    const auto vector = [&](const char* name, const Tensor& tensor, ScalarType type, int64_t size,
-                            const char* letters) {
-        check_shape(OP, name, tensor, {size}, letters);
-        check_dtype(OP, name, tensor, {type});
-        check_cpu(OP, name, tensor);
-    };
-    matrix("tokens", tokens, ScalarType::Long);
-    vector("revealed", revealed, ScalarType::Long, batch, "[B]");
-    matrix("step_map", step_map, ScalarType::Int);
-    matrix("proposal", proposal, ScalarType::Long);
-    matrix("prob", prob, ScalarType::Float);
-    matrix("log_odds", log_odds, ScalarType::Float);
-    matrix("entropy", entropy, ScalarType::Float);
-    vector("step", step, ScalarType::Int, batch, "[B]");
-    vector("schedule", schedule, ScalarType::Int, -1, "[T]");
     const Strategy strategy = parse_strategy(OP, strategy_name);
 
     Tensor newly = torch::stable::new_empty(tokens, {batch}, ScalarType::Long);

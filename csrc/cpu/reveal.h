@@ -6,26 +6,11 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
-#include <string>
 
-#include "common/check.h"
+#include "common/strategy.h"
 #include "common/strided.h"
 
 namespace simsd {
-
-constexpr int64_t MAX_BLOCK_LENGTH = 64;  // a set of positions is 64 bits
-
-enum class Strategy { sequential, low_confidence_static, low_confidence_dynamic, entropy_bounded };
-
-inline Strategy parse_strategy(const char* op, const std::string& name) {
-    if (name == "sequential") return Strategy::sequential;
-    if (name == "low_confidence_static") return Strategy::low_confidence_static;
-    if (name == "low_confidence_dynamic") return Strategy::low_confidence_dynamic;
-    check(name == "entropy_bounded", op,
-          ": strategy must be one of sequential, low_confidence_static, low_confidence_dynamic, entropy_bounded, got '",
-          name, "'");
-    return Strategy::entropy_bounded;
-}
 
 inline uint64_t bit(int64_t position) { return uint64_t{1} << position; }
 

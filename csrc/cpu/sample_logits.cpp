@@ -1,12 +1,13 @@
 // sample_logits: argmax or seeded Gumbel-max over rows of logits [R, V], with their softmax statistics. One sweep over
 // the vocabulary per row; noise only at temperature > 0; a whole row is held only where top-k or top-p asks for it.
+#include "common/arguments/sample_logits.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <optional>
 #include <tuple>
 
-#include "common/check.h"
 #include "common/strided.h"
 #include "cpu/vocabulary/row.h"
 
@@ -25,22 +26,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sample_logits(const Tensor lo
                                                                  const Tensor seed, const Tensor position,
                                                                  const Tensor revealed,
                                                                  const std::optional<Tensor> banned_ids) {
-    check_shape(OP, "logits", logits, {-1, -1}, "[R, V]");
+    check_sample_logits(check_cpu, logits, temperature, top_k, top_p, seed, position, revealed, banned_ids);
     const int64_t rows = logits.size(0), vocabulary = logits.size(1);
-    check(vocabulary > 0, OP, ": logits must have at least one vocabulary entry, got ", shape_text(logits));
-    const auto element = vocabulary::element_of(OP, "logits", logits);
-    check_cpu(OP, "logits", logits);
-    const auto vector = [&](const char* name, const Tensor& tensor, ScalarType type) {
-        check_shape(OP, name, tensor, {rows}, "[R]");
-        check_dtype(OP, name, tensor, {type});
-        check_cpu(OP, name, tensor);
-    };
-    vector("temperature", temperature, ScalarType::Float);
-    vector("top_k", top_k, ScalarType::Int);
-    vector("top_p", top_p, ScalarType::Float);
-    vector("seed", seed, ScalarType::Long);
-    vector("position", position, ScalarType::Int);
-    vector("revealed", revealed, ScalarType::Long);
+    const auto element = element_of<vocabulary::Element>(logits);
     const auto banned = vocabulary::read_banned(OP, banned_ids, vocabulary);
 
     Tensor token = torch::stable::new_empty(logits, {rows}, ScalarType::Long);

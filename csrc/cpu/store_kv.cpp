@@ -1,10 +1,11 @@
 // store_kv: scatters a forward's K and V [B, Hkv, R, D] to cache slots [B, Hkv, C, D].
+#include "common/arguments/store_kv.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <cstring>
 
-#include "common/check.h"
 #include "common/strided.h"
 
 namespace simsd {
@@ -13,7 +14,7 @@ namespace {
 constexpr const char* OP = "store_kv";
 
 struct Shape {
-    int64_t batch, heads, rows, dim, capacity;
+    int64_t batch, heads, rows, dim;
 };
 
 template <typename T>
@@ -49,23 +50,9 @@ void scatter(const Shape& shape, const Tensor& source, const Tensor& cache, cons
 }
 
 void store_kv(const Tensor k, const Tensor v, Tensor k_cache, Tensor v_cache, const Tensor slots) {
-    check_shape(OP, "k", k, {-1, -1, -1, -1}, "[B, Hkv, R, D]");
-    const int64_t batch = k.size(0), heads = k.size(1), rows = k.size(2), dim = k.size(3);
-    check_shape(OP, "v", v, {batch, heads, rows, dim}, "[B, Hkv, R, D]");
-    check_shape(OP, "k_cache", k_cache, {batch, heads, -1, dim}, "[B, Hkv, C, D]");
-    const Shape shape{batch, heads, rows, dim, k_cache.size(2)};
-    check_shape(OP, "v_cache", v_cache, {batch, heads, shape.capacity, dim}, "[B, Hkv, C, D]");
-    check_shape(OP, "slots", slots, {batch, rows}, "[B, R]");
-    const ScalarType dtype = k.scalar_type();
-    check_dtype(OP, "v", v, {dtype});
-    check_dtype(OP, "k_cache", k_cache, {dtype});
-    check_dtype(OP, "v_cache", v_cache, {dtype});
-    check_dtype(OP, "slots", slots, {ScalarType::Int});
-    check_cpu(OP, "k", k);
-    check_cpu(OP, "v", v);
-    check_cpu(OP, "k_cache", k_cache);
-    check_cpu(OP, "v_cache", v_cache);
-    check_cpu(OP, "slots", slots);
+    check_store_kv(check_cpu, k, v, k_cache, v_cache, slots);
+    const int64_t batch = k.size(0), rows = k.size(2), capacity = k_cache.size(2);
+    const Shape shape{batch, k.size(1), rows, k.size(3)};
     if (k.numel() == 0) return;
 
     // Before anything is written, so that a bad slot leaves both caches as they were.
@@ -73,7 +60,7 @@ void store_kv(const Tensor k, const Tensor v, Tensor k_cache, Tensor v_cache, co
     for (int64_t b = 0; b < batch; ++b) {
         for (int64_t r = 0; r < rows; ++r) {
             const int32_t c = *slot.at(b, r);
-            check(c >= -1 && c < shape.capacity, OP, ": slots must be -1 or in [0, ", shape.capacity, "), got ", c);
+            check(c >= -1 && c < capacity, OP, ": slots must be -1 or in [0, ", capacity, "), got ", c);
         }
     }
 
@@ -92,7 +79,7 @@ void store_kv(const Tensor k, const Tensor v, Tensor k_cache, Tensor v_cache, co
         case 8:
             return store(uint64_t{});
         default:
-            check(false, OP, ": k must have elements of 1, 2, 4 or 8 bytes, got ", dtype_text(dtype));
+            check(false, OP, ": k must have elements of 1, 2, 4 or 8 bytes, got ", dtype_text(k.scalar_type()));
     }
 }
 

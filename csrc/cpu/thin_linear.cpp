@@ -9,7 +9,7 @@
 #include <memory>
 #include <vector>
 
-#include "common/check.h"
+#include "common/element.h"
 #include "cpu/capability.h"
 #include "cpu/linear/problem.h"
 
@@ -133,19 +133,17 @@ void multiply(const Problem& p) {
 Tensor thin_linear(const Tensor x, const Tensor weight) {
     check(x.dim() >= 1, OP, ": x must be [..., K], got ", shape_text(x));
     check_shape(OP, "weight", weight, {-1, x.size(x.dim() - 1)}, "[N, K]");
-    check_dtype(OP, "x", x, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
+    check_dtype(OP, "x", x, FLOATS);
     check_dtype(OP, "weight", weight, {x.scalar_type()});
-    check_cpu(OP, "x", x);
-    check_cpu(OP, "weight", weight);
+    check_cpu(OP, "x", x, x);
+    check_cpu(OP, "weight", weight, x);
     const int64_t columns = weight.size(0), k = weight.size(1);
     std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
     shape.back() = columns;
     Tensor out = torch::stable::new_empty(x, shape);
     if (out.numel() == 0) return out;
 
-    const Element element = x.scalar_type() == ScalarType::Float      ? Element::float32
-                            : x.scalar_type() == ScalarType::BFloat16 ? Element::bfloat16
-                                                                      : Element::float16;
+    const Element element = element_of<Element>(x);
     const Kernels& used = kernels();
     const int64_t rows = out.numel() / columns;
     const Tensor contiguous = x.is_contiguous() ? x : torch::stable::contiguous(x);

@@ -117,6 +117,10 @@ template <typename T>  // int32_t, uint32_t, unsigned long long
 SIMSD_DEVICE T atomic_or(T* address, T value) {
     return atomicOr(address, value);
 }
+template <typename T>  // int32_t, uint32_t, unsigned long long: writes `desired` where `expected` stands
+SIMSD_DEVICE T atomic_compare_exchange(T* address, T expected, T desired) {
+    return atomicCAS(address, expected, desired);
+}
 // This thread's writes before it are seen by other blocks that see a later write or atomic of its.
 SIMSD_DEVICE void device_fence() { __threadfence(); }
 
@@ -191,18 +195,26 @@ SIMSD_DEVICE float exponential(float x) { return expf(x); }
 SIMSD_DEVICE float logarithm(float x) { return logf(x); }
 SIMSD_DEVICE float log_one_plus(float x) { return log1pf(x); }
 SIMSD_DEVICE float reciprocal_root(float x) { return rsqrtf(x); }
+SIMSD_DEVICE float round_up(float x) { return ceilf(x); }
+SIMSD_DEVICE float maximum(float a, float b) { return fmaxf(a, b); }  // of a NaN and a number the number
 SIMSD_DEVICE double exponential(double x) { return exp(x); }
 SIMSD_DEVICE double logarithm(double x) { return log(x); }
+SIMSD_DEVICE double log_one_plus(double x) { return log1p(x); }
 // Products and sums that are rounded one by one, where fusing them would change a documented result.
 SIMSD_DEVICE float product(float a, float b) { return __fmul_rn(a, b); }
 SIMSD_DEVICE float sum(float a, float b) { return __fadd_rn(a, b); }
 SIMSD_DEVICE float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+SIMSD_DEVICE double product(double a, double b) { return __dmul_rn(a, b); }
+SIMSD_DEVICE double sum(double a, double b) { return __dadd_rn(a, b); }
 
 SIMSD_DEVICE int count_bits(uint32_t x) { return __popc(x); }
 SIMSD_DEVICE int count_bits(uint64_t x) { return __popcll(x); }
 // Index of the lowest set bit, -1 for none.
 SIMSD_DEVICE int lowest_bit(uint32_t x) { return __ffs(x) - 1; }
 SIMSD_DEVICE int lowest_bit(uint64_t x) { return __ffsll(x) - 1; }
+
+// For values that a GPU trusts: the emulation ends the launch with `message` where they do not hold.
+SIMSD_DEVICE void expect(bool, const char*) {}
 
 }  // namespace simsd
 

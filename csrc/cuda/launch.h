@@ -44,7 +44,8 @@ void launch(const char* op, void (*kernel)(Params), Grid grid, int threads, int 
     }
 #ifdef SIMSD_EMULATE
     (void)stream;
-    emulation::launch(op, grid.x, grid.y, grid.z, threads, shared_bytes, [&] { kernel(params); });
+    emulation::launch(op, reinterpret_cast<const void*>(kernel), grid.x, grid.y, grid.z, threads, shared_bytes,
+                      [&] { kernel(params); });
 #else
     if (shared_bytes > 48 * 1024) {
         check_cuda(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));

@@ -107,8 +107,28 @@ SIMSD_ANYWHERE uint32_t pack(T low, T high) {
 }
 
 template <typename T>
-SIMSD_ANYWHERE uint32_t pack(float low, float high) {
-    return pack(from_float<T>(low), from_float<T>(high));
+SIMSD_ANYWHERE uint32_t pack(float low, float high);
+
+template <>
+SIMSD_ANYWHERE uint32_t pack<Bfloat16>(float low, float high) {
+#ifdef __CUDA_ARCH__
+    uint32_t packed;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+    return packed;
+#else
+    return pack(from_float<Bfloat16>(low), from_float<Bfloat16>(high));
+#endif
+}
+
+template <>
+SIMSD_ANYWHERE uint32_t pack<Float16>(float low, float high) {
+#ifdef __CUDA_ARCH__
+    uint32_t packed;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+    return packed;
+#else
+    return pack(from_float<Float16>(low), from_float<Float16>(high));
+#endif
 }
 
 template <typename T>

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from simsd_kernels import dispatch, validate
 from simsd_kernels.block_verify import reference
-from simsd_kernels.ops import LIBRARY
+from simsd_kernels.ops import implement
 from simsd_kernels.sample_logits.api import check_banned, check_sampling
 
 OP = "block_verify"
@@ -94,16 +94,15 @@ def block_verify(
         *(draft_logits, coin, residual, banned_ids, rule),
     )
     check(*arguments)
-    why_not = lambda name: obstacle(name, target_logits, draft_logits, top_k, top_p)  # noqa: E731
-    match dispatch.choose(OP, backend, target_logits.device, why_not):
+    match dispatch.choose(OP, backend, target_logits.device, lambda name: obstacle(name, target_logits, draft_logits)):
         case "reference":
             out = reference.block_verify(*arguments)
-        case "triton" if target_logits.device.type == "cpu":  # the interpreter; on CUDA the op below runs Triton
+        case "triton":
             from simsd_kernels.block_verify import triton
 
             out = triton.block_verify(*arguments)
-        case _:
-            out = torch.ops.simsd.block_verify(*arguments)
+        case compiled:
+            out = dispatch.operator(OP, compiled)(*arguments)
     return Verification(*out)
 
 
@@ -191,13 +190,10 @@ def _check_mrs(draft_ids, known, drafted, vocabulary, draft_logits, coin, residu
         validate.within(OP, "draft_ids", draft_ids[judged], 0, vocabulary - 1, f"in [0, {vocabulary}) where drafted")
 
 
-def obstacle(backend: str, target_logits: Tensor, draft_logits, top_k, top_p) -> str | None:
+def obstacle(backend: str, target_logits: Tensor, draft_logits: Tensor | None) -> str | None:
     """What about these arguments keeps `backend` from serving; None if nothing does."""
     if backend == "reference":
         return None
-    filters = [name for name, value in (("top_k", top_k), ("top_p", top_p)) if value is not None]
-    if backend == "triton" and filters:
-        return f"does not filter: supports top_k and top_p None, got {' and '.join(filters)}"
     for name, value in (("target_logits", target_logits), ("draft_logits", draft_logits)):
         if value is not None and value.dtype not in validate.FLOATS:
             return f"supports float32, bfloat16 and float16, got {name} of {value.dtype}"
@@ -229,7 +225,7 @@ def _reference(
     return reference.block_verify(*arguments)
 
 
-def _cuda(
+def _triton(
     target_logits,
     draft_ids,
     known,
@@ -250,13 +246,15 @@ def _cuda(
         *(target_logits, draft_ids, known, drafted, temperature, top_k, top_p, seed, position, revealed),
         *(draft_logits, coin, residual, banned_ids, rule),
     )
-    if dispatch.triton_obstacle() or obstacle("triton", target_logits, draft_logits, top_k, top_p):
-        return _reference(*arguments)
     from simsd_kernels.block_verify import triton
 
     check(*arguments)
     return triton.block_verify(*arguments)
 
 
-LIBRARY.impl(OP, _reference, "CompositeExplicitAutograd")
-LIBRARY.impl(OP, _cuda, "CUDA")
+def _triton_obstacle(target_logits, draft_ids, known, drafted, temperature, *rest) -> str | None:
+    draft_logits = rest[5] if len(rest) > 5 else None
+    return obstacle("triton", target_logits, draft_logits)
+
+
+implement(OP, _reference, _triton, _triton_obstacle)

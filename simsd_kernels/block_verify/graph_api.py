@@ -11,7 +11,7 @@ from torch import Tensor
 from simsd_kernels import dispatch, validate
 from simsd_kernels.block_verify import graph_reference
 from simsd_kernels.block_verify.graph_reference import DENOISED, DRAFTED
-from simsd_kernels.ops import LIBRARY
+from simsd_kernels.ops import implement
 from simsd_kernels.reveal.api import MAX_LENGTH, STRATEGIES
 from simsd_kernels.sample_logits.api import check_banned, check_sampling
 
@@ -84,7 +84,7 @@ def block_verify_graph(
         temperature: float32 [B]; top_k: int32 [B] or None; top_p: float32 [B] or None; seed: int64 [B], needed where
             temperature > 0; banned_ids: int64 [n] or None. As in `sample_logits`.
         schedule: int32 [T], strategy, threshold: as in `reveal`. 0 <= step < T.
-        backend: "reference", "cpu" or "triton"; None chooses.
+        backend: "reference", "cpu", "triton" or "cuda"; None chooses (see `simsd_kernels.dispatch`).
 
     Returns:
         `Walk`.
@@ -101,12 +101,12 @@ def block_verify_graph(
     match dispatch.choose(OP, backend, target_logits.device, lambda name: obstacle(name, target_logits)):
         case "reference":
             out = graph_reference.block_verify_graph(*arguments)
-        case "triton" if target_logits.device.type == "cpu":  # the interpreter; on CUDA the op below runs Triton
+        case "triton":
             from simsd_kernels.block_verify import graph_triton
 
             out = graph_triton.block_verify_graph(*arguments)
-        case _:
-            out = torch.ops.simsd.block_verify.graph(*arguments)
+        case compiled:
+            out = dispatch.operator(OP, compiled)(*arguments)
     return Walk(*out)
 
 
@@ -201,15 +201,11 @@ def _reference(*arguments):
     return graph_reference.block_verify_graph(*arguments)
 
 
-def _cuda(*arguments):
-    target_logits = arguments[0]
-    if dispatch.triton_obstacle() or obstacle("triton", target_logits):
-        return _reference(*arguments)
+def _triton(*arguments):
     from simsd_kernels.block_verify import graph_triton
 
     check(*arguments)
     return graph_triton.block_verify_graph(*arguments)
 
 
-LIBRARY.impl(OP, _reference, "CompositeExplicitAutograd")
-LIBRARY.impl(OP, _cuda, "CUDA")
+implement(OP, _reference, _triton, lambda target_logits, *_: obstacle("triton", target_logits))

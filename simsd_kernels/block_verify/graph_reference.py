@@ -131,9 +131,11 @@ def block_verify_graph(
 
 
 def actions(
-    target_logits, rows, revealed, block, start, temperature, top_k, top_p, seed, banned_ids, strategy
+    target_logits, rows, revealed, block, start, temperature, top_k, top_p, seed, banned_ids, strategy, sample=None
 ) -> tuple[Tensor, ...]:
-    """token, prob, log_odds, entropy, each [B, C, L]: what the target draws at every position of every copy."""
+    """token, prob, log_odds, entropy, each [B, C, L]: what the target draws at every position of every copy, by the
+    `sample_logits` of the reference or another one.
+    """
     batch, copies, length = rows.shape
     device = rows.device
     index = torch.arange(length, dtype=torch.int32, device=device)
@@ -148,7 +150,7 @@ def actions(
     logits = target_logits[rows.flatten().clamp(0, max(count - 1, 0)).long()] if count else None
     if logits is None:
         logits = target_logits.new_zeros((rows.numel(), target_logits.shape[1]))
-    drawn = sample_logits(
+    drawn = (sample or sample_logits)(
         logits,
         per_row(temperature, 0.0, torch.float32),
         per_row(top_k, 0, torch.int32),

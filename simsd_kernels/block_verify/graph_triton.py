@@ -1,4 +1,6 @@
-"""The graph rule of `block_verify` on Triton: torch draws the target's actions, graph_triton_kernels.py walks."""
+"""The graph rule of `block_verify` on Triton: `sample_logits` draws at every position of every copy, then
+graph_triton_kernels.py walks.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,8 @@ from torch import Tensor
 
 from simsd_kernels.block_verify import graph_reference
 from simsd_kernels.block_verify.graph_triton_kernels import walk
+from simsd_kernels.reveal.triton import bound_of
+from simsd_kernels.sample_logits.triton import sample_logits
 
 TOKENS_COMPARED = 512  # of the copies of a lane, at once
 
@@ -61,15 +65,15 @@ def block_verify_graph(
         return outputs
     revealed = revealed & (-1 if length == 64 else (1 << length) - 1)
     drawn = graph_reference.actions(
-        *(target_logits, rows, revealed, block, start, temperature, top_k, top_p, seed, banned_ids, strategy)
+        *(target_logits, rows, revealed, block, start, temperature, top_k, top_p, seed, banned_ids, strategy),
+        sample_logits,
     )
     given = (states, revealed, block, clean, cleaned, depth, step, step_map, prob, origin, schedule)
-    # Triton takes a float argument as float32; the running total of entropies is compared in float64.
-    bound = torch.full((1,), threshold, dtype=torch.float64, device=states.device)
     constants, options = configuration(length)
     with torch.cuda.device(states.device) if states.is_cuda else contextlib.nullcontext():
         walk[(batch,)](
-            *(x.contiguous() for x in (*drawn, *given)), bound, *outputs, copies, ahead, length, schedule.shape[0],
+            *(x.contiguous() for x in (*drawn, *given)), bound_of(strategy, threshold, states.device), *outputs,
+            copies, ahead, length, schedule.shape[0], float(threshold),
             STRATEGY=strategy, **constants, **options,
         )  # fmt: skip
     return outputs

@@ -13,59 +13,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from simsd_kernels.reveal.triton import chosen, count_true, has
+
 DENOISED = tl.constexpr(1)
 DRAFTED = tl.constexpr(2)
 NO_COPY = tl.constexpr(2**31 - 1)
 SIZES = ["n_copies", "n_ahead", "n_length", "n_steps"]
-
-
-@triton.jit
-def count_true(b_flag):
-    return tl.sum(b_flag.to(tl.int32), 0)
-
-
-@triton.jit
-def has(known, o_l):
-    """int1 [L]: whether the set holds each position."""
-    return ((known >> o_l) & 1) != 0
-
-
-@triton.jit
-def chosen(p_prob, p_log_odds, p_entropy, b_at, b_masked, o_l, count, threshold, STRATEGY: tl.constexpr):
-    """int1 [L]: which masked positions a step reveals, the last step of a block aside. As reveal/reference.py.
-
-    p_* [C, L], read at offsets b_at [L]; count: what the schedule asks for, at most the number of masked positions.
-    """
-    # [L]; equal scores leave the lowest position first, which is all that `sequential` asks
-    b_score = tl.zeros(b_masked.shape, tl.float32)
-    if STRATEGY == "entropy_bounded":
-        b_entropy = tl.load(p_entropy + b_at, b_masked, other=float("inf"))
-        b_entropy = tl.where(b_entropy != b_entropy, float("inf"), b_entropy)
-        b_score = -b_entropy
-    elif STRATEGY != "sequential":
-        b_score = tl.load(p_log_odds + b_at, b_masked, other=float("-inf"))
-        b_score = tl.where(b_score != b_score, float("-inf"), b_score)
-    # [L, L]: whether the second position comes before the first
-    b_before = (b_score[None, :] == b_score[:, None]) & (o_l[None, :] < o_l[:, None])
-    b_before |= b_score[None, :] > b_score[:, None]
-    b_rank = tl.sum((b_before & b_masked[None, :]).to(tl.int32), 1)
-
-    if STRATEGY == "entropy_bounded":
-        # One by one: a parallel sum would round otherwise than the other backends do.
-        masked = count_true(b_masked)
-        total = tl.zeros_like(threshold)
-        below = tl.zeros_like(masked)
-        going = masked > 0
-        while going:
-            total += tl.sum(tl.where(b_masked & (b_rank == below), b_entropy, 0.0), 0).to(tl.float64)
-            below += (total < threshold).to(tl.int32)
-            going = (total < threshold) & (below < masked)
-        count = tl.maximum(below, 1)
-    b_chosen = b_masked & (b_rank < count)
-    if STRATEGY == "low_confidence_dynamic":
-        b_confident = b_masked & (tl.load(p_prob + b_at, b_masked, other=0.0) > threshold.to(tl.float32))
-        b_chosen = tl.where(count_true(b_confident) >= count, b_confident, b_chosen)
-    return b_chosen
 
 
 @triton.jit
@@ -118,7 +71,7 @@ def walk(
     p_prob,  # float32 [B, L]
     p_origin,  # int32 [B, L]
     p_schedule,  # int32 [T]
-    p_threshold,  # float64 [1]
+    p_bound,  # float64 [1], or None: of the sum of entropies
     p_out_progress,  # out: int32 [B, 7]
     p_out_revealed,  # out: int64 [B]
     p_out_tokens,  # out: int64 [B, K + 2, L]
@@ -129,6 +82,7 @@ def walk(
     n_ahead,
     n_length,
     n_steps,
+    threshold,  # a probability
     STRATEGY: tl.constexpr,
     LENGTH: tl.constexpr,
     COPIES: tl.constexpr,
@@ -154,7 +108,6 @@ def walk(
     p_out_origin += i_b * (n_ahead + 2) * n_length
     cleaned = tl.minimum(tl.load(p_cleaned + i_b), n_ahead)
     depth = tl.minimum(tl.load(p_depth + i_b), n_ahead)
-    threshold = tl.load(p_threshold)
 
     # The current block. [L]
     known = tl.load(p_revealed)
@@ -179,7 +132,7 @@ def walk(
         b_at = at * n_length + o_l
         count = tl.minimum(tl.maximum(tl.load(p_schedule + step), 0), count_true(b_masked))
         b_chosen = chosen(
-            p_drawn_prob, p_log_odds, p_entropy, b_at, b_masked, o_l, count, threshold, STRATEGY=STRATEGY
+            p_drawn_prob, p_log_odds, p_entropy, b_at, b_masked, o_l, count, p_bound, threshold, STRATEGY=STRATEGY
         )  # fmt: skip
         b_chosen = tl.where(step == n_steps - 1, b_masked, b_chosen)
         b_tokens = tl.where(b_chosen, tl.load(p_drawn + b_at, b_chosen, other=0), b_tokens)

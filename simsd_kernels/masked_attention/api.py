@@ -7,7 +7,7 @@ from torch import Tensor
 
 from simsd_kernels import dispatch, validate
 from simsd_kernels.masked_attention import reference
-from simsd_kernels.ops import LIBRARY
+from simsd_kernels.ops import implement
 
 OP = "masked_attention"
 
@@ -21,18 +21,26 @@ def masked_attention(
     death: Tensor,
     kv_len: Tensor | None = None,
     scale: float | None = None,
+    block_table: Tensor | None = None,
     *,
     backend: str | None = None,
 ) -> Tensor:
     """Softmax attention in which query i sees key j iff `birth[j] <= clock[i] <= death[j]` and `j < kv_len`.
 
+    With a `block_table` keys and values lie in pages: key j of batch element b is row `j % page_size` of page
+    `block_table[b, j // page_size]`. The result has the bits that the same keys give where they lie in order.
+
     Args:
         q: [B, Hq, Lq, D], float32, bfloat16 or float16 (`reference` also takes float64); any strides.
-        k, v: [B, Hkv, Lk, D], the dtype of q; Hq is a multiple of Hkv (grouped-query attention).
+        k, v: [B, Hkv, Lk, D], the dtype of q; Hq is a multiple of Hkv (grouped-query attention). With a block_table
+            [P, Hkv, page_size, D]: P pages of page_size keys, a multiple of 16 from 16 to 256.
         clock: int32 [B, Lq]. A query with clock -1 is dead: it returns zeros.
-        birth, death: int32 [B, Lk]. A key with birth INF (2**30) is dead; its contents are never read into a result.
+        birth, death: int32 [B, Lk]; with a block_table Lk is n_pages * page_size. A key with birth INF (2**30) is
+            dead; its contents are never read into a result.
         kv_len: int32 [B], the number of live key slots, or None for Lk.
         scale: factor of q @ k^T, D ** -0.5 by default.
+        block_table: int32 [B, n_pages], or None where K and V are not paged. An entry outside [0, P) is no page: its
+            keys are dead, and nothing of them is read.
         backend: "reference", "cpu", "triton" or "cuda"; None chooses (see `simsd_kernels.dispatch`).
 
     Returns:
@@ -44,26 +52,38 @@ def masked_attention(
 
     Source: SimSD (arXiv 2606.02544), the temporal attention mask, as an interval test.
     """
-    check(q, k, v, clock, birth, death, kv_len)
+    check(q, k, v, clock, birth, death, kv_len, block_table)
     match dispatch.choose(OP, backend, q.device, lambda name: obstacle(name, q)):
         case "reference":
-            return reference.masked_attention(q, k, v, clock, birth, death, kv_len, scale)
-        case "triton" if q.device.type == "cpu":  # the interpreter; on CUDA the op below runs Triton
+            return reference.masked_attention(q, k, v, clock, birth, death, kv_len, scale, block_table)
+        case "triton":
             from simsd_kernels.masked_attention import triton
 
-            return triton.masked_attention(q, k, v, clock, birth, death, kv_len, scale)
-        case _:
-            return torch.ops.simsd.masked_attention(q, k, v, clock, birth, death, kv_len, scale)
+            return triton.masked_attention(q, k, v, clock, birth, death, kv_len, scale, block_table)
+        case compiled:
+            operator = dispatch.operator(OP, compiled)
+            return operator(q, k, v, clock, birth, death, kv_len, scale, block_table)
 
 
-def check(q, k, v, clock, birth, death, kv_len) -> None:
+def check(q, k, v, clock, birth, death, kv_len, block_table) -> None:
     for name, value in (("q", q), ("k", k), ("v", v), ("clock", clock), ("birth", birth), ("death", death)):
         validate.tensor(OP, name, value)
     validate.shape(OP, "q", q, (None,) * 4, "[B, Hq, Lq, D]")
     batch, q_heads, q_rows, dim = q.shape
-    validate.shape(OP, "k", k, (batch, None, None, dim), "[B, Hkv, Lk, D]")
+    pages = batch
+    letters = "[B, Hkv, Lk, D]"
+    if block_table is not None:
+        validate.tensor(OP, "block_table", block_table)
+        validate.shape(OP, "block_table", block_table, (batch, None), "[B, n_pages]")
+        validate.dtype(OP, "block_table", block_table, torch.int32)
+        pages, letters = None, "[P, Hkv, page_size, D]"
+    validate.shape(OP, "k", k, (pages, None, None, dim), letters)
+    validate.shape(OP, "v", v, k.shape, letters)
     kv_heads, keys = k.shape[1], k.shape[2]
-    validate.shape(OP, "v", v, k.shape, "[B, Hkv, Lk, D]")
+    if block_table is not None:
+        if keys % 16 or not 16 <= keys <= 256:
+            raise ValueError(f"{OP}: a page must hold a multiple of 16 keys, from 16 to 256, got {keys}")
+        keys *= block_table.shape[1]
     validate.shape(OP, "clock", clock, (batch, q_rows), "[B, Lq]")
     validate.shape(OP, "birth", birth, (batch, keys), "[B, Lk]")
     validate.shape(OP, "death", death, (batch, keys), "[B, Lk]")
@@ -78,7 +98,9 @@ def check(q, k, v, clock, birth, death, kv_len) -> None:
         validate.tensor(OP, "kv_len", kv_len)
         validate.shape(OP, "kv_len", kv_len, (batch,), "[B]")
         validate.dtype(OP, "kv_len", kv_len, torch.int32)
-    validate.same_device(OP, q=q, k=k, v=v, clock=clock, birth=birth, death=death, kv_len=kv_len)
+    validate.same_device(
+        OP, q=q, k=k, v=v, clock=clock, birth=birth, death=death, kv_len=kv_len, block_table=block_table
+    )
 
 
 def obstacle(backend: str, q: Tensor) -> str | None:
@@ -89,22 +111,25 @@ def obstacle(backend: str, q: Tensor) -> str | None:
         return f"supports float32, bfloat16 and float16, got {q.dtype}"
     if backend == "triton" and (q.shape[3] < 16 or q.shape[3] > 256):
         return f"supports head sizes 16 to 256, got {q.shape[3]}"
+    if backend == "cuda" and q.shape[3] > 256:
+        return f"supports head sizes up to 256, got {q.shape[3]}"
     return None
 
 
-def _reference(q, k, v, clock, birth, death, kv_len=None, scale=None) -> Tensor:
-    check(q, k, v, clock, birth, death, kv_len)
-    return reference.masked_attention(q, k, v, clock, birth, death, kv_len, scale)
+def _reference(q, k, v, clock, birth, death, kv_len=None, scale=None, block_table=None) -> Tensor:
+    check(q, k, v, clock, birth, death, kv_len, block_table)
+    return reference.masked_attention(q, k, v, clock, birth, death, kv_len, scale, block_table)
 
 
-def _cuda(q, k, v, clock, birth, death, kv_len=None, scale=None) -> Tensor:
-    if dispatch.triton_obstacle() or obstacle("triton", q):
-        return _reference(q, k, v, clock, birth, death, kv_len, scale)
+def _triton(q, k, v, clock, birth, death, kv_len=None, scale=None, block_table=None) -> Tensor:
     from simsd_kernels.masked_attention import triton
 
-    check(q, k, v, clock, birth, death, kv_len)
-    return triton.masked_attention(q, k, v, clock, birth, death, kv_len, scale)
+    check(q, k, v, clock, birth, death, kv_len, block_table)
+    return triton.masked_attention(q, k, v, clock, birth, death, kv_len, scale, block_table)
 
 
-LIBRARY.impl(OP, _reference, "CompositeExplicitAutograd")
-LIBRARY.impl(OP, _cuda, "CUDA")
+def _why_not_triton(q, *_) -> str | None:
+    return obstacle("triton", q)
+
+
+implement(OP, _reference, _triton, _why_not_triton)

@@ -15,6 +15,26 @@ def visible(clock: Tensor, birth: Tensor, death: Tensor, kv_len: Tensor | None =
     return seen
 
 
+def gathered(
+    k: Tensor, v: Tensor, birth: Tensor, death: Tensor, block_table: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Pages as if they lay in order: K and V [B, Hkv, n_pages * page_size, D]; a key without a page is never alive."""
+    pages, kv_heads, page_size, dim = k.shape
+    batch, count = block_table.shape
+    exists = (block_table >= 0) & (block_table < pages)  # [B, n_pages]
+    page = torch.where(exists, block_table, 0).flatten().long()
+
+    def in_order(cache: Tensor) -> Tensor:
+        if pages == 0:
+            return cache.new_zeros((batch, kv_heads, count * page_size, dim))
+        found = cache.index_select(0, page).view(batch, count, kv_heads, page_size, dim)
+        return found.transpose(1, 2).reshape(batch, kv_heads, count * page_size, dim)
+
+    alive = exists.repeat_interleave(page_size, dim=1)  # [B, n_pages * page_size]
+    never = torch.iinfo(torch.int32)
+    return in_order(k), in_order(v), torch.where(alive, birth, never.max), torch.where(alive, death, never.min)
+
+
 def masked_attention(
     q: Tensor,
     k: Tensor,
@@ -24,8 +44,11 @@ def masked_attention(
     death: Tensor,
     kv_len: Tensor | None = None,
     scale: float | None = None,
+    block_table: Tensor | None = None,
 ) -> Tensor:
     """See `api.masked_attention`. Accumulates in float32 (float64 for float64 inputs)."""
+    if block_table is not None:
+        k, v, birth, death = gathered(k, v, birth, death, block_table)
     batch, q_heads, q_rows, dim = q.shape
     kv_heads = k.shape[1]
     accumulate = torch.promote_types(q.dtype, torch.float32)

@@ -35,10 +35,10 @@ SIZES = ["n_q", "n_k", "n_padded", "n_group", "n_hkv"]
 @triton.jit(do_not_specialize=SIZES)
 def attend_few_rows(
     p_q,  # [B, Hq, Lq, D]
-    p_k,  # [B, Hkv, Lk, D]
-    p_v,  # [B, Hkv, Lk, D]
+    p_k,  # [B, Hkv, Lk, D], or [P, Hkv, PAGE, D]
+    p_v,  # like p_k
     p_clock,  # int32 [B, Lq]
-    p_keys,  # int32 [B, 2, padded], see summarise
+    p_keys,  # int32 [B, 2 or 3, padded], see summarise
     p_bounds,  # int32 [B, 4, padded / TILE]
     p_max,  # out: float32 [B, Hkv, splits, G * Lq]
     p_sum,  # out: float32 [B, Hkv, splits, G * Lq]
@@ -68,6 +68,7 @@ def attend_few_rows(
     SPLIT: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    PAGE: tl.constexpr,
 ):
     """One program per (sequence, KV head, split, row tile, slice of D); a second kernel combines the splits.
 
@@ -88,11 +89,13 @@ def attend_few_rows(
     b_q, b_clock, first_clock, last_clock, exists, _, _ = load_rows(
         p_q, p_clock, i_b, i_hkv, i_row, n_group, n_q, n_dim, stride_q_b, stride_q_h, stride_q_q, stride_q_d,
         stride_clock_b, stride_clock_q, ROWS, BLOCK_D)  # fmt: skip
+    i_k = i_b if PAGE == 0 else 0
     b_max, b_sum, b_acc = attend_split(
-        b_q, b_clock, first_clock, last_clock, p_k + i_b * stride_k_b + i_hkv * stride_k_h,
-        p_v + i_b * stride_v_b + i_hkv * stride_v_h, p_keys + i_b * 2 * n_padded,
+        b_q, b_clock, first_clock, last_clock, p_k + i_k * stride_k_b + i_hkv * stride_k_h,
+        p_v + i_k * stride_v_b + i_hkv * stride_v_h, p_keys + i_b * (2 if PAGE == 0 else 3) * n_padded,
         p_bounds + i_b * 4 * (n_padded // TILE), i_split, n_padded, n_dim, scale, i_v,
-        stride_k_k, stride_k_d, stride_v_k, stride_v_d, TILE, SPLIT, BLOCK_D, BLOCK_V)  # fmt: skip
+        stride_k_b, stride_k_k, stride_k_d, stride_v_b, stride_v_k, stride_v_d,
+        TILE, SPLIT, BLOCK_D, BLOCK_V, PAGE)  # fmt: skip
 
     o_r = i_row * ROWS + tl.arange(0, ROWS)
     o_v = i_v * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -160,10 +163,10 @@ def combine_splits(
 @triton.jit(do_not_specialize=SIZES)
 def attend_many_rows(
     p_q,  # [B, Hq, Lq, D]
-    p_k,  # [B, Hkv, Lk, D]
-    p_v,  # [B, Hkv, Lk, D]
+    p_k,  # [B, Hkv, Lk, D], or [P, Hkv, PAGE, D]
+    p_v,  # like p_k
     p_clock,  # int32 [B, Lq]
-    p_keys,  # int32 [B, 2, padded], see summarise
+    p_keys,  # int32 [B, 2 or 3, padded], see summarise
     p_bounds,  # int32 [B, 4, padded / TILE]
     p_out,  # out: [B, Hq, Lq, D], contiguous
     scale,
@@ -191,6 +194,7 @@ def attend_many_rows(
     SPLIT: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    PAGE: tl.constexpr,
     SCAN: tl.constexpr,
 ):
     """Prefill: one program per (sequence, KV head, row tile, slice of D) walks the splits between its first and last
@@ -203,9 +207,10 @@ def attend_many_rows(
     i_bh = (i_rest // n_row_tiles).to(tl.int64)
     i_b = i_bh // n_hkv
     i_hkv = i_bh % n_hkv
-    p_k += i_b * stride_k_b + i_hkv * stride_k_h
-    p_v += i_b * stride_v_b + i_hkv * stride_v_h
-    p_keys += i_b * 2 * n_padded
+    i_k = i_b if PAGE == 0 else 0
+    p_k += i_k * stride_k_b + i_hkv * stride_k_h
+    p_v += i_k * stride_v_b + i_hkv * stride_v_h
+    p_keys += i_b * (2 if PAGE == 0 else 3) * n_padded
     p_bounds += i_b * 4 * (n_padded // TILE)
 
     b_q, b_clock, first_clock, last_clock, exists, o_h, o_q = load_rows(
@@ -225,8 +230,9 @@ def attend_many_rows(
     b_acc = tl.zeros([ROWS, BLOCK_V], tl.float32)
     for i_split in range(first, end):
         b_max_2, b_sum_2, b_acc_2 = attend_split(
-            b_q, b_clock, first_clock, last_clock, p_k, p_v, p_keys, p_bounds, i_split, n_padded, n_dim, scale, i_v,
-            stride_k_k, stride_k_d, stride_v_k, stride_v_d, TILE, SPLIT, BLOCK_D, BLOCK_V)  # fmt: skip
+            b_q, b_clock, first_clock, last_clock, p_k, p_v, p_keys, p_bounds, i_split, n_padded, n_dim,
+            scale, i_v, stride_k_b, stride_k_k, stride_k_d, stride_v_b, stride_v_k, stride_v_d,
+            TILE, SPLIT, BLOCK_D, BLOCK_V, PAGE)  # fmt: skip
         b_max, b_sum, b_acc = merge(b_max, b_sum, b_acc, b_max_2, b_sum_2, b_acc_2)
 
     o_v = i_v * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -267,10 +273,11 @@ def masked_attention(
     death: Tensor,
     kv_len: Tensor | None = None,
     scale: float | None = None,
+    block_table: Tensor | None = None,
 ) -> Tensor:
     """See `api.masked_attention`, which has checked the arguments."""
     batch, q_heads, q_rows, dim = q.shape
-    kv_heads, keys = k.shape[1], k.shape[2]
+    kv_heads, keys = k.shape[1], birth.shape[1]
     out = q.new_empty(q.shape)
     if out.numel() == 0:
         return out
@@ -284,14 +291,18 @@ def masked_attention(
     scale = (dim**-0.5 if scale is None else scale) * math.log2(math.e)
     slices = triton.cdiv(dim, tiles["BLOCK_V"])
     row_tiles = triton.cdiv(rows, tiles["ROWS"])
+    if block_table is not None:
+        block_table = block_table.contiguous()
+    pages, table = k.shape[0], 0 if block_table is None else block_table.shape[1]
+    tiles["PAGE"] = 0 if block_table is None else k.shape[2]
 
-    key_vectors = birth.new_empty((batch, 2, padded))
+    key_vectors = birth.new_empty((batch, 2 if block_table is None else 3, padded))
     bounds = birth.new_empty((batch, 4, padded // tiles["TILE"]))
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
         summarise[(batch * splits,)](
-            clock, birth, death, kv_len, key_vectors, bounds, q_rows, keys, padded,
+            clock, birth, death, kv_len, block_table, key_vectors, bounds, q_rows, keys, padded, table, pages,
             *clock.stride(), *birth.stride(), *death.stride(), 0 if kv_len is None else kv_len.stride(0),
-            TILE=tiles["TILE"], SPLIT=SPLIT, QUERIES=QUERIES, **EXACT,
+            TILE=tiles["TILE"], SPLIT=SPLIT, QUERIES=QUERIES, PAGE=tiles["PAGE"], **EXACT,
         )  # fmt: skip
         inputs = (q, k, v, clock, key_vectors, bounds)
         sizes = (q_rows, padded, group, kv_heads, dim)

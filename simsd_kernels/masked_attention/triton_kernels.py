@@ -10,6 +10,9 @@ is the one body of both attention kernels, and splits are merged in ascending or
 powers of two (scores are in log2 units), so that every rescaling is an exact multiplication: it does not matter when or
 how often it happens, and the two kernels agree.
 
+Pages. With PAGE > 0 (keys per page) `summarise` also writes the page of every key, looked up in the block table once;
+the attention kernels load row k % PAGE of it. Nothing else differs, so the bits are those of K and V that lie in order.
+
 Floor. Bytes: K and V once per row tile (64 rows), 2 * Lk * D * itemsize per KV head. Flops: 4 * rows * Lk * D. Packing
 the G query heads of a KV head into the rows of one tile keeps decoding (16..64 rows) bound by those bytes alone.
 """
@@ -42,17 +45,20 @@ def dot(b_a, b_b, b_acc):
     return tl.dot(b_a, b_b, b_acc, input_precision="ieee")
 
 
-@triton.jit(do_not_specialize=["n_q", "n_k", "n_padded"])
+@triton.jit(do_not_specialize=["n_q", "n_k", "n_padded", "n_table", "n_pages"])
 def summarise(
     p_clock,  # int32 [B, Lq]
     p_birth,  # int32 [B, Lk]
     p_death,  # int32 [B, Lk]
     p_kv_len,  # int32 [B] or None
-    p_keys,  # out: int32 [B, 2, padded]: birth (or UNSEEN), death
+    p_table,  # int32 [B, n_table], contiguous, or None
+    p_keys,  # out: int32 [B, 2 or 3, padded]: birth (or UNSEEN), death and, with pages, the page (0 where unseen)
     p_bounds,  # out: int32 [B, 4, padded / TILE]: least and greatest birth, least and greatest death
     n_q,
     n_k,
     n_padded,
+    n_table,
+    n_pages,
     stride_clock_b,
     stride_clock_q,
     stride_birth_b,
@@ -63,6 +69,7 @@ def summarise(
     TILE: tl.constexpr,
     SPLIT: tl.constexpr,
     QUERIES: tl.constexpr,
+    PAGE: tl.constexpr,
 ):
     """One program per split of one batch element. Reads 8 bytes per key and every clock; writes 8 bytes per key."""
     TILES: tl.constexpr = SPLIT // TILE
@@ -87,10 +94,15 @@ def summarise(
         b_sees = (b_birth[None, :] <= b_clock[:, None]) & (b_clock[:, None] <= b_death[None, :]) & (o_q < n_q)[:, None]
         b_seen = tl.maximum(b_seen, tl.max(b_sees.to(tl.int32), 0))
     b_seen = (b_seen > 0) & (o_k < live_keys)
+    VECTORS: tl.constexpr = 2 if PAGE == 0 else 3
+    p_keys += i_b * VECTORS * n_padded + o_k
+    if PAGE > 0:
+        b_page = tl.load(p_table + i_b * n_table + o_k // PAGE, mask=o_k < live_keys, other=-1)
+        b_seen = b_seen & (b_page >= 0) & (b_page < n_pages)
+        tl.store(p_keys + 2 * n_padded, tl.where(b_seen, b_page, 0))
     b_birth = tl.where(b_seen, b_birth, UNSEEN)
     b_last = tl.where(b_seen, b_death, NEVER)
 
-    p_keys += i_b * 2 * n_padded + o_k
     tl.store(p_keys, b_birth)
     tl.store(p_keys + n_padded, b_death)
     p_bounds += i_b * 4 * (n_padded // TILE) + i_split * TILES + tl.arange(0, TILES)
@@ -137,9 +149,10 @@ def load_rows(p_q, p_clock, i_b, i_hkv, i_row, n_group, n_q, n_dim, stride_q_b, 
 
 
 @triton.jit
-def attend_tiles(b_q, b_clock, b_max, b_sum, b_acc, p_k, p_v, p_keys, b_states, i_start, first, end, n_padded, n_dim,
-                 scale, i_v, stride_k_k, stride_k_d, stride_v_k, stride_v_d, TESTED: tl.constexpr, TILE: tl.constexpr,
-                 BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr):  # fmt: skip
+def attend_tiles(b_q, b_clock, b_max, b_sum, b_acc, p_k, p_v, p_keys, b_states, i_start, first, end, n_padded,
+                 n_dim, scale, i_v, stride_k_b, stride_k_k, stride_k_d, stride_v_b, stride_v_k, stride_v_d,
+                 TESTED: tl.constexpr, TILE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+                 PAGE: tl.constexpr):  # fmt: skip
     """Adds tiles [first, end), counted from key i_start. Without TESTED every row sees every key of them.
 
     Two loops over this body, not one with a branch: Triton keeps P in registers between the two products, and loads
@@ -150,13 +163,24 @@ def attend_tiles(b_q, b_clock, b_max, b_sum, b_acc, p_k, p_v, p_keys, b_states, 
     o_v = i_v * BLOCK_V + tl.arange(0, BLOCK_V)
     for i_tile in range(first, end):
         o_k = i_start + i_tile * TILE + tl.arange(0, TILE)
-        p_k_tile = p_k + o_k.to(tl.int64)[:, None] * stride_k_k + o_d.to(tl.int64)[None, :] * stride_k_d
-        p_v_tile = p_v + o_k.to(tl.int64)[:, None] * stride_v_k + o_v.to(tl.int64)[None, :] * stride_v_d
         if TESTED:
             # [TILE]
             alive = tl.sum(tl.where(tl.arange(0, b_states.shape[0]) == i_tile, b_states, 0)) > 0
             b_birth = tl.where(alive, tl.load(p_keys + o_k), UNSEEN)
             b_death = tl.load(p_keys + n_padded + o_k)
+        if PAGE == 0:
+            o_k64 = o_k.to(tl.int64)
+            p_k_rows = p_k + o_k64[:, None] * stride_k_k
+            p_v_rows = p_v + o_k64[:, None] * stride_v_k
+        else:
+            # [TILE]
+            o_page = tl.load(p_keys + 2 * n_padded + o_k).to(tl.int64)
+            o_row = (o_k % PAGE).to(tl.int64)
+            p_k_rows = p_k + (o_page * stride_k_b + o_row * stride_k_k)[:, None]
+            p_v_rows = p_v + (o_page * stride_v_b + o_row * stride_v_k)[:, None]
+        p_k_tile = p_k_rows + o_d.to(tl.int64)[None, :] * stride_k_d
+        p_v_tile = p_v_rows + o_v.to(tl.int64)[None, :] * stride_v_d
+        if TESTED:
             # [TILE, BLOCK_D], [TILE, BLOCK_V]
             b_k = tl.load(p_k_tile, (b_birth < UNSEEN)[:, None] & (o_d < n_dim)[None, :], 0.0)
             b_v = tl.load(p_v_tile, (b_birth < UNSEEN)[:, None] & (o_v < n_dim)[None, :], 0.0)
@@ -180,12 +204,14 @@ def attend_tiles(b_q, b_clock, b_max, b_sum, b_acc, p_k, p_v, p_keys, b_states, 
 
 
 @triton.jit
-def attend_split(b_q, b_clock, first_clock, last_clock, p_k, p_v, p_keys, p_bounds, i_split, n_padded, n_dim, scale,
-                 i_v, stride_k_k, stride_k_d, stride_v_k, stride_v_d, TILE: tl.constexpr, SPLIT: tl.constexpr,
-                 BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr):  # fmt: skip
+def attend_split(b_q, b_clock, first_clock, last_clock, p_k, p_v, p_keys, p_bounds, i_split, n_padded, n_dim,
+                 scale, i_v, stride_k_b, stride_k_k, stride_k_d, stride_v_b, stride_v_k, stride_v_d,
+                 TILE: tl.constexpr, SPLIT: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+                 PAGE: tl.constexpr):  # fmt: skip
     """Softmax attention of a row tile to one split of keys: (whole) log2 of the scale, sum and output, unnormalised.
 
-    p_k and p_v point at the KV head, p_keys and p_bounds at the batch element; `scale` includes log2(e).
+    p_k and p_v point at the KV head (of page 0, where PAGE > 0), p_keys and p_bounds at the batch element; `scale`
+    includes log2(e).
     """
     ROWS: tl.constexpr = b_q.shape[0]
     TILES: tl.constexpr = SPLIT // TILE
@@ -201,11 +227,13 @@ def attend_split(b_q, b_clock, first_clock, last_clock, p_k, p_v, p_keys, p_boun
     b_sum = tl.zeros([ROWS], tl.float32)
     b_acc = tl.zeros([ROWS, BLOCK_V], tl.float32)
     b_max, b_sum, b_acc = attend_tiles(
-        b_q, b_clock, b_max, b_sum, b_acc, p_k, p_v, p_keys, b_states, i_split * SPLIT, first, tested, n_padded, n_dim,
-        scale, i_v, stride_k_k, stride_k_d, stride_v_k, stride_v_d, False, TILE, BLOCK_D, BLOCK_V)  # fmt: skip
+        b_q, b_clock, b_max, b_sum, b_acc, p_k, p_v, p_keys, b_states, i_split * SPLIT, first, tested,
+        n_padded, n_dim, scale, i_v, stride_k_b, stride_k_k, stride_k_d, stride_v_b, stride_v_k, stride_v_d,
+        False, TILE, BLOCK_D, BLOCK_V, PAGE)  # fmt: skip
     return attend_tiles(
-        b_q, b_clock, b_max, b_sum, b_acc, p_k, p_v, p_keys, b_states, i_split * SPLIT, tested, end, n_padded, n_dim,
-        scale, i_v, stride_k_k, stride_k_d, stride_v_k, stride_v_d, True, TILE, BLOCK_D, BLOCK_V)  # fmt: skip
+        b_q, b_clock, b_max, b_sum, b_acc, p_k, p_v, p_keys, b_states, i_split * SPLIT, tested, end,
+        n_padded, n_dim, scale, i_v, stride_k_b, stride_k_k, stride_k_d, stride_v_b, stride_v_k, stride_v_d,
+        True, TILE, BLOCK_D, BLOCK_V, PAGE)  # fmt: skip
 
 
 @triton.jit

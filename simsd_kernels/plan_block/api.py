@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from simsd_kernels import dispatch, validate
-from simsd_kernels.ops import LIBRARY
+from simsd_kernels.ops import implement
 from simsd_kernels.plan_block import reference
 from simsd_kernels.plan_block.reference import copy_stride
 from simsd_kernels.reveal.api import MAX_LENGTH, STRATEGIES
@@ -106,13 +106,14 @@ def plan_block(
         mask_id: what stands in masked positions. scratch: first slot for copies, `copy_stride(L)` slots each; behind
             every position that the walk may enter. slots: of the cache. stride: clock ticks per block,
             > max_copies + 2.
-        backend: "reference" or "cpu"; None chooses.
+        backend: "reference", "cpu", "triton" or "cuda"; None chooses (see `simsd_kernels.dispatch`).
 
     Returns:
         `Plan`.
 
     Raises:
-        TypeError, ValueError: a wrong dtype, shape, device or value, naming what was given.
+        TypeError, ValueError: a wrong dtype, shape, device or value, naming what was given. On CUDA tensors values are
+            trusted (looking at them would make the host wait).
         RuntimeError: an explicit backend cannot serve the call.
     """
     tensors = (
@@ -124,8 +125,12 @@ def plan_block(
     match dispatch.choose(OP, backend, tokens.device, lambda name: obstacle(name, draft_logits)):
         case "reference":
             return Plan(*reference.plan_block(*tensors, *numbers))
-        case _:
-            return Plan(*torch.ops.simsd.plan_block(*tensors, *numbers))
+        case "triton":
+            from simsd_kernels.plan_block import triton
+
+            return Plan(*triton.plan_block(*tensors, *numbers))
+        case compiled:
+            return Plan(*dispatch.operator(OP, compiled)(*tensors, *numbers))
 
 
 def check(
@@ -235,8 +240,6 @@ def check(
 
 def obstacle(backend: str, draft_logits: Tensor | None) -> str | None:
     """What keeps `backend` from serving, whatever the device; None if nothing does."""
-    if backend == "triton":
-        return f"{OP} has no triton kernel yet"
     if backend != "reference" and draft_logits is not None and draft_logits.dtype not in validate.FLOATS:
         return f"supports float32, bfloat16 and float16, got draft_logits of {draft_logits.dtype}"
     return None
@@ -247,4 +250,11 @@ def _reference(*arguments):
     return reference.plan_block(*arguments)
 
 
-LIBRARY.impl(OP, _reference, "CompositeExplicitAutograd")
+def _triton(*arguments):
+    from simsd_kernels.plan_block import triton
+
+    check(*arguments)
+    return triton.plan_block(*arguments)
+
+
+implement(OP, _reference, _triton, lambda *arguments: obstacle("triton", arguments[12]))

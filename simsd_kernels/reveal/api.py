@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from simsd_kernels import dispatch, validate
-from simsd_kernels.ops import LIBRARY
+from simsd_kernels.ops import implement
 from simsd_kernels.reveal import reference
 
 OP = "reveal"
@@ -67,11 +67,15 @@ def reveal(
     """
     arguments = (tokens, revealed, step_map, proposal, prob, log_odds, entropy, step, schedule, strategy, threshold)
     check(*arguments)
-    match dispatch.choose(OP, backend, tokens.device, obstacle):
+    match dispatch.choose(OP, backend, tokens.device, lambda _: None):
         case "reference":
             return reference.reveal(*arguments)
-        case _:
-            return torch.ops.simsd.reveal(*arguments)
+        case "triton":
+            from simsd_kernels.reveal import triton
+
+            return triton.reveal(*arguments)
+        case compiled:
+            return dispatch.operator(OP, compiled)(*arguments)
 
 
 def check(tokens, revealed, step_map, proposal, prob, log_odds, entropy, step, schedule, strategy, threshold) -> None:
@@ -103,15 +107,16 @@ def check(tokens, revealed, step_map, proposal, prob, log_odds, entropy, step, s
     validate.within(OP, "schedule", schedule, 0, 2**31 - 1, ">= 0")
 
 
-def obstacle(backend: str) -> str | None:
-    """What keeps `backend` from serving, whatever the arguments; None if nothing does."""
-    return f"{OP} has no triton kernel yet" if backend == "triton" else None
-
-
-def _reference(tokens, revealed, step_map, proposal, prob, log_odds, entropy, step, schedule, strategy, threshold):
-    arguments = (tokens, revealed, step_map, proposal, prob, log_odds, entropy, step, schedule, strategy, threshold)
+def _reference(*arguments):
     check(*arguments)
     return reference.reveal(*arguments)
 
 
-LIBRARY.impl(OP, _reference, "CompositeExplicitAutograd")
+def _triton(*arguments):
+    from simsd_kernels.reveal import triton
+
+    check(*arguments)
+    return triton.reveal(*arguments)
+
+
+implement(OP, _reference, _triton, lambda *_: None)

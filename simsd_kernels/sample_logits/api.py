@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from simsd_kernels import dispatch, validate
-from simsd_kernels.ops import LIBRARY
+from simsd_kernels.ops import implement
 from simsd_kernels.sample_logits import reference
 
 OP = "sample_logits"
@@ -70,12 +70,17 @@ def sample_logits(
     Source: Gumbel-max: Gumbel 1954; Philox: Salmon et al., SC 2011. Confidence before filtering as in SDAR's
     evaluation code.
     """
-    check(logits, temperature, top_k, top_p, seed, position, revealed, banned_ids)
+    arguments = (logits, temperature, top_k, top_p, seed, position, revealed, banned_ids)
+    check(*arguments)
     match dispatch.choose(OP, backend, logits.device, lambda name: obstacle(name, logits)):
         case "reference":
-            out = reference.sample_logits(logits, temperature, top_k, top_p, seed, position, revealed, banned_ids)
-        case _:
-            out = torch.ops.simsd.sample_logits(logits, temperature, top_k, top_p, seed, position, revealed, banned_ids)
+            out = reference.sample_logits(*arguments)
+        case "triton":
+            from simsd_kernels.sample_logits import triton
+
+            out = triton.sample_logits(*arguments)
+        case compiled:
+            out = dispatch.operator(OP, compiled)(*arguments)
     return Sample(*out)
 
 
@@ -126,8 +131,6 @@ def check_banned(op: str, banned_ids: Tensor | None, vocabulary: int) -> None:
 
 def obstacle(backend: str, logits: Tensor) -> str | None:
     """What about these arguments keeps `backend` from serving; None if nothing does."""
-    if backend == "triton":
-        return f"{OP} has no triton kernel yet"
     if backend != "reference" and logits.dtype not in validate.FLOATS:
         return f"supports float32, bfloat16 and float16, got {logits.dtype}"
     return None
@@ -138,4 +141,11 @@ def _reference(logits, temperature, top_k, top_p, seed, position, revealed, bann
     return reference.sample_logits(logits, temperature, top_k, top_p, seed, position, revealed, banned_ids)
 
 
-LIBRARY.impl(OP, _reference, "CompositeExplicitAutograd")
+def _triton(logits, temperature, top_k, top_p, seed, position, revealed, banned_ids=None):
+    from simsd_kernels.sample_logits import triton
+
+    check(logits, temperature, top_k, top_p, seed, position, revealed, banned_ids)
+    return triton.sample_logits(logits, temperature, top_k, top_p, seed, position, revealed, banned_ids)
+
+
+implement(OP, _reference, _triton, lambda logits, *_: obstacle("triton", logits))

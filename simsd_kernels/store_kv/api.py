@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from simsd_kernels import dispatch, validate
-from simsd_kernels.ops import LIBRARY
+from simsd_kernels.ops import implement
 from simsd_kernels.store_kv import reference
 
 OP = "store_kv"
@@ -33,6 +33,10 @@ def store_kv(
     match dispatch.choose(OP, backend, k.device, lambda name: obstacle(name, k)):
         case "reference":
             reference.store_kv(k, v, k_cache, v_cache, slots)
+        case "triton":
+            from simsd_kernels.store_kv import triton
+
+            triton.store_kv(k, v, k_cache, v_cache, slots)
         case compiled:
             dispatch.operator(OP, compiled)(k, v, k_cache, v_cache, slots)
 
@@ -57,8 +61,6 @@ def check(k, v, k_cache, v_cache, slots) -> None:
 
 def obstacle(backend: str, k: Tensor) -> str | None:
     """What about these arguments keeps `backend` from serving; None if nothing does."""
-    if backend == "triton":
-        return f"{OP} has no triton kernel yet"
     if backend != "reference" and k.dtype not in validate.FLOATS:
         return f"supports float32, bfloat16 and float16, got {k.dtype}"
     return None
@@ -69,4 +71,15 @@ def _reference(k, v, k_cache, v_cache, slots) -> None:
     reference.store_kv(k, v, k_cache, v_cache, slots)
 
 
-LIBRARY.impl(OP, _reference, "CompositeExplicitAutograd")
+def _triton(k, v, k_cache, v_cache, slots) -> None:
+    from simsd_kernels.store_kv import triton
+
+    check(k, v, k_cache, v_cache, slots)
+    triton.store_kv(k, v, k_cache, v_cache, slots)
+
+
+def _why_not_triton(k, *_) -> str | None:
+    return obstacle("triton", k)
+
+
+implement(OP, _reference, _triton, _why_not_triton)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from simsd_kernels import dispatch, validate
-from simsd_kernels.ops import LIBRARY
+from simsd_kernels.ops import LIBRARY, implement
 from simsd_kernels.thin_linear import reference
 
 OP = "thin_linear"
@@ -36,8 +36,10 @@ def thin_linear(x: Tensor, weight: Tensor, *, backend: str | None = None) -> Ten
     match dispatch.choose(OP, backend, x.device, lambda name: obstacle(name, x)):
         case "reference":
             return reference.thin_linear(x, weight)
-        case _:
-            return torch.ops.simsd.thin_linear(x, weight)
+        case "triton":
+            return _Triton.apply(x, weight)
+        case compiled:
+            return dispatch.operator(OP, compiled)(x, weight)
 
 
 def check(x, weight) -> None:
@@ -53,8 +55,6 @@ def check(x, weight) -> None:
 
 def obstacle(backend: str, x: Tensor) -> str | None:
     """What about these arguments keeps `backend` from serving; None if nothing does."""
-    if backend == "triton":
-        return f"{OP} has no triton kernel yet"
     if backend != "reference" and x.dtype not in validate.FLOATS:
         return f"supports float32, bfloat16 and float16, got {x.dtype}"
     return None
@@ -63,6 +63,13 @@ def obstacle(backend: str, x: Tensor) -> str | None:
 def _reference(x, weight) -> Tensor:
     check(x, weight)
     return reference.thin_linear(x, weight)
+
+
+def _triton(x, weight) -> Tensor:
+    from simsd_kernels.thin_linear import triton
+
+    check(x, weight)
+    return triton.thin_linear(x, weight)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -79,5 +86,20 @@ def _gradients(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
     return for_x, for_weight
 
 
-LIBRARY.impl(OP, _reference, "CompositeExplicitAutograd")
+class _Triton(torch.autograd.Function):
+    """Triton asked for by name, with the gradients that the op has."""
+
+    @staticmethod
+    def forward(x, weight):
+        from simsd_kernels.thin_linear import triton
+
+        return triton.thin_linear(x, weight)
+
+    setup_context = staticmethod(_save)
+    backward = staticmethod(_gradients)
+
+
+implement(OP, _reference, _triton, lambda x, weight: obstacle("triton", x))
 torch.library.register_autograd(f"simsd::{OP}", _gradients, setup_context=_save, lib=LIBRARY)
+if dispatch.EMULATION:
+    torch.library.register_autograd(f"simsd_emulated::{OP}", _gradients, setup_context=_save, lib=dispatch.EMULATED)

@@ -85,14 +85,23 @@ def test_golden_greedy_acceptance(number):
     assert out.target_ids[0].tolist() == case["target_argmax"]
 
 
-def random_case(seed, rule, batch, length, vocabulary, dtype, temperature):
-    """Drafts that mostly agree; each sequence with its own known positions, drafted set and temperature."""
+FILTERS = {
+    "top_k": torch.tensor([0, 1, 2, 5, 40, 1000], dtype=torch.int32),
+    "top_p": torch.tensor([1.0, 0.0, 0.3, 0.8, 0.8, 0.97]),
+}
+
+
+def random_case(seed, rule, batch, length, vocabulary, dtype, temperature, filters=()):
+    """Drafts that mostly agree; each sequence with its own known positions, drafted set, temperature and filters."""
     generator = torch.Generator().manual_seed(seed)
     target = (torch.randn(batch, length, vocabulary, generator=generator) * 2).to(dtype)
     if seed % 3 == 0:
         target = (target * 2).round() / 2  # ties
     draft = (target.float() + torch.randn(target.shape, generator=generator) * 0.7).to(dtype)
     rest = {"rule": rule}
+    for name, values in FILTERS.items():
+        if name in filters:
+            rest[name] = values[torch.randint(len(values), (batch,), generator=generator)]
     if seed % 2:
         rest["banned_ids"] = torch.tensor([0, vocabulary - 1, vocabulary // 2])[: vocabulary - 1]
     if rule == "mrs":
@@ -137,6 +146,53 @@ CASES = [
 def test_random_blocks_as_the_reference(number, rule):
     arguments, rest = random_case(number, rule, *CASES[number])
     assert_same(verify(*arguments, "triton", **rest), verify(*arguments, "reference", **rest))
+
+
+@pytest.mark.parametrize("rule", ["match", "mrs"])
+@pytest.mark.parametrize("number", range(24))
+def test_random_blocks_under_filters_as_the_reference(number, rule):
+    batch, length = ((2, 2), (3, 1), (1, 3), (1, 2))[number % 4]
+    vocabulary = (3, 40, 300, CHUNK + 3, 1, 128)[number % 6]
+    dtype = (torch.float32, torch.bfloat16, torch.float16)[number // 2 % 3]
+    filters = (("top_k",), ("top_p",), ("top_k", "top_p"))[number // 4 % 3]
+    shape = (batch, length, vocabulary)
+    arguments, rest = random_case(
+        number, rule, *shape, dtype, ((0.7, 0.0), (1.0,), (1.6, 0.4))[number // 6 % 3], filters
+    )
+    assert_same(verify(*arguments, "triton", **rest), verify(*arguments, "reference", **rest))
+
+
+def test_filters_judge_both_sides_of_mrs():
+    """top_k = 2 leaves p on ids 0, 1 and q on ids 1, 2: a draft of 2 is rejected, and 0 or 1 takes its place."""
+    p = torch.tensor([0.5, 0.3, 0.2]).log().expand(4, 1, 3)
+    q = torch.tensor([0.1, 0.5, 0.4]).log().expand(4, 1, 3)
+    out = verify(
+        p, torch.tensor([[2], [1], [1], [2]]), 0, -1, 1.0, "triton", rule="mrs", draft_logits=q,
+        top_k=torch.full((4,), 2, dtype=torch.int32), coin=torch.tensor([[0.0], [0.67], [0.68], [0.99]]),
+        residual=torch.full((4,), 0.999),
+    )  # fmt: skip
+    # p = (5, 3, 0) / 8, q = (0, 5, 4) / 9: p(1) / q(1) = 0.675, and the surplus is all on id 0
+    assert out.accepted.tolist() == [0, 1, 0, 0] and out.bonus.tolist() == [0, -1, 0, 0]
+    torch.testing.assert_close(out.prob[:, 0], torch.tensor([0.5, 0.3, 0.5, 0.5]))
+
+
+def test_filters_do_not_touch_greedy_verification():
+    arguments, rest = random_case(0, "match", 2, 3, 40, torch.float32, (0.0,))
+    filters = {"top_k": torch.ones(2, dtype=torch.int32), "top_p": torch.zeros(2)}
+    assert_same(verify(*arguments, "triton", **rest, **filters), verify(*arguments, "triton", **rest))
+
+
+def test_match_draws_what_the_sampler_draws():
+    arguments, rest = random_case(6, "match", 2, 3, 500, torch.bfloat16, (0.8,), ("top_k", "top_p"))
+    target, *_, temperature = arguments
+    out = verify(target, torch.zeros(2, 3, dtype=torch.int64), 0, 0, temperature, "triton", **rest)
+    per_row = lambda value: value.repeat_interleave(3)  # noqa: E731
+    sampled = simsd_kernels.sample_logits(
+        target.flatten(0, 1), per_row(temperature.float()), per_row(rest["top_k"]), per_row(rest["top_p"]),
+        per_row(rest["seed"]), rest["position"].flatten(), rest["revealed"].flatten(), backend="triton",
+    )  # fmt: skip
+    assert torch.equal(out.tokens.flatten(), sampled.token)
+    torch.testing.assert_close(out.prob.flatten(), sampled.prob, rtol=2e-6, atol=0)
 
 
 def test_any_strides():
@@ -207,7 +263,6 @@ def test_empty_batches_and_blocks(batch, length):
     assert_same(out, verify(torch.zeros(batch, length, 7), shape, 0, 0, 0.0, "reference"))
 
 
-def test_filters_are_refused_by_name():
-    top_k = torch.zeros(1, dtype=torch.int32)
-    with pytest.raises(RuntimeError, match="triton: does not filter: supports top_k and top_p None, got top_k"):
-        verify(torch.zeros(1, 1, 3), torch.zeros(1, 1, dtype=torch.int64), 0, 0, 0.0, "triton", top_k=top_k)
+def test_float64_is_refused_by_name():
+    with pytest.raises(RuntimeError, match="triton: supports float32, .*got target_logits of torch.float64"):
+        verify(torch.zeros(1, 1, 3).double(), torch.zeros(1, 1, dtype=torch.int64), 0, 0, 0.0, "triton")

@@ -11,7 +11,8 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 import simsd_kernels  # noqa: E402
-from simsd_kernels.block_verify import graph_reference  # noqa: E402
+from simsd_kernels.block_verify import graph_reference, graph_triton  # noqa: E402
+from simsd_kernels.sample_logits.triton import sample_logits  # noqa: E402
 from test_graph_verify import STRATEGIES, random_case  # noqa: E402
 from walks import COMMITTED, FINISHED, ORDER, TAKEN, arguments, ints  # noqa: E402
 
@@ -20,8 +21,13 @@ def walk(made, backend="triton"):
     return simsd_kernels.block_verify_graph(**made, backend=backend)
 
 
+@pytest.fixture(autouse=True)
+def torch_draws(monkeypatch):
+    """Torch draws for both, so that not even the probabilities may differ, and in less time than an interpreter."""
+    monkeypatch.setattr(graph_triton, "sample_logits", graph_reference.sample_logits)
+
+
 def assert_same_walk(made):
-    """Torch draws for both, so that not even the probabilities may differ."""
     out, expected = walk(made), walk(made, "reference")
     for name, value, wanted in zip(out._fields, out, expected, strict=True):
         assert value.dtype == wanted.dtype
@@ -37,12 +43,33 @@ def test_random_graphs_of_drafts_that_mostly_agree(number):
     assert_same_walk({name: case[name] for name in ORDER})
 
 
-# The draft's graph takes every entropy for 0: only at a bound of 0 do both reveal one position per step.
-THRESHOLDS = dict.fromkeys(STRATEGIES, 0.3) | {"entropy_bounded": 0.0}
-
-
 def sampled(batch):
     return {"temperature": torch.tensor([0.0, 0.8])[torch.arange(batch) % 2]}
+
+
+@pytest.mark.parametrize("strategy, threshold", zip(STRATEGIES, (0.0, 0.0, 0.6, 0.0), strict=True))
+def test_walks_over_what_the_triton_sampler_draws(monkeypatch, strategy, threshold):
+    drawn = []
+
+    def draw(*given):
+        drawn.append(sample_logits(*given))
+        return drawn[-1]
+
+    made = arguments(2, 1, 4, max_copies=9, strategy=strategy, threshold=threshold, **sampled(2))
+    by_torch = walk(made)
+    monkeypatch.setattr(graph_triton, "sample_logits", draw)
+    monkeypatch.setattr(graph_reference, "sample_logits", lambda *_: drawn[0])
+    out = assert_same_walk(made)
+    assert len(drawn) == 1 and (out.progress[:, TAKEN] > 1).any()
+    for name, value, wanted in zip(out._fields, out, by_torch, strict=True):
+        if name == "prob":
+            torch.testing.assert_close(value, wanted, rtol=5e-6, atol=5e-6)
+        else:
+            assert torch.equal(value, wanted), name
+
+
+# The draft's graph takes every entropy for 0: only at a bound of 0 do both reveal one position per step.
+THRESHOLDS = dict.fromkeys(STRATEGIES, 0.3) | {"entropy_bounded": 0.0}
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -29,6 +29,7 @@ class Call:
     death: torch.Tensor  # [B, Lk]
     kv_len: torch.Tensor | None = None
     scale: float | None = None
+    block_table: torch.Tensor | None = None
 
     def arguments(self):
         return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
@@ -273,3 +274,56 @@ def test_a_row_does_not_change_with_what_rides_along(run, dtype, kernel):
         kv_len=torch.full((3,), 300, dtype=torch.int32),
     )  # fmt: skip
     assert torch.equal(run(roomier, kernel), out), "capacity"
+
+
+# dtype, batch, (Hq, Hkv), Lq, pages of a sequence, keys of a page, D, kernel
+PAGED = [
+    (torch.float32, 1, (1, 1), 1, 1, 16, 16, "few_rows"),
+    (torch.float32, 2, (2, 1), 5, 7, 16, 24, "few_rows"),
+    (torch.float32, 2, (2, 2), 9, 3, 80, 40, "many_rows"),
+    (torch.float32, 1, (3, 1), 4, 2, 256, 128, "few_rows"),
+    (torch.float16, 3, (4, 2), 3, 5, 48, 64, "few_rows"),
+    (torch.float16, 1, (2, 1), 33, 6, 64, 128, "many_rows"),
+    (torch.float16, 2, (5, 1), 7, 19, 16, 80, "few_rows"),
+    (torch.float16, 1, (1, 1), 2, 3, 240, 32, "many_rows"),
+    (torch.bfloat16, 2, (4, 1), 8, 9, 32, 128, "few_rows"),
+    (torch.bfloat16, 1, (6, 2), 12, 4, 128, 64, "many_rows"),
+    (torch.bfloat16, 3, (2, 1), 1, 21, 16, 256, "few_rows"),
+    (torch.bfloat16, 2, (1, 1), 20, 5, 112, 96, "many_rows"),
+]
+
+
+def of_pages(call, page_size, holes, seed=0):
+    """The call with its keys in pages of a pool of garbage; where `holes` [B, n_pages] the table names no page."""
+    generator = torch.Generator().manual_seed(seed)
+    batch, heads, keys, dim = call.k.shape
+    count = batch * keys // page_size
+    order = torch.randperm(count + 2, generator=generator)[:count]
+    pools = []
+    for cache in (call.k, call.v):
+        pages = torch.full((count + 2, heads, page_size, dim), float("nan"), dtype=cache.dtype)
+        pages[order] = cache.reshape(batch, heads, -1, page_size, dim).transpose(1, 2).flatten(0, 1)
+        pools.append(pages)
+    nowhere = torch.tensor([-1, count + 2, 2**31 - 1, -(2**31)])[torch.randint(4, holes.shape, generator=generator)]
+    table = torch.where(holes, nowhere, order.view(batch, -1)).int()
+    return call.replace(k=pools[0], v=pools[1], block_table=table)
+
+
+@pytest.mark.parametrize("hole_rate", [0.0, 0.3])
+@pytest.mark.parametrize("case", PAGED, ids=lambda case: "-".join(map(str, case)))
+def test_pages_give_the_bits_of_keys_in_order(run, case, hole_rate):
+    dtype, batch, heads, queries, pages, page_size, dim, kernel = case
+    seed = zlib.crc32(str(case).encode())
+    keys = pages * page_size
+    call = make(dtype, batch, heads, queries, keys, dim, [keys - 5 * b for b in range(batch)], seed=seed)
+    holes = torch.rand(batch, pages, generator=torch.Generator().manual_seed(seed)) < hole_rate
+    dead = holes.repeat_interleave(page_size, 1)
+    in_order = call.replace(birth=torch.where(dead, INF, call.birth))
+    out = run(of_pages(call, page_size, holes, seed), kernel)
+    assert torch.equal(out, run(in_order, kernel))
+    assert_right(out, in_order)
+
+
+def test_a_table_of_holes_sees_nothing(run):
+    call = make(torch.float16, 2, (2, 1), 3, 64, 32)
+    assert (run(of_pages(call, 16, torch.ones(2, 4).bool())) == 0).all()

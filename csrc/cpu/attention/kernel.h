@@ -31,15 +31,22 @@ inline bool fully_visible(const TileRange& tile, int32_t clock_min, int32_t cloc
     return tile.birth_max <= clock_min && clock_max <= tile.death_min;
 }
 
+// The page that key j of a batch element lies in; negative: it lies nowhere, is dead, and nothing of it may be read.
+inline int32_t page_of(const Problem& p, int64_t batch, int64_t j) {
+    return p.pages[batch * (p.keys / p.page_size) + j / p.page_size];
+}
+
+// Where key j's row begins in K or V, whose strides these are.
+inline int64_t key_offset(const Problem& p, const int64_t* strides, int64_t batch, int64_t kv_head, int64_t j) {
+    if (p.pages == nullptr) return batch * strides[0] + kv_head * strides[1] + j * strides[2];
+    return page_of(p, batch, j) * strides[0] + kv_head * strides[1] + j % p.page_size * strides[2];
+}
+
 // K and V of a split as float32 rows: in place where that is what they are, else in scratch.
 template <typename Simd>
 struct Rows {
     static bool in_place(const Problem& p, const int64_t* strides) {
         return p.element == Element::float32 && (strides[3] == 1 || p.dim == 1);
-    }
-
-    static const float* source(const void* data, const int64_t* strides, int64_t batch, int64_t head) {
-        return static_cast<const float*>(data) + batch * strides[0] + head * strides[1];
     }
 
     // One row of D elements to float32.
@@ -98,8 +105,9 @@ void stage(const Problem& p, int64_t batch, int64_t kv_head, int64_t split, int3
     for (int64_t first = begin; first < end; first += TILE) {
         if (dead(p.tiles[batch * p.tile_count + first / TILE], clock_min, clock_max)) continue;
         for (int64_t j = first; j < smaller(first + TILE, end); ++j) {
-            const int64_t k_offset = batch * p.k_strides[0] + kv_head * p.k_strides[1] + j * p.k_strides[2];
-            const int64_t v_offset = batch * p.v_strides[0] + kv_head * p.v_strides[1] + j * p.v_strides[2];
+            if (p.pages != nullptr && page_of(p, batch, j) < 0) continue;
+            const int64_t k_offset = key_offset(p, p.k_strides, batch, kv_head, j);
+            const int64_t v_offset = key_offset(p, p.v_strides, batch, kv_head, j);
             if (stage_k) Rows<Simd>::convert(p, p.k, k_offset, p.k_strides[3], scratch.k + (j - begin) * p.dim);
             if (stage_v) Rows<Simd>::convert(p, p.v, v_offset, p.v_strides[3], scratch.v + (j - begin) * p.dim);
         }
@@ -206,15 +214,13 @@ inline bool attend_block(const Problem& p, int64_t batch, int64_t kv_head, int64
     const Scratch<Simd> scratch(p, memory);
     const int64_t begin = split * SPLIT;
     const bool k_in_place = Rows<Simd>::in_place(p, p.k_strides), v_in_place = Rows<Simd>::in_place(p, p.v_strides);
-    const float* k = k_in_place ? Rows<Simd>::source(p.k, p.k_strides, batch, kv_head) : scratch.k;
-    const float* v = v_in_place ? Rows<Simd>::source(p.v, p.v_strides, batch, kv_head) : scratch.v;
-    const int64_t k_stride = k_in_place ? p.k_strides[2] : p.dim, k_first = k_in_place ? 0 : begin;
-    const int64_t v_stride = v_in_place ? p.v_strides[2] : p.dim, v_first = v_in_place ? 0 : begin;
+    const float *k = static_cast<const float*>(p.k), *v = static_cast<const float*>(p.v);
     const float* k_rows[Scratch<Simd>::PADDED_KEYS];
     const float* v_rows[SPLIT];
     for (int64_t i = 0; i < list.count; ++i) {
-        k_rows[i] = k + (list.key[i] - k_first) * k_stride;
-        v_rows[i] = v + (list.key[i] - v_first) * v_stride;
+        const int64_t j = list.key[i], staged = (j - begin) * p.dim;
+        k_rows[i] = k_in_place ? k + key_offset(p, p.k_strides, batch, kv_head, j) : scratch.k + staged;
+        v_rows[i] = v_in_place ? v + key_offset(p, p.v_strides, batch, kv_head, j) : scratch.v + staged;
     }
     // The last block of keys is filled up with a repeated one, whose scores nobody reads.
     for (int64_t i = list.count; i < list.count + KEYS; ++i) k_rows[i] = k_rows[list.count - 1];

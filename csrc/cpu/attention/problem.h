@@ -19,8 +19,8 @@ enum class Element { float32, bfloat16, float16 };
 struct Problem {
     Element element;
     const void* q;  // [B, Hq, Lq, D]
-    const void* k;  // [B, Hkv, Lk, D]
-    const void* v;  // [B, Hkv, Lk, D]
+    const void* k;  // [B, Hkv, Lk, D], or pages [P, Hkv, page_size, D]
+    const void* v;  // like k
     void* out;      // [B, Hq, Lq, D]
     int64_t q_strides[4], k_strides[4], v_strides[4], out_strides[4];
     const int32_t* clock;      // [B, Lq], contiguous
@@ -28,6 +28,8 @@ struct Problem {
     const int32_t* death;      // [B, Lk], contiguous
     const int64_t* key_count;  // [B], slots that are read at all
     const TileRange* tiles;    // [B, tile_count]
+    const int32_t* pages;      // [B, Lk / page_size], contiguous; negative: no page. Null where K and V are not paged
+    int64_t page_size;
     int64_t batch, kv_heads, group, q_rows, keys, dim, tile_count;
     float scale;
 };

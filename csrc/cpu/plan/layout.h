@@ -4,19 +4,11 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "common/copies.h"
 #include "common/visibility.h"
 #include "cpu/plan/draft.h"
 
 namespace simsd::plan {
-
-constexpr int64_t COPY_ALIGNMENT = 16;
-
-// Slots between the starts of two copies: a power of two, so that no copy straddles a power-of-two tile.
-inline int64_t copy_stride(int64_t length) {
-    int64_t room = COPY_ALIGNMENT;
-    while (room < length) room *= 2;
-    return room;
-}
 
 // Where everything goes. R = (K + C) * L rows: K finished blocks as drafted, then C copies.
 struct Layout {

@@ -10,9 +10,6 @@ namespace simsd::vocabulary {
 Banned read_banned(const char* op, const std::optional<torch::stable::Tensor>& banned_ids, int64_t vocabulary) {
     Banned banned;
     if (!banned_ids.has_value()) return banned;
-    check_shape(op, "banned_ids", *banned_ids, {-1}, "[n]");
-    check_dtype(op, "banned_ids", *banned_ids, {ScalarType::Long});
-    check_cpu(op, "banned_ids", *banned_ids);
     const int64_t* ids = static_cast<const int64_t*>(banned_ids->const_data_ptr());
     for (int64_t i = 0; i < banned_ids->size(0); ++i) {
         const int64_t id = ids[i * banned_ids->stride(0)];
@@ -23,18 +20,6 @@ Banned read_banned(const char* op, const std::optional<torch::stable::Tensor>& b
     for (const int64_t id : banned.ids) banned.lowest_allowed += id == banned.lowest_allowed;
     if (banned.lowest_allowed == vocabulary) banned.lowest_allowed = 0;
     return banned;
-}
-
-Element element_of(const char* op, const char* name, const torch::stable::Tensor& logits) {
-    check_dtype(op, name, logits, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
-    switch (logits.scalar_type()) {
-        case ScalarType::BFloat16:
-            return Element::bfloat16;
-        case ScalarType::Half:
-            return Element::float16;
-        default:
-            return Element::float32;
-    }
 }
 
 const void* row_pointer(Element element, const void* logits, int64_t offset) {

@@ -22,11 +22,8 @@ struct Banned {
     int64_t lowest_allowed = 0;
 };
 
-// Throws where `banned_ids` is not int64 [n] on the CPU with ids in [0, vocabulary).
+// Throws where an id is not in [0, vocabulary); the tensor itself must have been checked.
 Banned read_banned(const char* op, const std::optional<torch::stable::Tensor>& banned_ids, int64_t vocabulary);
-
-// Throws where the dtype is none of the three.
-Element element_of(const char* op, const char* name, const torch::stable::Tensor& logits);
 
 // x = logits / divisor with banned ids and NaN at -inf.
 struct Row {

@@ -61,7 +61,7 @@ OnDevice::~OnDevice() {
 
 void check_same_device(const char* op, const char* name, const Tensor& tensor, const Tensor& first) {
     check(tensor.is_cuda() && tensor.get_device_index() == first.get_device_index(), op, ": ", name,
-          " must be on cuda:", static_cast<int>(first.get_device_index()), " like the other tensors");
+          " must be on the CUDA device of the other tensors");
 }
 
 int multiprocessors(const Tensor& tensor) {

@@ -1,10 +1,13 @@
 // One block at a time: its fibers, its shared memory, who waits where.
+#include <dlfcn.h>
+
 #include <algorithm>
 #include <cstring>
 #include <deque>
 #include <numeric>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cuda/device.h"
@@ -47,6 +50,8 @@ struct Warp {
 };
 
 uint64_t schedule_seed = 0;
+bool noting = false;
+std::string notes;
 
 uint64_t next_random(uint64_t& state) {  // splitmix64
     uint64_t z = state += 0x9e3779b97f4a7c15u;
@@ -309,11 +314,22 @@ void fail(const char* message) { block().fail(message); }
 
 void set_schedule(uint64_t seed) { schedule_seed = seed; }
 
-void launch(const char* op, int64_t blocks_x, int64_t blocks_y, int64_t blocks_z, int threads, int shared_bytes,
-            const std::function<void()>& kernel) {
+void set_noting(bool on) { noting = on; }
+
+std::string take_notes() { return std::exchange(notes, ""); }
+
+void launch(const char* op, const void* kernel, int64_t blocks_x, int64_t blocks_y, int64_t blocks_z, int threads,
+            int shared_bytes, const std::function<void()>& run) {
     const auto refuse = [&](const std::string& why) { throw std::runtime_error(std::string(op) + ": " + why); };
     if (threads < WARP || threads > 1024 || threads % WARP) refuse(std::to_string(threads) + " threads in a block");
     if (shared_bytes > 99 * 1024) refuse(std::to_string(shared_bytes) + " bytes of shared memory; sm_120 has 101376");
+    if (noting) {
+        Dl_info library{};
+        dladdr(kernel, &library);
+        const auto address = static_cast<const char*>(kernel) - static_cast<const char*>(library.dli_fbase);
+        notes += std::to_string(address) + " " + std::to_string(shared_bytes) + "\n";
+        return;
+    }
     std::vector<int64_t> order(blocks_x * blocks_y * blocks_z);
     std::iota(order.begin(), order.end(), 0);
     uint64_t random = schedule_seed;
@@ -331,7 +347,7 @@ void launch(const char* op, int64_t blocks_x, int64_t blocks_y, int64_t blocks_z
                 static_cast<int>(blocks_x),
                 static_cast<int>(blocks_y)};
         try {
-            block().run(kernel, threads, shared_bytes, random);
+            block().run(run, threads, shared_bytes, random);
         } catch (const std::runtime_error& error) {
             refuse(error.what());
         }

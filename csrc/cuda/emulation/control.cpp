@@ -11,6 +11,10 @@ namespace {
 
 void set_schedule(int64_t seed) { simsd::emulation::set_schedule(static_cast<uint64_t>(seed)); }
 
+void set_noting(bool on) { simsd::emulation::set_noting(on); }
+
+std::string take_notes() { return simsd::emulation::take_notes(); }
+
 // JSON: what kernels did since the last call.
 std::string take_counters() {
     const simsd::emulation::Counters c = simsd::emulation::counters;
@@ -26,9 +30,13 @@ std::string take_counters() {
 STABLE_TORCH_LIBRARY_FRAGMENT(simsd_emulated, m) {
     m.def("set_schedule(int seed) -> ()");
     m.def("take_counters() -> str");
+    m.def("set_noting(bool on) -> ()");
+    m.def("take_notes() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(simsd_emulated, CompositeExplicitAutograd, m) {
     m.impl("set_schedule", TORCH_BOX(&set_schedule));
     m.impl("take_counters", TORCH_BOX(&take_counters));
+    m.impl("set_noting", TORCH_BOX(&set_noting));
+    m.impl("take_notes", TORCH_BOX(&take_notes));
 }

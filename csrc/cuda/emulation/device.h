@@ -238,6 +238,12 @@ inline T atomic_or(T* address, T value) {
     *address = old | value;
     return old;
 }
+template <typename T>
+inline T atomic_compare_exchange(T* address, T expected, T desired) {
+    const T old = *address;
+    if (old == expected) *address = desired;
+    return old;
+}
 inline void device_fence() {}
 
 inline void copy_async_16(void* to, const void* from, bool valid = true) { emulation::copy_async(to, from, valid); }
@@ -274,15 +280,24 @@ inline float exponential(float x) { return std::exp(x); }
 inline float logarithm(float x) { return std::log(x); }
 inline float log_one_plus(float x) { return std::log1p(x); }
 inline float reciprocal_root(float x) { return 1.0f / std::sqrt(x); }
+inline float round_up(float x) { return std::ceil(x); }
+inline float maximum(float a, float b) { return std::fmax(a, b); }
 inline double exponential(double x) { return std::exp(x); }
 inline double logarithm(double x) { return std::log(x); }
+inline double log_one_plus(double x) { return std::log1p(x); }
 inline float product(float a, float b) { return a * b; }
 inline float sum(float a, float b) { return a + b; }
 inline float fused(float a, float b, float c) { return std::fma(a, b, c); }
+inline double product(double a, double b) { return a * b; }
+inline double sum(double a, double b) { return a + b; }
 
 inline int count_bits(uint32_t x) { return __builtin_popcount(x); }
 inline int count_bits(uint64_t x) { return __builtin_popcountll(x); }
 inline int lowest_bit(uint32_t x) { return __builtin_ffs(static_cast<int>(x)) - 1; }
 inline int lowest_bit(uint64_t x) { return __builtin_ffsll(static_cast<long long>(x)) - 1; }
+
+inline void expect(bool holds, const char* message) {
+    if (!holds) emulation::fail(message);
+}
 
 }  // namespace simsd

@@ -3,14 +3,20 @@
 
 #include <cstdint>
 #include <functional>
+#include <string>
 
 namespace simsd::emulation {
 
-// Throws std::runtime_error where the kernel did what a GPU would not forgive.
-void launch(const char* op, int64_t blocks_x, int64_t blocks_y, int64_t blocks_z, int threads, int shared_bytes,
-            const std::function<void()>& kernel);
+// `run` is a call of `kernel`. Throws std::runtime_error where the kernel did what a GPU would not forgive.
+void launch(const char* op, const void* kernel, int64_t blocks_x, int64_t blocks_y, int64_t blocks_z, int threads,
+            int shared_bytes, const std::function<void()>& run);
 
 // The order of blocks, and of threads between collectives, is drawn from this: a result that depends on it is a race.
 void set_schedule(uint64_t seed);
+
+// While it is on, launches are noted and not run: a line for each of them, the kernel's address in this library and its
+// bytes of shared memory.
+void set_noting(bool on);
+std::string take_notes();
 
 }  // namespace simsd::emulation

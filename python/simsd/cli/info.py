@@ -48,17 +48,20 @@ def batch_invariance() -> dict[str, str]:
     """Operation and backend -> whether a row's result depends on the other rows; torch's linear layer is tried now."""
     from simsd_kernels import dispatch
 
-    def promise(op: str) -> str:
-        obstacle = dispatch.compiled_obstacle(op, "CPU")
-        return "yes" if obstacle is None else f"not on offer: {obstacle}"
+    def promise(op: str, key: str, detail: str = "") -> str:
+        obstacle = dispatch.compiled_obstacle(op, key)
+        return f"yes{detail}" if obstacle is None else f"not on offer: {obstacle}"
+
+    unmeasured = ", by construction; not measured on a GPU"
 
     return {
-        "attention, cpu": promise("masked_attention"),
-        "attention, triton": "by construction; not measured on a GPU",
-        "attention, cuda": "there is no such kernel yet",
+        "attention, cpu": promise("masked_attention", "CPU"),
+        "attention, cuda": promise("masked_attention", "CUDA", unmeasured),
+        "attention, triton": f"yes{unmeasured}",
         "torch linear, cpu float32": _torch_linear("float32"),
         "torch linear, cpu bfloat16": _torch_linear("bfloat16"),
-        "thin_linear, cpu": promise("thin_linear") + " (simsd.load(..., deterministic=True) runs on it)",
+        "thin_linear, cpu": promise("thin_linear", "CPU", " (simsd.load(..., deterministic=True) runs on it)"),
+        "thin_linear, cuda": promise("thin_linear", "CUDA", unmeasured),
         "thin_linear, reference": "yes, but slow",
     }
 

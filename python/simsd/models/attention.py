@@ -15,15 +15,15 @@ NAME = "simsd"
 
 
 def unchecked(op: Callable, device: torch.device, dtype: torch.dtype, name: str | None = None) -> Callable:
-    """`op` of simsd_kernels or, where its compiled CPU implementation would serve, that implementation alone.
+    """`op` of simsd_kernels or, where a compiled implementation would serve, that implementation alone.
 
     For callers that pass consistent arguments layer after layer: the compiled op checks again what memory safety needs,
     and the checks in Python cost a small model a tenth of its forward. `name`: of the op, where it is not `op`'s own.
     """
     name = name or op.__name__
-    if dtype in validate.FLOATS and dispatch.choose(name, None, device, lambda backend: None) == "cpu":
-        packet, _, overload = name.partition(".")
-        return getattr(getattr(torch.ops.simsd, packet), overload or "default")
+    backend = dispatch.choose(name, None, device, lambda backend: None)
+    if dtype in validate.FLOATS and backend in ("cpu", "cuda"):
+        return dispatch.operator(name, backend)
     return op
 
 

@@ -1,14 +1,19 @@
-"""Forwards on the CPU whose rows do not depend on how many rows there are: `simsd.load(..., deterministic=True)`, the
+"""Forwards whose rows do not depend on how many rows there are: `simsd.load(..., deterministic=True)`, on the CPU the
 default in float32.
 
-Three operations of a stock forward do depend on it (benchmarks/batch_invariance.py measures all of them):
+Four operations of a stock forward do depend on it (benchmarks/batch_invariance.py measures the first three on the CPU):
 
 - linear layers, the router's and the experts' included: a BLAS picks its kernel by the number of rows;
 - the experts' grouped product: the same, by the number of rows that each expert was chosen for;
-- SiLU: torch takes one exp for elements that fill whole vectors and another for those left over at the end, and which
-  ones those are depends on the rows before them.
+- SiLU on the CPU: torch takes one exp for elements that fill whole vectors and another for those left over at the end,
+  and which ones those are depends on the rows before them;
+- RMSNorm on CUDA: torch's mean shares a row out to more threads the fewer rows there are.
 
-The modules that compute them change their class, not their contents: names, weights and state dict stay as they were.
+`simsd.load(..., thin_linear=True)` replaces nothing but linear layers that are modules of their own (`nn.Linear`).
+
+The modules that compute these change their class, not their contents: names, weights and state dict stay as they were.
+They are those that the model's device needs: move it by `simsd.load(model, device=...)`. A mixture of experts loops
+over its experts, for which on CUDA the host waits in every layer.
 """
 
 from __future__ import annotations
@@ -18,7 +23,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.activations import SiLUActivation
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qwen3MoeTopKRouter
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qwen3MoeRMSNorm, Qwen3MoeTopKRouter
 
 from simsd.errors import SimsdError
 from simsd.models.attention import unchecked
@@ -27,8 +33,8 @@ from simsd_kernels import dispatch, thin_linear
 
 def check_supported(config: PreTrainedConfig, device: torch.device) -> None:
     """Raises SimsdError unless a model like this can be made deterministic."""
-    if device.type != "cpu":
-        raise SimsdError(f"deterministic=True is for models on the CPU, got device {device}")
+    if device.type not in _BY_DEVICE:
+        raise SimsdError(f"deterministic=True is for models on the CPU or on CUDA, got device {device}")
     if config.hidden_act != "silu":
         raise SimsdError(f"deterministic=True knows the activation silu, got hidden_act={config.hidden_act!r}")
 
@@ -46,13 +52,27 @@ def make_deterministic(model: PreTrainedModel) -> None:
     """Makes every row of the model's forwards independent of all other rows, bit for bit, in place."""
     check_supported(model.config, model.device)
     model.config._experts_implementation = "eager"  # a loop over experts: their linear layers are ordinary ones
-    for module in model.modules():
-        module.__class__ = _ROW_INDEPENDENT.get(type(module), type(module))
+    _change_classes(model, _EVERYWHERE | _BY_DEVICE[model.device.type])
+
+
+def use_thin_linear(model: PreTrainedModel) -> None:
+    """Makes thin_linear of the model's linear layers, in place, and leaves everything else as it is."""
+    _change_classes(model, {nn.Linear: _Linear})
 
 
 def is_deterministic(model: nn.Module) -> bool:
     """Whether `make_deterministic` has been here."""
+    return any(isinstance(module, _DeterministicLinear) for module in model.modules())
+
+
+def uses_thin_linear(model: nn.Module) -> bool:
+    """Whether `make_deterministic` or `use_thin_linear` has been here."""
     return any(isinstance(module, _Linear) for module in model.modules())
+
+
+def _change_classes(model: nn.Module, classes: dict[type, type]) -> None:
+    for module in model.modules():
+        module.__class__ = classes.get(type(module), type(module))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -74,11 +94,31 @@ class _Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+class _DeterministicLinear(_Linear):
+    """The same; says that the rest of the model is deterministic, too."""
+
+
 class _SiLU(SiLUActivation):
     def forward(self, x: Tensor) -> Tensor:
         # torch has one vectorised exp, which also takes what is left over; the rest is exact arithmetic.
         wide = x.float()
         return (wide / (1 + torch.exp(-wide))).to(x.dtype)
+
+
+def _normalised(self, hidden_states: Tensor) -> Tensor:
+    """RMSNorm, its sum of squares a product with a row of ones."""
+    wide = hidden_states.float()
+    squares = linear(wide.square(), torch.ones_like(self.weight, dtype=torch.float32)[None])  # [..., 1]
+    scale = torch.rsqrt(squares / hidden_states.shape[-1] + self.variance_epsilon)
+    return self.weight * (wide * scale).to(hidden_states.dtype)
+
+
+class _RMSNorm(Qwen3RMSNorm):
+    forward = _normalised
+
+
+class _MoeRMSNorm(Qwen3MoeRMSNorm):
+    forward = _normalised
 
 
 class _Router(Qwen3MoeTopKRouter):
@@ -93,9 +133,6 @@ class _Experts(Qwen3MoeExperts):
             return super().forward(*args, **kwargs)
 
 
-_ROW_INDEPENDENT = {
-    nn.Linear: _Linear,
-    SiLUActivation: _SiLU,
-    Qwen3MoeTopKRouter: _Router,
-    Qwen3MoeExperts: _Experts,
-}
+_EVERYWHERE = {nn.Linear: _DeterministicLinear, Qwen3MoeTopKRouter: _Router, Qwen3MoeExperts: _Experts}
+# What a device computes row by row of itself stays torch's, which is faster.
+_BY_DEVICE = {"cpu": {SiLUActivation: _SiLU}, "cuda": {Qwen3RMSNorm: _RMSNorm, Qwen3MoeRMSNorm: _MoeRMSNorm}}

@@ -12,7 +12,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from simsd.config import MAX_BLOCK_LENGTH
 from simsd.errors import SimsdError
 from simsd.models import checkpoint, weights
-from simsd.models.deterministic import check_supported, is_deterministic, make_deterministic, preferable
+from simsd.models.deterministic import (
+    check_supported,
+    is_deterministic,
+    make_deterministic,
+    preferable,
+    use_thin_linear,
+    uses_thin_linear,
+)
 from simsd.models.sdar import DEFAULT_BLOCK_LENGTH
 from simsd.models.tokenizer import MASK, Prompt, Tokenizer, check_ids, read_tokenizer
 
@@ -30,6 +37,7 @@ class LoadedModel:
     end_token_ids: tuple[int, ...]
     name: str
     deterministic: bool = False  # see `load`
+    thin_linear: bool = False  # see `load`; true wherever `deterministic` is
 
     @property
     def config(self):
@@ -75,6 +83,7 @@ def load(
     mask_token_id: int | None = None,
     tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
     deterministic: bool | None = None,
+    thin_linear: bool | None = None,
 ) -> LoadedModel:
     """Loads an SDAR model (dense or mixture-of-experts).
 
@@ -88,15 +97,24 @@ def load(
         block_length: 1 to 64; None: the configuration's `block_length`, or 4.
         mask_token_id: None: the configuration's, or that of the tokenizer's `<|MASK|>` or mask token.
         tokenizer: for a model that comes without one: a transformers tokenizer or its folder.
-        deterministic: on the CPU, a row's logits do not depend, to the last bit, on how many rows share its forward
-            (see `simsd.models.deterministic`); exact decoding equals native decoding bit for bit only then. A module in
-            memory is left as it is: the model only shares its weights. None: yes where the kernels for it are also
-            the faster ones (float32 on a CPU with AVX2 or AVX-512); a module in memory stays what it is.
+        deterministic: on the CPU or on CUDA, a row's logits do not depend, to the last bit, on how many rows share its
+            forward (see `simsd.models.deterministic`); exact decoding equals native decoding bit for bit only then. A
+            module in memory is left as it is: the model only shares its weights. None: not where `thin_linear` is
+            given; else yes where the kernels for it are also the faster ones (float32 on a CPU with AVX2 or AVX-512);
+            a module in memory stays what it is.
+        thin_linear: on any device, `torch.ops.simsd.thin_linear` computes the model's linear layers (`nn.Linear`, with
+            the head). On a GPU it is meant for the few rows of decoding. Nothing else changes, so other operations may
+            still notice how many rows there are: that is what `deterministic` adds, of which this is a part. None: as
+            `deterministic` has it; a module in memory that is not deterministic stays what it is.
 
     Raises:
         SimsdError: one line that says what is wrong with which argument or file; nothing is left half loaded.
     """
     wanted_dtype, wanted_device = _dtype(dtype), _device(device)
+    if deterministic and thin_linear is False:
+        raise SimsdError(
+            "deterministic=True computes linear layers by thin_linear, got thin_linear=False: drop one of the two"
+        )
     # What is small is read and checked first: a mistake should not cost the time of reading the weights.
     folder, backend = None, None
     if isinstance(source, nn.Module):
@@ -116,22 +134,29 @@ def load(
     config.block_length = _block_length(block_length, config)
     config.mask_token_id = _mask_token_id(name, mask_token_id, config, backend)
     device = wanted_device or torch.device("cpu")
-    if deterministic is None:
+    if deterministic is None and thin_linear is not None:
+        deterministic = False
+    elif deterministic is None:
         own_dtype = wanted_dtype or getattr(config, "dtype", None)
         deterministic = is_deterministic(source) if folder is None else preferable(config, device, own_dtype)
     elif deterministic:
         check_supported(config, device)
+    if thin_linear is None:
+        stays = folder is None and not is_deterministic(source) and uses_thin_linear(source)
+        thin_linear = deterministic or stays
 
     if folder is None:
         model = source
         is_ready = weights.is_ready(source, config, wanted_dtype, wanted_device)
-        if not is_ready or is_deterministic(source) != deterministic:
+        if not is_ready or (is_deterministic(source), uses_thin_linear(source)) != (deterministic, thin_linear):
             model = weights.from_module(source, config)
             _move(model, wanted_dtype, wanted_device)
     else:
         model = checkpoint.load_model(folder, config, wanted_dtype, device)
     if deterministic and not is_deterministic(model):
         make_deterministic(model)
+    elif thin_linear and not uses_thin_linear(model):
+        use_thin_linear(model)
     return LoadedModel(
         model=model,
         tokenizer=None if backend is None else Tokenizer(backend, config.vocab_size, config.mask_token_id),
@@ -140,6 +165,7 @@ def load(
         end_token_ids=_end_token_ids(model, backend),
         name=name,
         deterministic=deterministic,
+        thin_linear=thin_linear,
     )
 
 

@@ -1,0 +1,100 @@
+"""Shared memory that each CUDA kernel is launched with, at sizes of real models and at random ones, as JSON:
+
+    SIMSD_CUDA_EMULATION=$(python tests/emulation.py) python benchmarks/cuda_shapes.py
+
+Launches are noted and not run, so neither a GPU nor time is needed.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import torch
+
+import simsd_kernels as kernels
+from simsd_kernels import dispatch
+
+TESTS = pathlib.Path(__file__).resolve().parents[1] / "tests"
+sys.path[:0] = [str(TESTS), str(TESTS / "gpu")]
+from gpu_cases import OPS  # noqa: E402
+
+import plans  # noqa: E402
+
+RANDOM_CASES = 60
+HALVES = (torch.bfloat16, torch.float16)
+FLOATS = (torch.float32, *HALVES)
+
+
+def calls() -> Iterator[tuple]:
+    """(function, arguments) whose launches are looked at."""
+    for op in OPS:
+        for seed in range(RANDOM_CASES):
+            yield op.function, op.make(seed)
+    for dtype in FLOATS:
+        for dim in (64, 96, 128, 256):
+            for queries in (1, 8, 16, 2048):  # of 4 rows each: the last are too many to split the keys for
+                yield kernels.masked_attention, attention(dtype, dim, queries)
+        for dim, rotary in ((128, 128), (256, 64), (255, 128)):
+            yield kernels.qk_norm_rope_store, norm(dtype, dim, rotary)
+        for rows in (1, 2, 4, 8, 16, 32, 64):
+            for columns in (1024, 12288):
+                weight = torch.zeros(columns, 4096, dtype=dtype)
+                yield kernels.thin_linear, {"x": torch.zeros(rows, 4096, dtype=dtype), "weight": weight}
+                yield kernels.thin_linear, {"x": torch.zeros(rows, 4095, dtype=dtype), "weight": weight[:, 1:]}
+    for length, copies in ((4, 31), (16, 9), (16, 31), (64, 63)):
+        for sampled in (False, True):
+            yield kernels.plan_block, plan(length, copies, sampled)
+
+
+def attention(dtype: torch.dtype, dim: int, queries: int) -> dict:
+    k = torch.zeros(1, 1, 4096, dim, dtype=dtype)
+    lives = torch.zeros(1, 4096, dtype=torch.int32)
+    clock = torch.zeros(1, queries, dtype=torch.int32)
+    q = torch.zeros(1, 4, queries, dim, dtype=dtype)
+    return {"q": q, "k": k, "v": k, "clock": clock, "birth": lives, "death": lives}
+
+
+def norm(dtype: torch.dtype, dim: int, rotary: int) -> dict:
+    q, k, cache = (torch.zeros(*shape, dim, dtype=dtype) for shape in ((1, 4, 8), (1, 4, 2), (1, 2, 16)))
+    turns = torch.zeros(1, 4, rotary, dtype=dtype)
+    slots = torch.arange(4, dtype=torch.int32)[None]
+    return {
+        "q": q, "k": k, "v": k, "q_weight": None, "k_weight": None, "cos": turns, "sin": turns, "k_cache": cache,
+        "v_cache": cache.clone(), "slots": slots, "eps": 1e-6,
+    }  # fmt: skip
+
+
+def plan(length: int, copies: int, sampled: bool) -> dict:
+    drawn = {}
+    if sampled:
+        logits = torch.zeros(1, 1, length, plans.VOCABULARY)
+        drawn = {"draft_logits": logits, "temperature": torch.ones(1), "seed": torch.zeros(1, dtype=torch.int64)}
+    return plans.arguments(length=length, max_copies=copies, **drawn)
+
+
+def measure() -> dict[str, int]:
+    """Kernel, as C++ writes it, to the most bytes of shared memory that a block of it was given."""
+    torch.ops.simsd_emulated.set_noting(True)
+    for function, arguments in calls():
+        function(**arguments, backend="cuda")
+    most: dict[int, int] = {}
+    for line in torch.ops.simsd_emulated.take_notes().splitlines():
+        address, size = map(int, line.split())
+        most[address] = max(most.get(address, 0), size)
+    symbols = subprocess.run(["nm", "-C", "--defined-only", dispatch.EMULATION], capture_output=True, text=True).stdout
+    names = {int(line.split()[0], 16): line.split(maxsplit=2)[2] for line in symbols.splitlines()}
+    return dict(sorted((short(names[address]), size) for address, size in most.items()))
+
+
+def short(name: str) -> str:
+    """`void simsd::linear::(anonymous namespace)::multiply<...>(simsd::linear::Params)` to `linear::multiply<...>`."""
+    return re.sub(r"\(anonymous namespace\)::|\(simsd::.*|^void |simsd::", "", name)
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(), indent=1))

@@ -1,0 +1,177 @@
+"""What this run stands on: what is missing for it, and what a result must say of where it was taken.
+
+Nothing here imports torch before it is asked to: a machine without torch gets a message, too.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+WORK = ROOT / "build" / "gpu"  # logs and what a section has so far; not kept by git
+MINIMUM = {"torch": (2, 11), "triton": (3, 6), "transformers": (5, 17)}
+MINIMUM_CAPABILITY = (8, 0)
+
+
+def toolkit() -> str | None:
+    """The folder whose bin/ holds nvcc, or None."""
+    for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")):
+        if home:
+            return home if shutil.which("nvcc", path=f"{home}/bin") else None
+    if found := shutil.which("nvcc"):
+        return str(Path(found).parent.parent)
+    return "/usr/local/cuda" if shutil.which("nvcc", path="/usr/local/cuda/bin") else None
+
+
+def build_variables() -> dict[str, str]:
+    """Environment for setup.py; nvcc on PATH is left for it to find (it may be a wrapper script)."""
+    variables = {"SIMSD_BUILD_CUDA": "1", "SIMSD_CUDA_ARCHS": "native"}
+    if shutil.which("nvcc") is None and (home := toolkit()):
+        variables["CUDA_HOME"] = home
+    return variables
+
+
+def versions() -> dict[str, str | None]:
+    return {name: _version(name) for name in MINIMUM}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def missing() -> list[str]:
+    """What keeps `make gpu` from running here, one line each; empty where nothing does."""
+    found = []
+    for name, given in versions().items():
+        wanted = ".".join(map(str, MINIMUM[name]))
+        if given is None:
+            found.append(f"{name} >= {wanted} (not installed)")
+        elif tuple(int(n) for n in re.findall(r"\d+", given)[:2]) < MINIMUM[name]:
+            found.append(f"{name} >= {wanted} (found {given})")
+    if versions()["torch"] is not None:
+        found += _missing_device()
+    if toolkit() is None:
+        found.append("nvcc, the CUDA toolkit's compiler (looked on PATH, under CUDA_HOME and in /usr/local/cuda)")
+    return found
+
+
+def _missing_device() -> list[str]:
+    import torch
+
+    if torch.version.cuda is None:
+        return [f"a CUDA build of torch (found {torch.__version__}, a CPU build)"]
+    if not torch.cuda.is_available():
+        return [f"a CUDA GPU (torch {torch.__version__} sees none)"]
+    capability = torch.cuda.get_device_capability()
+    if capability < MINIMUM_CAPABILITY:
+        return [f"compute capability 8.0 or newer (found {capability[0]}.{capability[1]})"]
+    return []
+
+
+def today() -> str:
+    return datetime.datetime.now(datetime.UTC).date().isoformat()
+
+
+def commit() -> dict[str, object]:
+    """The commit and whether anything that git tracks differs from it; "unknown" without git or its folder."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=20)
+        return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+    try:
+        changes = git("status", "--porcelain", "--untracked-files=no")
+        return {
+            "commit": git("rev-parse", "--short=12", "HEAD"),
+            "dirty": changes if changes == "unknown" else bool(changes),
+        }
+    except (OSError, subprocess.SubprocessError):
+        return {"commit": "unknown", "dirty": "unknown"}
+
+
+def machine() -> dict[str, object]:
+    """GPU, driver, versions and build, as plain JSON types."""
+    import torch
+
+    described: dict[str, object] = {
+        "date": today(),
+        **commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda or "none (CPU build)",
+        **{name: given or "not installed" for name, given in versions().items() if name != "torch"},
+        "nvcc": _nvcc_release(),
+        "driver": "none",
+        "gpu": "none (CPU)",
+        "kernels": _kernels(),
+    }
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        described |= {
+            "gpu": properties.name,
+            "driver": _driver(),
+            "compute_capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "memory_gib": round(properties.total_memory / 2**30, 1),
+            "l2_mib": round(getattr(properties, "L2_cache_size", 0) / 2**20, 1),
+        }
+    return described
+
+
+def _nvcc_release() -> str:
+    home = toolkit()
+    if home is None:
+        return "not found"
+    try:
+        said = subprocess.run([f"{home}/bin/nvcc", "--version"], capture_output=True, text=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    release = re.search(r"release ([\d.]+)", said)
+    return release.group(1) if release else "unknown"
+
+
+def _driver() -> str:
+    try:
+        version = Path("/proc/driver/nvidia/version").read_text()
+        return re.search(r"\b(\d{3,}\.\d+(?:\.\d+)?)\b", version).group(1)
+    except (OSError, AttributeError):
+        pass
+    try:
+        asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(asked, capture_output=True, text=True, timeout=20).stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return "unknown"
+
+
+def _kernels() -> object:
+    """What the compiled library says of itself, or why there is none."""
+    try:
+        import torch
+
+        from simsd_kernels import dispatch, ops
+
+        absent = dispatch.load_library()
+        if absent:
+            return absent
+        built = json.loads(torch.ops.simsd._build_info())
+        built["cuda_ops"] = [op for op in ops.SCHEMAS if dispatch.compiled_obstacle(op, "CUDA") is None]
+        return built
+    except Exception as error:
+        return f"unknown ({type(error).__name__}: {error})"
+
+
+def slug(name: str) -> str:
+    """A device's name as part of a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "unknown"

@@ -1,0 +1,219 @@
+"""Results on disk and on paper: sections merged into one dated pair of files, shares of the ceilings, targets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from . import environment
+
+OURS = "simsd "
+DRY_RUN = "DRY RUN on the CPU with tiny shapes: every figure below is meaningless."
+
+
+def result_path(folder: Path, machine: dict) -> Path:
+    """The JSON file of this device and day; the Markdown file lies beside it."""
+    return folder / f"gpu_{environment.slug(str(machine['gpu']))}_{machine['date']}.json"
+
+
+def load(path: Path) -> dict:
+    """The report there, or an empty one."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError):
+        return {"sections": {}}
+
+
+def merge(report: dict, machine: dict, name: str, section: dict) -> dict:
+    """`report` with `section` in the place of what it had under that name; each section says what it was run on."""
+    run_on = {key: machine[key] for key in ("commit", "dirty") if key in machine}
+    sections = {**report.get("sections", {}), name: {**section, **run_on}}
+    return {**report, "machine": machine, "sections": dict(sorted(sections.items(), key=lambda item: _order(item[0])))}
+
+
+SECTIONS = ("build", "test", "ceilings", "attention", "store", "sampling", "verification", "linear", "end_to_end")
+
+
+def _order(name: str) -> int:
+    return SECTIONS.index(name) if name in SECTIONS else len(SECTIONS)
+
+
+def save(path: Path, report: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(with_shares(report), indent=1) + "\n")
+    path.with_suffix(".md").write_text(markdown(report))
+
+
+def ceilings(report: dict) -> dict[str, float]:
+    """copy_gb_s and matmul_tflops as measured, where they were."""
+    rows = report.get("sections", {}).get("ceilings", {}).get("rows", [])
+    return {row["ceiling"]: row["value"] for row in rows if "ceiling" in row}
+
+
+def with_shares(report: dict) -> dict:
+    """The report with GB/s, TFLOP/s and their shares of the measured ceilings beside every time."""
+    top = ceilings(report)
+    for section in report.get("sections", {}).values():
+        for row in section.get("rows", []):
+            for figures in row.get("contestants", {}).values():
+                if "us" not in figures:
+                    continue
+                for key, rate, scale, ceiling, share in (
+                    ("bytes", "gb_s", 1e3, "copy_gb_s", "percent_of_copy"),
+                    ("flops", "tflops", 1e6, "matmul_tflops", "percent_of_matmul"),
+                ):
+                    if row.get(key):
+                        figures[rate] = row[key] / figures["us"] / scale
+                        if top.get(ceiling):
+                            figures[share] = 100 * figures[rate] / top[ceiling]
+    return report
+
+
+def ours(row: dict) -> tuple[str, dict] | None:
+    """The fastest of our backends in a row."""
+    timed = {n: f for n, f in row["contestants"].items() if n.startswith(OURS) and "us" in f}
+    return min(timed.items(), key=lambda item: item[1]["us"]) if timed else None
+
+
+def wrong(report: dict) -> list[str]:
+    return [
+        f"{name}: {row['case']}: {contestant}: {figures['verdict']}"
+        for name, section in report["sections"].items()
+        for row in section.get("rows", [])
+        for contestant, figures in row.get("contestants", {}).items()
+        if contestant.startswith(OURS) and figures["verdict"].startswith(("WRONG", "failed"))
+    ]
+
+
+def targets(report: dict) -> list[tuple[str, str, str]]:
+    """(what is asked for, measured, met or not) of each target; "not measured" where it was not."""
+    with_shares(report)
+    sections = report.get("sections", {})
+    lines = []
+
+    def judge(name: str, section: str, kind: str, figure: Callable, least: float, show: str) -> None:
+        rows = [row for row in sections.get(section, {}).get("rows", []) if row.get("target") == kind]
+        values = {row["case"]: value for row in rows if (value := figure(row)) is not None}
+        if not values:
+            lines.append((name, "not measured", ""))
+            return
+        case, worst = min(values.items(), key=lambda item: item[1])
+        met = sum(value >= least for value in values.values())
+        said = f"{show.format(worst)} at worst ({case}), {show.format(max(values.values()))} at best"
+        lines.append((name, said, f"met in {met} of {len(rows)}"))
+
+    def copy_share(row: dict) -> float | None:
+        best = ours(row)
+        return best[1].get("percent_of_copy") if best else None
+
+    def over(peer: str) -> Callable[[dict], float | None]:
+        def ratio(row: dict) -> float | None:
+            best, other = ours(row), row["contestants"].get(peer, {})
+            return other["us"] / best[1]["us"] if best and "us" in other else None
+
+        return ratio
+
+    few = "attention, few rows, >= 4k keys, batch 1 and 8: 80 % of copy bandwidth"
+    judge(few, "attention", "few rows", copy_share, 80.0, "{:.0f} %")
+    many = "attention, many rows: not slower than causal flash at equal visible work"
+    judge(many, "attention", "many rows", over("sdpa causal, flash"), 1.0, "{:.2f}x")
+    drawing = "sample_logits, 1 to 256 rows: 80 % of copy bandwidth"
+    judge(drawing, "sampling", "unfiltered", copy_share, 80.0, "{:.0f} %")
+    judge("thin_linear, <= 16 rows: not slower than cuBLAS", "linear", "thin", over("cublas"), 1.0, "{:.2f}x")
+    return lines
+
+
+def markdown(report: dict) -> str:
+    with_shares(report)
+    machine = report["machine"]
+    dry = bool(report.get("dry_run"))
+    lines = [f"# {machine['gpu']}, {machine['date']}", ""]
+    if dry:
+        lines += [f"**{DRY_RUN}**", ""]
+    facts = ((key.replace("_", " "), value) for key, value in machine.items() if key not in ("gpu", "date", "kernels"))
+    lines += ["Made by `make gpu`: " + ", ".join(f"{key} {value}" for key, value in facts) + ".", ""]
+    lines += [f"Compiled library: {_in_words(machine.get('kernels'))}.", ""]
+    lines += [
+        "Times are microseconds of one call: median (20 % - 80 % quantiles). Copy and matmul: shares of the measured "
+        "copy bandwidth (bytes read and written) and bf16 matrix product rate. Over: that contestant's time over the "
+        "fastest of ours; above 1, ours is faster. A wrong result is reported in the place of its time."
+    ]
+    lines += ["", "## Targets", "", *table(("target", "measured", "met"), targets(report)), ""]
+    for name, section in report["sections"].items():
+        lines += [f"## {name}", "", status_line(section), ""]
+        lines += section_tables(section)
+        lines += [f"- {note}" for note in section.get("notes", [])]
+        if section.get("notes"):
+            lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _in_words(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {', '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in value.items())
+    return str(value)
+
+
+def status_line(section: dict) -> str:
+    said = f"{section['status']}, {section.get('seconds', 0):.0f} s"
+    if section.get("left_over"):
+        said += f"; cut short: time for {section['left_over']} more cases was missing"
+    dirty = " (with local changes)" if section.get("dirty") is True else ""
+    return said + f"; commit {section.get('commit', 'unknown')}{dirty}."
+
+
+def table(headings: tuple[str, ...], rows) -> list[str]:
+    clean = [[str(cell).replace("|", "/").replace("\n", " ") for cell in row] for row in rows]
+    return [f"| {' | '.join(headings)} |", "|" + " --- |" * len(headings), *(f"| {' | '.join(row)} |" for row in clean)]
+
+
+def section_tables(section: dict) -> list[str]:
+    """The contests of a section as one table, its other rows as tables by their columns."""
+    rows = section.get("rows", [])
+    lines: list[str] = []
+    contests = [row for row in rows if "contestants" in row]
+    if contests:
+        headings = ("case", "contestant", "us", "GB/s", "copy", "TFLOP/s", "matmul", "over")
+        lines += [*table(headings, [cells for row in contests for cells in contest_cells(row)]), ""]
+    for columns in dict.fromkeys(tuple(row["cells"]) for row in rows if "cells" in row):
+        group = [row for row in rows if tuple(row.get("cells", ())) == columns]
+        lines += [*table(("case", *columns), [(row["case"], *row["cells"].values()) for row in group]), ""]
+    return lines
+
+
+def contest_cells(row: dict):
+    best = ours(row)
+    for name, figures in row["contestants"].items():
+        if "us" not in figures:
+            yield row["case"], name, figures["verdict"], *[""] * 5
+            continue
+
+        def shown(key: str, form: str, figures: dict = figures) -> str:
+            return form.format(figures[key]) if key in figures else ""
+
+        low, high = figures["low_us"], figures["high_us"]
+        time = f"{figures['us']:.1f} ({low:.1f}-{high:.1f})"
+        if figures["method"] != "graph replay":
+            time += f" {figures['method']}"
+        time += f", wall {figures['wall_us']:.0f}" if "wall_us" in figures else ""
+        over = f"{figures['us'] / best[1]['us']:.2f}" if best and name != best[0] else ""
+        yield (
+            *(row["case"], name, time, shown("gb_s", "{:.0f}"), shown("percent_of_copy", "{:.0f} %")),
+            *(shown("tflops", "{:.1f}"), shown("percent_of_matmul", "{:.0f} %"), over),
+        )
+
+
+def summary(report: dict) -> str:
+    """The short table that ends a run."""
+    lines = [DRY_RUN] if report.get("dry_run") else []
+    for name, section in report["sections"].items():
+        cut = f", {section['left_over']} cases cut" if section.get("left_over") else ""
+        lines.append(f"{name:14}{section['status'][:90]:<24}{section.get('seconds', 0):6.0f} s{cut}")
+    for name, measured, met in targets(report):
+        lines.append(f"target: {name}: {measured}{'; ' + met if met else ''}")
+    problems = wrong(report)
+    lines += [f"! {problem}"[:240] for problem in problems[:12]]
+    if len(problems) > 12:
+        lines.append(f"! and {len(problems) - 12} more")
+    return "\n".join(lines)

@@ -1,0 +1,202 @@
+"""The small ops of a decoding step beside their definitions in torch, which walk over lists on the host."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import simsd_kernels
+from simsd import layouts
+from simsd_kernels.plan_block.api import Plan, copy_stride
+
+from . import timing
+from .contest import Bench, Contestant, contest, equal
+
+VOCABULARY = 151936
+MASK_ID = 151669
+BEHIND = 8.0  # log-odds between a position and the one that is revealed before it
+
+
+def run(bench: Bench) -> None:
+    vocabulary = 300 if bench.tiny else VOCABULARY
+    shapes = [(1, 4)] if bench.tiny else [(1, 4), (8, 4), (1, 8), (8, 8), (1, 32), (8, 32)]
+    for batch, length in shapes:
+        small(bench, f"reveal, batch {batch}, block {length}", lambda b=batch, n=length: reveal(bench, b, n))
+    for batch, length in shapes[:4]:
+        what = f"batch {batch}, block {length}"
+        for rule, temperature in (("match", 0.0), ("match", 1.0), ("mrs", 1.0)):
+            name = f"block_verify {rule}, temperature {temperature:g}, {what}"
+            small(bench, name, lambda b=batch, n=length, r=rule, t=temperature: verify(bench, b, n, vocabulary, r, t))
+        small(bench, f"plan_block, {what}", lambda b=batch, n=length: plan(bench, b, n))
+        small(bench, f"block_verify.graph, {what}", lambda b=batch, n=length: graph(bench, b, n, vocabulary))
+    bench.note(
+        "wall: until the host knows the result of one call, launches included; the loop waits for that once a step"
+    )
+
+
+def small(bench: Bench, case: str, problem) -> None:
+    """`problem()`: (function of a backend returning calls, names of outputs, outputs to expect, bytes)."""
+    if not bench.open(case):
+        return
+    make, names, expected, moved = problem()
+    check = equal(names, expected)
+    ours = [Contestant(f"simsd {b}", lambda b=b: make(b), check) for b in bench.backends]
+    row = contest(
+        *(bench, case, [*ours, Contestant("reference", lambda: make("reference"), check, graph=False)]),
+        bytes_moved=moved,
+    )
+    for name, figures in row["contestants"].items():
+        if "us" in figures:
+            backend = name.removeprefix("simsd ")
+            repeats = 1 if figures["us"] > timing.SLOW_US else 5
+            figures["wall_us"] = timing.wall_us(make(backend)[0], bench.device, repeats)
+    bench.add(row)
+
+
+def lanes(bench: Bench, batch: int, value, dtype: torch.dtype) -> Tensor:
+    return torch.full((batch,), value, dtype=dtype, device=bench.device)
+
+
+def on_cpu(given: dict) -> dict:
+    return {name: value.cpu() if isinstance(value, Tensor) else value for name, value in given.items()}
+
+
+def reveal(bench: Bench, batch: int, length: int):
+    shape, device = (batch, length), bench.device
+    given = {
+        "tokens": torch.full(shape, MASK_ID, device=device),
+        "revealed": lanes(bench, batch, 1, torch.int64),
+        "step_map": torch.zeros(shape, dtype=torch.int32, device=device),
+        "proposal": (1000 * bench.uniform(*shape)).long(),
+        "prob": bench.uniform(*shape),
+        "log_odds": bench.random(*shape, dtype=torch.float32),
+        "entropy": bench.uniform(*shape),
+        "step": lanes(bench, batch, 0, torch.int32),
+        "schedule": torch.ones(length, dtype=torch.int32, device=device),
+    }
+    changed = ("tokens", "revealed", "step_map")
+
+    def call(given: dict, backend: str) -> tuple[Tensor, ...]:
+        fresh = {**given, **{name: given[name].clone() for name in changed}}  # in place, so each call has its own
+        newly = simsd_kernels.reveal(**fresh, strategy="low_confidence_static", threshold=0.9, backend=backend)
+        return newly, *(fresh[name] for name in changed)
+
+    expected = call(on_cpu(given), "reference")
+    bench.note("reveal: with three copies of its in-place arguments, for every contestant")
+    return lambda backend: [lambda: call(given, backend)], ("newly", *changed), expected, None
+
+
+def verify(bench: Bench, batch: int, length: int, vocabulary: int, rule: str, temperature: float):
+    shape, device = (batch, length), bench.device
+    logits = bench.random(batch, length, vocabulary, scale=3.0)
+    given = {
+        "target_logits": logits,
+        "draft_ids": logits.float().argmax(2),
+        "known": lanes(bench, batch, 0, torch.int32),
+        "drafted": lanes(bench, batch, (1 << length) - 1, torch.int64),
+        "temperature": lanes(bench, batch, temperature, torch.float32),
+        "rule": rule,
+    }
+    if rule == "mrs":
+        draft = {"draft_logits": (logits + bench.random(*logits.shape, scale=0.1)).contiguous()}
+        given |= draft | {"coin": bench.uniform(*shape) * 0.99, "residual": bench.uniform(batch) * 0.99}
+    elif temperature:
+        position = torch.arange(length, dtype=torch.int32, device=device).expand(shape).contiguous()
+        given |= {"seed": lanes(bench, batch, 3, torch.int64), "position": position}
+        given["revealed"] = torch.zeros(shape, dtype=torch.int64, device=device)
+    expected = simsd_kernels.block_verify(**on_cpu(given), backend="reference")
+
+    def make(backend: str) -> list:
+        return [lambda: simsd_kernels.block_verify(**given, backend=backend)]
+
+    moved = 2.0 * logits.numel() * (2 if rule == "mrs" else 1)
+    return make, expected._fields, expected, moved
+
+
+def proposal(batch: int, length: int, copies: int) -> dict:
+    """plan_block's arguments on the CPU: two empty blocks whose draft knows the order and is fairly sure of itself."""
+    generator = torch.Generator().manual_seed(0)
+    ahead, lane = 2, torch.ones(batch, dtype=torch.int32)
+    shape = (batch, ahead, length)
+    scratch = layouts.aligned(1024, layouts.SCRATCH_ALIGNMENT)
+    order = torch.rand(shape, generator=generator).argsort(2).float()
+    return {
+        "tokens": torch.zeros(batch, length, dtype=torch.int64),
+        "revealed": torch.zeros(batch, dtype=torch.int64),
+        "start": lane * 8 * length,
+        "step": lane * 0,
+        "blocks_left": lane * (ahead + 1),
+        "clean": torch.randint(0, 250, shape, generator=generator),
+        "depth": lane * ahead,
+        "prob": torch.full(shape, 0.9),
+        "log_odds": BEHIND * order,
+        "entropy": torch.full(shape, 0.3),
+        "trust": torch.ones(batch),
+        "power": torch.full((batch, ahead), 0.25),
+        "schedule": torch.ones(length, dtype=torch.int32),
+        "strategy": "low_confidence_static",
+        "threshold": 0.9,
+        "floor": 0.0,
+        "mask_id": MASK_ID,
+        "max_copies": copies,
+        "max_rows": 10**6,
+        "scratch": scratch,
+        "slots": scratch + copies * copy_stride(length),
+        "stride": layouts.STRIDE,
+    }
+
+
+def moved_to(device: torch.device, given: dict) -> dict:
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in given.items()}
+
+
+def copies_of(length: int) -> int:
+    return 1 + 128 // length
+
+
+def plan(bench: Bench, batch: int, length: int):
+    host = proposal(batch, length, copies_of(length))
+    expected = simsd_kernels.plan_block(**host, backend="reference")
+    given = moved_to(bench.device, host)
+
+    def make(backend: str) -> list:
+        return [lambda: simsd_kernels.plan_block(**given, backend=backend)]
+
+    return make, Plan._fields, expected, None
+
+
+def graph(bench: Bench, batch: int, length: int, vocabulary: int):
+    """A target that agrees with the draft in everything, so that the walk is as long as the copies allow."""
+    host = proposal(batch, length, copies_of(length))
+    planned = simsd_kernels.plan_block(**host, backend="reference")
+    copies = planned.block.shape[1]
+    rows = torch.arange(batch * copies * length, dtype=torch.int32).view(batch, copies, length)
+    logits = bench.random(rows.numel(), vocabulary)
+    block = planned.block.clamp(0, 1).long()[:, :, None].expand(-1, -1, length)  # behind both: anything goes
+    token, odds = (host[name].gather(1, block).flatten().to(bench.device) for name in ("clean", "log_odds"))
+    logits[torch.arange(len(token), device=bench.device), token] = (40.0 + odds).to(logits.dtype)
+    kept = ("start", "step", "depth", "clean")
+    given = {
+        "target_logits": logits,
+        **moved_to(bench.device, {"rows": rows, **{name: getattr(planned, name) for name in GRAPH}}),
+        **moved_to(bench.device, {name: host[name] for name in kept}),
+        "step_map": torch.zeros(batch, length, dtype=torch.int32, device=bench.device),
+        "prob": torch.ones(batch, length, device=bench.device),
+        "origin": torch.zeros(batch, length, dtype=torch.int32, device=bench.device),
+        "temperature": lanes(bench, batch, 0.0, torch.float32),
+        "schedule": host["schedule"].to(bench.device),
+        "strategy": host["strategy"],
+        "threshold": host["threshold"],
+    }
+    # By the definition on the device: on the CPU it takes seconds over such a vocabulary.
+    expected = simsd_kernels.block_verify_graph(**given, backend="reference")
+
+    def make(backend: str) -> list:
+        return [lambda: simsd_kernels.block_verify_graph(**given, backend=backend)]
+
+    taken = int(expected.progress[:, 2].sum())
+    bench.note(f"block_verify.graph, batch {batch}, block {length}: {taken} steps walked, {copies} copies in a lane")
+    return make, expected._fields, expected, 2.0 * logits.numel()
+
+
+GRAPH = ("states", "revealed", "block", "cleaned")

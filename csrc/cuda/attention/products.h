@@ -1,0 +1,181 @@
+// What one warp computes for its 16 rows: two products on the tensor cores per tile of keys, with a running softmax
+// between them that stays in registers. Lane l holds of every 16 x 8 result rows l / 4 and l / 4 + 8 ("halves" 0 and 1)
+// and columns 2 (l % 4) and 2 (l % 4) + 1.
+#pragma once
+
+#include "cuda/attention/softmax.h"
+#include "cuda/attention/tiles.h"
+
+namespace simsd::intervals {
+
+constexpr int WARP_ROWS = 16;
+
+// Softmax over some keys: whole maximum, sum of weights and weighted sum of V. `sum` is of this lane's columns alone
+// until `quad_sum`.
+template <int COLUMNS>
+struct State {
+    float max[2], sum[2], out[COLUMNS / 8][4];
+
+    SIMSD_DEVICE void clear() {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            max[half] = NOTHING;
+            sum[half] = 0.0f;
+        }
+#pragma unroll
+        for (int n = 0; n < COLUMNS / 8; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) out[n][i] = 0.0f;
+        }
+    }
+};
+
+// Over the 4 lanes that share rows.
+SIMSD_DEVICE float quad_sum(float value) {
+    value = sum(value, shuffle_xor(value, 1));
+    return sum(value, shuffle_xor(value, 2));
+}
+
+SIMSD_DEVICE float quad_max(float value) {
+    value = maximum(value, shuffle_xor(value, 1));
+    return maximum(value, shuffle_xor(value, 2));
+}
+
+template <int COLUMNS>
+SIMSD_DEVICE void merge(State<COLUMNS>& total, const State<COLUMNS>& split) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const float added = quad_sum(split.sum[half]);
+        if (added == 0.0f) continue;
+        const Rescale by = rescale(total.max[half], split.max[half]);
+        total.max[half] = by.max;
+        total.sum[half] = merged(by, total.sum[half], added);
+#pragma unroll
+        for (int n = 0; n < COLUMNS / 8; ++n) {
+#pragma unroll
+            for (int i = 2 * half; i < 2 * half + 2; ++i) {
+                total.out[n][i] = merged(by, total.out[n][i], split.out[n][i]);
+            }
+        }
+    }
+}
+
+template <typename T, int DIM>
+struct Queries {
+    uint32_t fragments[DIM / 16][4];
+    int32_t clock[2];
+    Span span;  // of the warp's live rows
+
+    // `shared`: the warp's 16 rows; `clocks`: those of the block's queries.
+    SIMSD_DEVICE void load(const Params& p, const Rows& rows, const T* shared, const int32_t* clocks) {
+        const int lane = lane_index();
+        const T* row = shared + (lane / 8 % 2 * 8 + lane % 8) * ROW_STRIDE<DIM> + lane / 16 * CHUNK;
+#pragma unroll
+        for (int k = 0; k < DIM / 16; ++k) load_matrices(fragments[k], row + 16 * k);
+        const int first = rows.first + warp_index() * WARP_ROWS, end = rows.first + rows.count;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int mine = first + lane / 4 + 8 * half;
+            clock[half] = mine < end ? clocks[mine / p.group - rows.first_query] : -1;
+        }
+        span = {INT32_MAX, INT32_MIN};
+        if (first < end) {
+            const int from = first / p.group - rows.first_query;
+            const int to = (smaller(first + WARP_ROWS, end) - 1) / p.group - rows.first_query;
+            span = span_of(clocks + from, to - from + 1);
+        }
+    }
+};
+
+// Adds the keys of one tile; `k` and `v` are its rows in shared memory, `birth` and `death` its lives (warp).
+template <typename T, int DIM, int COLUMNS>
+SIMSD_DEVICE void add_tile(State<COLUMNS>& state, const Queries<T, DIM>& q, const T* k, const T* v,
+                           const int32_t* birth, const int32_t* death, float scale) {
+    const int lane = lane_index();
+    const bool overlaps = birth[lane] <= q.span.last && death[lane] >= q.span.first;
+    if (!warp_any(overlaps)) return;
+    const bool full = warp_all(birth[lane] <= q.span.first && death[lane] >= q.span.last);
+
+    // [16, TILE]
+    float scores[TILE / 8][4] = {};
+    k += (lane / 16 * 8 + lane % 8) * ROW_STRIDE<DIM> + lane / 8 % 2 * CHUNK;
+#pragma unroll
+    for (int step = 0; step < DIM / 16; ++step) {
+#pragma unroll
+        for (int pair = 0; pair < TILE / 16; ++pair) {
+            uint32_t b[4];
+            load_matrices(b, k + 16 * pair * ROW_STRIDE<DIM> + 16 * step);
+            multiply_add<T>(scores[2 * pair], q.fragments[step], b[0], b[1]);
+            multiply_add<T>(scores[2 * pair + 1], q.fragments[step], b[2], b[3]);
+        }
+    }
+#pragma unroll
+    for (int n = 0; n < TILE / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) scores[n][i] = product(scores[n][i], scale);
+    }
+    if (!full) {
+#pragma unroll
+        for (int n = 0; n < TILE / 8; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int key = 8 * n + 2 * (lane % 4) + i % 2;
+                if (!visible(q.clock[i / 2], birth[key], death[key])) scores[n][i] = NOTHING;
+            }
+        }
+    }
+
+    float next[2], keep[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        float most = NOTHING;
+#pragma unroll
+        for (int n = 0; n < TILE / 8; ++n) {
+            most = maximum(most, maximum(scores[n][2 * half], scores[n][2 * half + 1]));
+        }
+        next[half] = maximum(state.max[half], round_up(quad_max(most)));
+        keep[half] = power_of_two(state.max[half] - shift_of(next[half]));
+    }
+    if (warp_any(next[0] > state.max[0] || next[1] > state.max[1])) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            state.max[half] = next[half];
+            state.sum[half] = product(state.sum[half], keep[half]);
+        }
+#pragma unroll
+        for (int n = 0; n < COLUMNS / 8; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) state.out[n][i] = product(state.out[n][i], keep[i / 2]);
+        }
+    }
+    uint32_t weights[TILE / 8][2];  // [n][half]
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const float shift = shift_of(next[half]);
+        float added = 0.0f;
+#pragma unroll
+        for (int n = 0; n < TILE / 8; ++n) {
+            const float low = exp2_fast(scores[n][2 * half] - shift), high = exp2_fast(scores[n][2 * half + 1] - shift);
+            added = sum(added, sum(low, high));
+            weights[n][half] = pack<T>(low, high);
+        }
+        state.sum[half] = sum(state.sum[half], added);
+    }
+
+    // [16, COLUMNS]
+    v += (lane / 8 % 2 * 8 + lane % 8) * ROW_STRIDE<COLUMNS> + lane / 16 * CHUNK;
+#pragma unroll
+    for (int step = 0; step < TILE / 16; ++step) {
+        const uint32_t a[4] = {weights[2 * step][0], weights[2 * step][1], weights[2 * step + 1][0],
+                               weights[2 * step + 1][1]};
+#pragma unroll
+        for (int n = 0; n < COLUMNS / 16; ++n) {
+            uint32_t b[4];
+            load_matrices_transposed(b, v + 16 * step * ROW_STRIDE<COLUMNS> + 16 * n);
+            multiply_add<T>(state.out[2 * n], a, b[0], b[1]);
+            multiply_add<T>(state.out[2 * n + 1], a, b[2], b[3]);
+        }
+    }
+}
+
+}  // namespace simsd::intervals

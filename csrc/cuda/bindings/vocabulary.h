@@ -1,0 +1,43 @@
+// What the bindings of ops over the vocabulary share: checks, and tensors as values per row.
+#pragma once
+
+#include <optional>
+
+#include "cuda/bindings/runtime.h"
+#include "cuda/sample_logits.h"
+
+namespace simsd {
+
+constexpr int64_t MOST_IDS = int64_t{1} << 30;  // ids and rows are 32-bit numbers on the device
+
+// The vocabulary's size is checked against what the device can count; all else by common/arguments.
+inline void check_vocabulary(const char* op, const char* name, int64_t vocabulary) {
+    check(vocabulary <= MOST_IDS, op, ": ", name, " must have at most ", MOST_IDS, " vocabulary entries, got ",
+          vocabulary);
+}
+
+inline void check_rows(const char* op, int64_t rows) {
+    check(rows <= MOST_IDS, op, ": draws at most ", MOST_IDS, " rows at once, got ", rows);
+}
+
+inline void set_banned(sample::Params& params, const std::optional<Tensor>& banned_ids) {
+    if (!banned_ids || banned_ids->size(0) == 0) return;
+    params.banned_ids = static_cast<const int64_t*>(banned_ids->const_data_ptr());
+    params.banned_count = banned_ids->size(0);
+    params.banned_stride = banned_ids->stride(0);
+}
+
+// One value for each of `group` neighbouring rows, from [rows / group]; or one for each row, from [rows / group,
+// group].
+template <typename T>
+sample::PerRow<T> per_row(const Tensor& values, int64_t group = 1) {
+    const int64_t within = values.dim() == 2 ? values.stride(1) : 0;
+    return {static_cast<const T*>(values.const_data_ptr()), {values.stride(0), within}, static_cast<int32_t>(group)};
+}
+
+template <typename T>
+sample::PerRow<T> per_row(const std::optional<Tensor>& values, int64_t group) {
+    return values ? per_row<T>(*values, group) : sample::PerRow<T>{};
+}
+
+}  // namespace simsd

@@ -1,0 +1,267 @@
+// sample_logits: argmax or seeded Gumbel-max over rows of logits, with their softmax statistics.
+//
+// Data path. `mark_banned` turns the banned ids into a bitmask of V bits. `scan` reads the logits once: a warp takes a
+// segment of 1024 ids to its registers, 16 bytes per load, and leaves a Partial of 32 bytes: largest x, sums of the
+// others relative to the largest of them, best noisy score. Segments are constant in length, so a row of 152k ids is
+// 149 warps whatever the rows: one row already spreads over 38 blocks, and no sum depends on what else runs. `finish`
+// merges the partials of a row in a fixed tree, in double. Where top-k or top-p is on, `scan` makes no noise and
+// `finish` first finds what they keep (vocabulary/filter.h) and then races over that: the block reads the row about
+// twice more, mostly from the L2 cache, as segments whose largest x is too small are skipped.
+//
+// Bytes: R x V x itemsize, and 3 % (bfloat16) of that for the partials. 256 rows of 151936 in bfloat16: 77.8 MB, 23 us
+// at 3.35 TB/s; 64 rows 5.8 us. Operations per id at temperature 0: 1 to convert, 6 for the two largest, 6 for weight
+// and sums, one of them on the special function unit: 14 x 38.9 M ids = 17 M warp instructions, 19 us on 132
+// multiprocessors of 4 schedulers at 1.7 GHz, under the time of the bytes. Noise costs 11 for a quarter of Philox and
+// 4 for the bound that spares nearly all logarithms (vocabulary/noise.h), and nothing where the row is peaked; a
+// temperature other than 1 costs 7 to divide. So few rows are bound by bytes, 256 rows with noise by instructions.
+#include "cuda/device.h"
+#include "cuda/launch.h"
+#include "cuda/sample_logits.h"
+#include "cuda/vocabulary/filter.h"
+#include "cuda/vocabulary/noise.h"
+#include "cuda/vocabulary/row.h"
+#include "cuda/vocabulary/summary.h"
+
+namespace simsd::sample {
+namespace {
+
+using namespace vocabulary;
+
+constexpr const char* OP = "sample_logits";
+constexpr int SCAN_WARPS = 4;
+constexpr int MARK_THREADS = 1024;
+
+struct Work {
+    Params params;
+    Scratch scratch;
+};
+
+// Whether the row's token is drawn with noise, and whether top-k or top-p has a say in what is asked of it.
+SIMSD_DEVICE bool hot(const Params& p, int32_t row) { return value_of(p.temperature, row, 0.0f) > 0.0f; }
+SIMSD_DEVICE bool draws(const Params& p, int32_t row) { return p.seed.data && hot(p, row); }
+SIMSD_DEVICE bool filters(const Params& p, int32_t row) {
+    const Filter filter = filter_of(p, row);
+    return hot(p, row) && (p.seed.data || p.law) && (filter.limits_count(p.vocabulary) || filter.limits_mass());
+}
+
+SIMSD_DEVICE NoiseKey key_of_row(const Params& p, int32_t row) {
+    return {value_of(p.seed, row, int64_t{0}), value_of(p.position, row, 0), value_of(p.revealed, row, int64_t{0})};
+}
+
+__global__ void __launch_bounds__(MARK_THREADS) mark_banned(const Work work) {
+    const Params& p = work.params;
+    const int32_t words = segments_of(p.vocabulary) * WORDS;
+    for (int32_t word = thread_index(); word < words; word += thread_count()) work.scratch.banned[word] = 0;
+    if (thread_index() == 0) *work.scratch.lowest = NO_ID;
+    block_barrier();
+    for (int64_t i = thread_index(); i < p.banned_count; i += thread_count()) {
+        const int64_t id = p.banned_ids[i * p.banned_stride];
+        if (id >= 0 && id < p.vocabulary) atomic_or(work.scratch.banned + id / 32, 1u << (id % 32));
+    }
+    device_fence();
+    block_barrier();
+    int32_t lowest = NO_ID;
+    for (int32_t word = thread_index(); word < words && lowest == NO_ID; word += thread_count()) {
+        const uint32_t allowed = ~load_fresh(work.scratch.banned + word);
+        if (allowed && word * 32 + lowest_bit(allowed) < p.vocabulary) lowest = word * 32 + lowest_bit(allowed);
+    }
+    lowest = warp_min(lowest);
+    if (lane_index() == 0 && lowest != NO_ID) atomic_min(work.scratch.lowest, lowest);
+}
+
+// Weights and sums of the others of a segment, unit by unit, and the race where `Noise`.
+template <typename T, bool Noise>
+SIMSD_DEVICE void add_others(const float (&x)[PER_LANE], int32_t segment, Partial& partial, Race& race) {
+    partial.sum = partial.moment = 0.0f;
+#pragma unroll
+    for (int i = 0; i < PER_LANE; i += UNIT<T>) {
+        float weight[UNIT<T>];
+#pragma unroll
+        for (int e = 0; e < UNIT<T>; ++e) {
+            const float distance = larger(x[i + e] - partial.second, -200.0f);  // its weight is 0
+            weight[e] = exp2_fast(distance * LOG2_E);
+            partial.sum += weight[e];
+            partial.moment = fused(weight[e], distance, partial.moment);
+        }
+        if constexpr (Noise) race.template run<UNIT<T>>(x + i, weight, id_at<T>(segment, i));
+    }
+    partial.sum = warp_sum(partial.sum);
+    partial.moment = warp_sum(partial.moment);
+}
+
+template <typename T>
+SIMSD_DEVICE Partial partial_of(const Row<T>& row, int32_t segment, bool noise, const NoiseKey& key) {
+    Partial out{-INFINITE, NO_ID, -INFINITE, 0.0f, 0.0f, -INFINITE, NO_ID, 0};
+    float x[PER_LANE];
+    row.load(segment, x);
+    float own = x[0];
+#pragma unroll
+    for (int i = 1; i < PER_LANE; ++i) own = larger(own, x[i]);
+    out.top = warp_max(own);
+    if (out.top == -INFINITE) return out;
+    int32_t best = NO_ID;
+#pragma unroll
+    for (int i = PER_LANE - 1; i >= 0; --i) best = x[i] == out.top ? id_at<T>(segment, i) : best;
+    out.best = warp_min(best);
+    float second = -INFINITE;
+#pragma unroll
+    for (int i = 0; i < PER_LANE; ++i) {
+        x[i] = id_at<T>(segment, i) == out.best ? -INFINITE : x[i];
+        second = larger(second, x[i]);
+    }
+    out.second = warp_max(second);
+
+    Race race{key, out.second};
+    if (noise) race.offer(noisy(key, out.best, out.top), out.best);
+    if (out.second > -INFINITE) {
+        if (noise) {
+            race.agree();
+            add_others<T, true>(x, segment, out, race);
+        } else {
+            add_others<T, false>(x, segment, out, race);
+        }
+    }
+    if (noise) {
+        race.finish();
+        out.score = race.score;
+        out.drawn = race.id;
+    }
+    return out;
+}
+
+template <typename T>
+__global__ void __launch_bounds__(SCAN_WARPS* WARP, 4) scan(const Work work) {
+    const Params& p = work.params;
+    const int32_t segments = segments_of(p.vocabulary), blocks_per_row = (segments + SCAN_WARPS - 1) / SCAN_WARPS;
+    const int32_t index = block_x() / blocks_per_row;
+    const int32_t segment = block_x() % blocks_per_row * SCAN_WARPS + warp_index();
+    if (segment >= segments) return;
+    const Row<T> row = row_of<T>(p, index, p.banned_ids ? work.scratch.banned : nullptr);
+    if (!row.logits) return;
+    const bool noise = draws(p, index) && !filters(p, index);
+    const Partial partial = partial_of(row, segment, noise, noise ? key_of_row(p, index) : NoiseKey{});
+    if (lane_index() == 0) work.scratch.partials[static_cast<int64_t>(index) * segments + segment] = partial;
+}
+
+// The best noisy score among the ids that are kept (block); `start`, the row's best, always is.
+template <typename T>
+SIMSD_DEVICE int32_t draw_kept(const Row<T>& row, const Partial* partials, const Summary& summary, const Kept& kept,
+                               const NoiseKey& key, float* scores, int32_t* ids) {
+    Race race{key, summary.top};
+    race.offer(noisy(key, summary.best, summary.top), summary.best);
+    race.agree();
+    for (int32_t segment = warp_index(); segment < segments_of(row.vocabulary); segment += thread_count() / WARP) {
+        if (partials[segment].top == -INFINITE || partials[segment].top < kept.cutoff.x) continue;
+#pragma unroll 1
+        for (int i = 0; i < PER_LANE; i += UNIT<T>) {
+            const int32_t id = id_at<T>(segment, i);
+            float x[UNIT<T>], weight[UNIT<T>];
+            row.load_ids(id, x);
+#pragma unroll
+            for (int e = 0; e < UNIT<T>; ++e) {
+                x[e] = kept.cutoff.keeps(x[e], id + e) && id + e != summary.best ? x[e] : -INFINITE;
+                weight[e] = exp2_fast((x[e] - summary.top) * LOG2_E);
+            }
+            race.template run<UNIT<T>>(x, weight, id);
+        }
+    }
+    race.finish();
+    if (lane_index() == 0) {
+        scores[warp_index()] = race.score;
+        ids[warp_index()] = race.id;
+    }
+    block_barrier();
+    for (int warp = 0; warp < thread_count() / WARP; ++warp) race.offer(scores[warp], ids[warp]);
+    return race.id;
+}
+
+SIMSD_DEVICE void write(const Params& p, int32_t row, int32_t token, float x, const Summary& summary,
+                        const Kept& kept) {
+    p.token[row] = token;
+    if (p.prob) p.prob[row] = summary.prob(x);
+    if (p.log_odds) p.log_odds[row] = summary.log_odds(token, x);
+    if (p.entropy) p.entropy[row] = summary.entropy();
+    if (p.logsumexp) p.logsumexp[row] = summary.logsumexp();
+    const float overall = static_cast<float>(summary.total());
+    if (p.law) p.law[row] = {summary.top, kept.total, overall, kept.cutoff.x, kept.cutoff.id};
+}
+
+// One block per row; rows without a filter need its first warp only.
+template <typename T>
+__global__ void __launch_bounds__(MOST_WARPS* WARP, 1) finish(const Work work) {
+    const Params& p = work.params;
+    const int32_t index = block_x();
+    const bool filtered = filters(p, index);
+    if (!filtered && warp_index() > 0) return;
+    const Row<T> row = row_of<T>(p, index, p.banned_ids ? work.scratch.banned : nullptr);
+    const Partial* partials = work.scratch.partials + static_cast<int64_t>(index) * segments_of(p.vocabulary);
+    const Summary summary = merge(partials, row.logits ? segments_of(p.vocabulary) : 0);
+    if (summary.empty()) {
+        const int32_t lowest = p.banned_ids ? *work.scratch.lowest : 0;
+        if (thread_index() == 0)
+            write(p, index, lowest == NO_ID ? 0 : lowest, -INFINITE, summary, Kept{Cutoff{}, 1.0f});
+        return;
+    }
+    Kept kept{Cutoff{}, static_cast<float>(summary.total())};
+    int32_t token = summary.best;
+    if (filtered) {
+        Shared shared;
+        const Workspace workspace(shared);
+        float* scores = shared.take<float>(MOST_WARPS);
+        int32_t* ids = shared.take<int32_t>(MOST_WARPS);
+        kept = filter_row(row, partials, summary.top, filter_of(p, index), p.law != nullptr, workspace);
+        if (draws(p, index)) {
+            token = draw_kept(row, partials, summary, kept, key_of_row(p, index), scores, ids);
+        }
+    } else if (draws(p, index)) {
+        float score = -INFINITE;
+        token = NO_ID;
+        for (int32_t i = lane_index(); i < segments_of(p.vocabulary); i += WARP) {
+            if (partials[i].score > score) {
+                score = partials[i].score;
+                token = partials[i].drawn;
+            }
+        }
+        const float best = warp_max(score);
+        token = warp_min(score == best ? token : NO_ID);
+    }
+    if (thread_index() == 0) write(p, index, token, row.at(token), summary, kept);
+}
+
+template <typename T>
+void launch_kernels(const Work& work, Stream stream) {
+    const Params& p = work.params;
+    const int64_t segments = segments_of(p.vocabulary);
+    const Grid grid{p.rows * ((segments + SCAN_WARPS - 1) / SCAN_WARPS)};
+    launch(OP, scan<T>, grid, SCAN_WARPS * WARP, 0, stream, work);
+    // A power of two, and no more warps than segments: a constant of V, like all that a sum could depend on.
+    int warps = 1;
+    const bool may_filter = p.top_k || p.top_p;
+    while (may_filter && warps < MOST_WARPS && warps < segments) warps *= 2;
+    constexpr int SHARED_BYTES = WORKSPACE_BYTES + 2 * MOST_WARPS * 4;
+    launch(OP, finish<T>, Grid{p.rows}, warps * WARP, may_filter ? SHARED_BYTES : 0, stream, work);
+}
+
+}  // namespace
+
+int64_t scratch_bytes(int64_t rows, int64_t vocabulary) {
+    const int64_t segments = segments_of(vocabulary);
+    return rows * segments * static_cast<int64_t>(sizeof(Partial)) + segments * WORDS * 4 + 16;
+}
+
+void launch_sample(const Params& params, Stream stream) {
+    if (params.rows == 0) return;
+    Work work{params, scratch_of(params)};
+    if (params.banned_count == 0) work.params.banned_ids = nullptr;
+    if (work.params.banned_ids) launch(OP, mark_banned, Grid{1}, MARK_THREADS, 0, stream, work);
+    switch (params.element) {
+        case Element::float32:
+            return launch_kernels<float>(work, stream);
+        case Element::bfloat16:
+            return launch_kernels<Bfloat16>(work, stream);
+        case Element::float16:
+            return launch_kernels<Float16>(work, stream);
+    }
+}
+
+}  // namespace simsd::sample

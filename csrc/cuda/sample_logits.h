@@ -1,0 +1,65 @@
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/stream.h"
+
+namespace simsd::sample {
+
+enum class Element : int32_t { float32, bfloat16, float16 };
+
+// A value for every row n: data[n / inner * strides[0] + n % inner * strides[1]]. A vector over the rows has inner 1,
+// one over groups of `inner` rows has strides[1] 0. Null data stands for the default.
+template <typename T>
+struct PerRow {
+    const T* data = nullptr;
+    int64_t strides[2] = {0, 0};  // in elements
+    int32_t inner = 1;
+
+    explicit operator bool() const { return data != nullptr; }
+};
+
+// The softmax of a row over the ids that top-k and top-p keep: e^(x - top) / total where x > cutoff_x, or x ==
+// cutoff_x and id <= cutoff_id.
+struct Law {
+    float top;      // largest x, -inf where nothing is finite
+    float total;    // of the kept ids
+    float overall;  // of all ids
+    float cutoff_x;
+    int32_t cutoff_id;
+};
+
+// Draws `rows` rows of logits. Row n draws from row `row_index[n]` of the logits (n without an index); where that is
+// outside [0, logit_rows) nothing is read and the outputs are those of a row with nothing finite.
+struct Params {
+    const void* logits;  // [logit_rows, V], row r at r / logits_inner * strides[0] + r % logits_inner * strides[1]
+    int64_t logits_strides[3];  // of outer rows, inner rows, ids; in elements
+    int32_t logits_inner;
+    Element element;
+    int32_t logit_rows, vocabulary, rows;
+    const int32_t* row_index;  // [rows] or nullptr
+
+    PerRow<float> temperature;  // default 0
+    PerRow<int32_t> top_k;      // default 0, off
+    PerRow<float> top_p;        // default 1, off
+    PerRow<int64_t> seed;       // without it every row takes the argmax, whatever its temperature
+    PerRow<int32_t> position;
+    PerRow<int64_t> revealed;
+
+    const int64_t* banned_ids;  // [banned_count] or nullptr; ids outside [0, V) are ignored
+    int64_t banned_count, banned_stride;
+
+    // Outputs, contiguous [rows]; all but `token` may be nullptr.
+    int64_t* token;
+    float *prob, *log_odds, *entropy, *logsumexp;
+    Law* law;  // nullptr unless the caller judges by the filtered softmax
+
+    void* scratch;  // scratch_bytes(rows, vocabulary), 16-byte aligned, in any state
+};
+
+int64_t scratch_bytes(int64_t rows, int64_t vocabulary);
+
+// The statistics and the draw of `sample_logits`. A row's outputs do not depend on other rows, bit by bit.
+void launch_sample(const Params& params, Stream stream);
+
+}  // namespace simsd::sample

@@ -1,0 +1,227 @@
+// A row of logits as a warp reads it: in segments of constant length, each held in the warp's registers.
+#pragma once
+
+#include "cuda/device.h"
+#include "cuda/sample_logits.h"
+#include "cuda/warp.h"
+
+namespace simsd::vocabulary {
+
+constexpr float INFINITE = __builtin_huge_valf();
+constexpr float LOG2_E = 1.44269504088896340736f;
+constexpr float LARGEST = 3.40282346638528859812e+38f;
+constexpr int32_t NO_ID = INT32_MAX;
+
+// Ids per segment and per lane of it. A constant, so that sums run in the same order whatever the rows and the GPU.
+constexpr int SEGMENT = 1024;
+constexpr int PER_LANE = SEGMENT / WARP;
+constexpr int WORDS = SEGMENT / 32;  // of the bitmask of banned ids, one for each lane
+
+// A unit is what a lane loads at once. Neighbouring lanes take neighbouring units; a lane's ids rise with the index.
+template <typename T>
+constexpr int UNIT = 16 / sizeof(T);
+
+template <typename T>
+SIMSD_DEVICE int32_t id_at(int32_t segment, int index) {
+    return segment * SEGMENT + (index / UNIT<T> * WARP + lane_index()) * UNIT<T> + index % UNIT<T>;
+}
+
+// Division by one number, to the nearest float as `/` is, without its eight instructions and its call.
+struct Divisor {
+    float value, inverse;
+    double inverse_wide;
+    bool plain;  // of ordinary size
+
+    SIMSD_DEVICE explicit Divisor(float divisor)
+        : value(divisor),
+          inverse(1.0f / divisor),
+          inverse_wide(1.0 / divisor),
+          plain(divisor >= 0x1p-20f && divisor <= 0x1p20f) {}
+
+    // Two corrections of a quotient by the nearest inverse give the nearest quotient (Markstein 1990), as long as
+    // nothing underflows or overflows. Else: in double, whose error is less than a quotient's distance from a tie.
+    template <int COUNT>
+    SIMSD_DEVICE void divide(float (&x)[COUNT]) const {
+        if (value == 1.0f) return;
+        float smallest = larger(x[0], -x[0]), largest = smallest;
+#pragma unroll
+        for (int i = 1; i < COUNT; ++i) {
+            const float magnitude = larger(x[i], -x[i]);
+            smallest = magnitude < smallest ? magnitude : smallest;
+            largest = magnitude > largest ? magnitude : largest;
+        }
+        if (plain && smallest >= 0x1p-100f && largest <= 0x1p100f) {
+#pragma unroll
+            for (int i = 0; i < COUNT; ++i) {
+                float quotient = product(x[i], inverse);
+                quotient = fused(fused(-value, quotient, x[i]), inverse, quotient);
+                x[i] = fused(fused(-value, quotient, x[i]), inverse, quotient);
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < COUNT; ++i) x[i] = static_cast<float>(static_cast<double>(x[i]) * inverse_wide);
+        }
+    }
+};
+
+// x = logits / divisor with banned ids and NaN at -inf, overflow at the largest float.
+template <typename T>
+struct Row {
+    const T* logits;
+    int64_t stride;
+    int32_t vocabulary;
+    bool vector;             // whether a unit is one aligned load
+    const uint32_t* banned;  // bitmask, WORDS words a segment, or nullptr
+    Divisor divisor;
+
+    SIMSD_DEVICE float at(int32_t id) const {
+        float x[1] = {to_float(logits[id * stride])};
+        scale(x);
+        return banned && (banned[id / 32] >> (id % 32) & 1) ? -INFINITE : x[0];
+    }
+
+    // x[i] is of id_at<T>(segment, i); -inf past the vocabulary (warp).
+    SIMSD_DEVICE void load(int32_t segment, float (&x)[PER_LANE]) const {
+        if (vector && (segment + 1) * SEGMENT <= vocabulary) {
+#pragma unroll
+            for (int i = 0; i < PER_LANE; i += UNIT<T>) unpack(load_16(logits + id_at<T>(segment, i)), x + i);
+        } else {
+#pragma unroll
+            for (int i = 0; i < PER_LANE; i += UNIT<T>) read(id_at<T>(segment, i), x + i);
+        }
+        scale(x);
+        if (banned) drop_banned(segment, x);
+    }
+
+    // x[e] is of id first + e; `first` is a multiple of COUNT, COUNT of the unit.
+    template <int COUNT>
+    SIMSD_DEVICE void load_ids(int32_t first, float (&x)[COUNT]) const {
+#pragma unroll
+        for (int i = 0; i < COUNT; i += UNIT<T>) read(first + i, x + i);
+        scale(x);
+        if (!banned) return;
+        const uint32_t bits = banned[first / 32] >> (first % 32);
+#pragma unroll
+        for (int e = 0; e < COUNT; ++e) x[e] = bits >> e & 1 ? -INFINITE : x[e];
+    }
+
+  private:
+    template <int COUNT>
+    SIMSD_DEVICE void scale(float (&x)[COUNT]) const {
+        divisor.divide(x);
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) x[i] = x[i] == x[i] ? smaller(x[i], LARGEST) : -INFINITE;
+    }
+
+    SIMSD_DEVICE static void unpack(const Bytes16& bytes, float* x) {
+#pragma unroll
+        for (int word = 0; word < 4; ++word) {
+            if constexpr (sizeof(T) == 4) {
+                x[word] = bits_as_float(bytes.words[word]);
+            } else {
+                x[2 * word] = low_of<T>(bytes.words[word]);
+                x[2 * word + 1] = high_of<T>(bytes.words[word]);
+            }
+        }
+    }
+
+    SIMSD_DEVICE void read(int32_t first, float* x) const {
+        if (vector && first + UNIT<T> <= vocabulary) {
+            unpack(load_16(logits + first), x);
+        } else {
+#pragma unroll
+            for (int e = 0; e < UNIT<T>; ++e) {
+                x[e] = first + e < vocabulary ? to_float(logits[(first + e) * stride]) : -INFINITE;
+            }
+        }
+    }
+
+    SIMSD_DEVICE void drop_banned(int32_t segment, float (&x)[PER_LANE]) const {
+        const uint32_t word = banned[segment * WORDS + lane_index()];
+        if (!warp_any(word != 0)) return;
+#pragma unroll
+        for (int i = 0; i < PER_LANE; i += UNIT<T>) {
+            const int bit = id_at<T>(0, i);  // within the segment
+            const uint32_t unit = shuffle(word, bit / 32) >> (bit % 32);
+#pragma unroll
+            for (int e = 0; e < UNIT<T>; ++e) x[i + e] = unit >> e & 1 ? -INFINITE : x[i + e];
+        }
+    }
+};
+
+SIMSD_ANYWHERE int32_t segments_of(int32_t vocabulary) { return (vocabulary + SEGMENT - 1) / SEGMENT; }
+
+template <typename T>
+SIMSD_DEVICE T value_of(const sample::PerRow<T>& values, int32_t row, T otherwise) {
+    if (!values.data) return otherwise;
+    return values.data[row / values.inner * values.strides[0] + row % values.inner * values.strides[1]];
+}
+
+// Row `row` of those to draw; null logits where it has none.
+template <typename T>
+SIMSD_DEVICE Row<T> row_of(const sample::Params& p, int32_t row, const uint32_t* banned) {
+    const int32_t from = p.row_index ? p.row_index[row] : row;
+    const float temperature = value_of(p.temperature, row, 0.0f);
+    const Divisor divisor(temperature > 0.0f ? temperature : 1.0f);
+    Row<T> out{nullptr, p.logits_strides[2], p.vocabulary, false, banned, divisor};
+    if (from < 0 || from >= p.logit_rows) return out;
+    out.logits = static_cast<const T*>(p.logits) + from / p.logits_inner * p.logits_strides[0] +
+                 from % p.logits_inner * p.logits_strides[1];
+    out.vector = out.stride == 1 && reinterpret_cast<uintptr_t>(out.logits) % 16 == 0;
+    return out;
+}
+
+// The same, whatever the type: for kernels that two rows of two types meet in.
+constexpr int GROUP = 8;  // ids that a lane loads at once
+
+struct AnyRow {
+    sample::Element element;
+    Row<uint8_t> row;  // logits count bytes
+
+    template <typename T>
+    SIMSD_DEVICE Row<T> as() const {
+        return {
+            reinterpret_cast<const T*>(row.logits), row.stride, row.vocabulary, row.vector, row.banned, row.divisor};
+    }
+    SIMSD_DEVICE float at(int32_t id) const {
+        if (element == sample::Element::float32) return as<float>().at(id);
+        return element == sample::Element::bfloat16 ? as<Bfloat16>().at(id) : as<Float16>().at(id);
+    }
+    SIMSD_DEVICE void load(int32_t first, float (&x)[GROUP]) const {
+        if (element == sample::Element::float32) {
+            as<float>().load_ids(first, x);
+        } else if (element == sample::Element::bfloat16) {
+            as<Bfloat16>().load_ids(first, x);
+        } else {
+            as<Float16>().load_ids(first, x);
+        }
+    }
+};
+
+SIMSD_DEVICE AnyRow any_row_of(const sample::Params& p, int32_t row, const uint32_t* banned) {
+    const auto bytes = [](const auto& typed) {
+        return Row<uint8_t>{reinterpret_cast<const uint8_t*>(typed.logits),
+                            typed.stride,
+                            typed.vocabulary,
+                            typed.vector,
+                            typed.banned,
+                            typed.divisor};
+    };
+    if (p.element == sample::Element::float32) return {p.element, bytes(row_of<float>(p, row, banned))};
+    return {p.element, bytes(row_of<Bfloat16>(p, row, banned))};
+}
+
+// What top-k and top-p do to a row, as far as it is known without reading it.
+struct Filter {
+    int32_t top_k;
+    float top_p;
+
+    SIMSD_DEVICE bool limits_count(int32_t vocabulary) const { return top_k > 0 && top_k < vocabulary; }
+    SIMSD_DEVICE bool limits_mass() const { return top_p < 1.0f; }
+};
+
+SIMSD_DEVICE Filter filter_of(const sample::Params& p, int32_t row) {
+    return {value_of(p.top_k, row, 0), value_of(p.top_p, row, 1.0f)};
+}
+
+}  // namespace simsd::vocabulary

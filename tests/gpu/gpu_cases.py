@@ -1,0 +1,392 @@
+"""Every op with what is needed to test it on a device: random arguments, what to expect, which arguments are lanes."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import plans
+import simsd_kernels
+import test_block_verify
+import test_graph_verify
+import test_masked_attention
+import test_plan_block
+import test_qk_norm_rope_store
+import test_reveal
+import test_sample_logits
+import test_store_kv
+import test_thin_linear
+from simsd_kernels import dispatch
+from simsd_kernels.masked_attention import reference as attention_reference
+
+HAS_GPU = torch.cuda.is_available()
+DRY_RUN = os.environ.get("SIMSD_GPU_DRY_RUN") == "1" and not HAS_GPU
+DEVICE = torch.device("cpu" if DRY_RUN else "cuda")
+BACKENDS = ("cuda" if dispatch.EMULATION else "cpu",) if DRY_RUN else ("cuda", "triton")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+SEEDS = range(3 if DRY_RUN else 24)
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """An op and its arguments.
+
+    Attributes:
+        make: seed -> random keyword arguments on the CPU.
+        good, refused: arguments that bad input is tried in, and (name, value, ...) of bad input.
+        lanes: arguments whose first dimension runs over what must not depend on each other.
+        changed: arguments written in place.
+        right: raises unless the outputs, on the CPU, are right; None: they are the reference's.
+    """
+
+    name: str
+    function: Callable
+    make: Callable[[int], dict]
+    good: Callable[[], dict]
+    refused: list
+    lanes: tuple[str, ...]
+    changed: tuple[str, ...] = ()
+    right: Callable[[dict, tuple], None] | None = None
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def overload(self):
+        return dispatch.overload("simsd", self.name)
+
+
+def on(device: torch.device, made: dict) -> dict:
+    """Arguments of their own on `device`."""
+    return {name: value.clone().to(device) if torch.is_tensor(value) else value for name, value in made.items()}
+
+
+def call(op: Op, made: dict, backend: str | None) -> tuple[torch.Tensor, ...]:
+    """Outputs, then the arguments written in place; skips, saying why, where the backend does not serve such a call."""
+    try:
+        out = op.function(**made, backend=backend)
+    except RuntimeError as error:
+        if "cannot serve this call" not in str(error):
+            raise
+        lines = [line.strip() for line in str(error).splitlines()]
+        pytest.skip(f"{op.name}: {next((line for line in lines if line.startswith(f'{backend}:')), lines[0])}")
+    out = (out,) if torch.is_tensor(out) else tuple(out or ())
+    return *out, *(made[name] for name in op.changed)
+
+
+def compare(out: tuple, expected: tuple) -> None:
+    """Integers alike, floats to a few roundings."""
+    for n, (given, wanted) in enumerate(zip(out, expected, strict=True)):
+        given, wanted = given.cpu(), wanted.cpu()
+        assert given.dtype == wanted.dtype and given.shape == wanted.shape, f"output {n}"
+        if given.is_floating_point():
+            close = {"rtol": 5e-6, "atol": 5e-6, "equal_nan": True}
+            torch.testing.assert_close(given, wanted, **close, msg=lambda m, n=n: f"output {n}: {m}")
+        else:
+            wrong = int((given != wanted).sum())
+            assert not wrong, f"output {n} differs in {wrong} of {wanted.numel()}"
+
+
+def same_bits(out: tuple, expected: tuple) -> bool:
+    """Alike to the last bit, NaN included."""
+    return all(
+        a.shape == b.shape and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+        for a, b in zip((x[..., None] for x in out), (x[..., None] for x in expected), strict=True)
+    )
+
+
+def check(op: Op, made: dict, out: tuple) -> None:
+    """`made`: the arguments on the CPU, as they were before the call."""
+    out = tuple(x.cpu() for x in out)
+    if op.right is not None:
+        op.right(made, out)
+        return
+    compare(out, call(op, on(torch.device("cpu"), made), "reference"))
+
+
+# masked_attention
+
+
+def attention_case(seed: int) -> dict:
+    chance = random.Random(seed)
+    pick = chance.choice
+    kv_heads, group = pick([(1, 1), (2, 2), (2, 4), (1, 8), (2, 3)])
+    rows, keys = pick([1, 4, 17, 64, 130, 300]), pick([1, 64, 70, 257, 600, 1100])
+    batch, dim, dtype = pick([1, 2, 3]), pick([16, 64, 64, 80, 128, 128, 256]), pick(FLOATS)
+    q, k, v = test_masked_attention.random_qkv(batch, kv_heads, group, rows, keys, dim, dtype, seed)
+    clock, birth, death = test_masked_attention.random_intervals(batch, rows, keys, seed)
+    kv_len = pick([None, torch.tensor([chance.randint(0, keys) for _ in range(batch)], dtype=torch.int32)])
+    seen = attention_reference.visible(clock, birth, death, kv_len).any(1)[:, None, :, None]
+    k, v = (torch.where(seen, x, torch.nan) for x in (k, v))  # what nobody sees must not show
+    made = {"q": q, "k": k, "v": v, "clock": clock, "birth": birth, "death": death, "kv_len": kv_len}
+    if seed % 5 == 4 and "block_table" in inspect.signature(simsd_kernels.masked_attention).parameters:
+        return paged(made, pick([16, 64]), seed)
+    return made
+
+
+def paged(made: dict, page: int, seed: int) -> dict:
+    """The same keys in pages that lie in random order, one page over."""
+    keys = made["k"].shape[2]
+    count = -(-keys // page)
+    room = count * page - keys
+    batch = len(made["k"])
+    order = torch.randperm(batch * count, generator=torch.Generator().manual_seed(seed))
+    table = torch.empty_like(order)
+    table[order] = torch.arange(len(order))
+
+    def pages(x):
+        whole = torch.nn.functional.pad(x, (0, 0, 0, room), value=float("nan"))
+        split = whole.unflatten(2, (count, page)).transpose(1, 2).flatten(0, 1)[order]
+        return torch.cat((split, torch.full_like(split[:1], float("nan"))))
+
+    dead = {name: torch.nn.functional.pad(made[name], (0, room), value=2**30) for name in ("birth", "death")}
+    return made | dead | {"k": pages(made["k"]), "v": pages(made["v"]), "block_table": table.view(batch, count).int()}
+
+
+def attention_right(made: dict, out: tuple) -> None:
+    plain = {name: value for name, value in made.items() if name != "block_table"}
+    if "block_table" in made:
+        table = made["block_table"].long()
+        whole = {name: made[name][table].transpose(1, 2).flatten(2, 3) for name in ("k", "v")}
+        plain |= whole
+    test_masked_attention.assert_right(out[0], **plain)
+
+
+# store_kv
+
+
+def store_case(seed: int) -> dict:
+    chance = random.Random(seed)
+    rows = chance.choice([0, 1, 4, 16, 33])
+    sizes = {"batch": chance.choice([1, 2, 3]), "heads": chance.choice([1, 2, 5]), "rows": rows}
+    sizes |= {"dim": chance.choice([1, 8, 33, 64, 128, 256]), "capacity": rows + chance.choice([0, 1, 20])}
+    made = test_store_kv.random_case(**sizes, dtype=chance.choice(FLOATS), seed=seed)
+    k, v, k_cache, v_cache, slots = made
+    generator = torch.Generator().manual_seed(seed)
+    slots = torch.where(torch.rand(slots.shape, generator=generator) < 0.2, -1, slots).int()
+    if chance.random() < 0.5:  # as a projection's output is: [B, R, Hkv, D] in memory
+        k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v))
+    k_cache[..., ::3] = float("nan")  # old contents stay as they are
+    return dict(zip(("k", "v", "k_cache", "v_cache", "slots"), (k, v, k_cache, v_cache, slots), strict=True))
+
+
+# qk_norm_rope_store
+
+
+def norm_case(seed: int) -> dict:
+    chance = random.Random(seed)
+    pick = chance.choice
+    rows, dim = pick([0, 1, 4, 16, 33]), pick([16, 64, 80, 128, 128, 256])
+    case = test_qk_norm_rope_store.random_case(
+        *(pick([1, 2, 3]), rows, pick([(4, 2), (1, 1), (8, 8), (32, 8)]), dim, pick([None, None, dim // 2])),
+        *(rows + pick([0, 1, 20]), pick(FLOATS), pick([(True, True), (False, False), (True, False)]), seed),
+    )
+    made = case.arguments()
+    made["k_cache"][..., ::3] = float("nan")  # old contents stay as they are
+    if rows:
+        made["slots"][:, rows // 2] = -1
+    return made
+
+
+def norm_right(made: dict, out: tuple) -> None:
+    """Up to the order in which squares are added up; what is only copied, exactly."""
+    expected = call(OPS_BY_NAME["qk_norm_rope_store"], on(torch.device("cpu"), made), "reference")
+    assert same_bits(out[2:], expected[2:]), "v_cache"
+    eps = torch.finfo(made["q"].dtype).eps
+    for name, given, wanted in zip(("q", "k_cache"), out, expected[:2], strict=False):
+        largest = float(wanted.double().nan_to_num(0).abs().amax()) if wanted.numel() else 0.0
+        close = {"rtol": 4 * eps, "atol": 4 * eps * largest, "equal_nan": True}
+        torch.testing.assert_close(given, wanted, **close, msg=lambda m, name=name: f"{name}: {m}")
+
+
+# sample_logits
+
+
+def sample_case(seed: int) -> dict:
+    chance = random.Random(seed)
+    pick = chance.choice
+    rows, vocabulary = (3, 151936) if seed % 10 == 9 else (pick([0, 1, 5, 40]), pick([1, 3, 64, 513, 2000, 32000]))
+    logits = test_sample_logits.random_logits(rows, vocabulary, seed, scale=4.0, dtype=pick(FLOATS))
+    if pick([False, False, True]):
+        logits.view(-1)[::7], logits.view(-1)[3::11] = float("nan"), float("-inf")
+
+    def each(values):
+        return torch.tensor([pick(values) for _ in range(rows)])
+
+    given = test_sample_logits.arguments(
+        logits,
+        temperature=each([0.0, 0.7, 1.0]),
+        top_k=each([0, 0, 20]) if pick([False, True]) else 0,
+        top_p=each([1.0, 1.0, 0.9]) if pick([False, True]) else 1.0,
+        seed=each([0, -5, 2**40]),
+        revealed=each([0, 77, -(2**63)]),
+        banned=pick([None, [vocabulary // 2]]) if vocabulary > 1 else None,
+    )
+    return dict(zip(test_sample_logits.NAMES, given, strict=True))
+
+
+# reveal
+
+
+def reveal_case(seed: int) -> dict:
+    chance = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    batch, length = chance.choice([0, 1, 3, 40]), chance.choice([1, 4, 8, 31, 32, 33, 64])
+    shape = (batch, length)
+
+    def draw():
+        drawn = torch.rand(shape, generator=generator)
+        return (drawn * 4).round() / 4 if seed % 3 == 0 else drawn  # ties
+
+    bits = torch.randint(-(2**63), 2**63 - 1, (batch,), generator=generator)
+    limit = -1 if length == 64 else (1 << length) - 1
+    steps = chance.randint(1, length)
+    return {
+        "tokens": torch.randint(0, 99, shape, generator=generator),
+        "revealed": bits & limit,
+        "step_map": torch.zeros(shape, dtype=torch.int32),
+        "proposal": torch.randint(100, 200, shape, generator=generator),
+        "prob": draw(),
+        "log_odds": torch.where(draw() < 0.1, torch.nan, draw()),
+        "entropy": draw(),
+        "step": torch.randint(-1, steps + 1, (batch,), generator=generator, dtype=torch.int32),
+        "schedule": torch.randint(0, 4, (steps,), generator=generator, dtype=torch.int32),
+        "strategy": chance.choice(test_reveal.STRATEGIES),
+        "threshold": chance.choice([0.25, 0.6, 0.9]),
+    }
+
+
+def reveal_good() -> dict:
+    return {**test_reveal.block([True, False, True, True]), "strategy": "sequential", "threshold": 0.5}
+
+
+# block_verify
+
+
+def verify_case(seed: int) -> dict:
+    chance = random.Random(seed)
+    batch, length, vocabulary = (
+        chance.choice([1, 2, 5]),
+        chance.choice([1, 4, 7, 16]),
+        chance.choice([3, 60, 1000, 33000]),
+    )
+    dtype = chance.choice(FLOATS)
+    target = test_block_verify.random_logits(batch, length, vocabulary, seed=seed, dtype=dtype)
+    generator = torch.Generator().manual_seed(seed)
+    wild = torch.randint(0, vocabulary, (batch, length), generator=generator)
+    draft_ids = torch.where(torch.rand(batch, length, generator=generator) < 0.7, target.float().argmax(2), wild)
+    filters = {"top_k": min(20, vocabulary), "top_p": 0.9} if seed % 3 == 0 else {}
+    known = torch.randint(0, length + 1, (batch,), generator=generator)
+    drafted = torch.randint(0, 1 << length, (batch,), generator=generator)
+    common = {"known": known, "drafted": drafted, **filters}
+    if seed % 2:
+        draft = target.float() + test_block_verify.random_logits(batch, length, vocabulary, seed=seed + 1, scale=0.5)
+        rest = {"draft_logits": draft.to(dtype), "coin": test_block_verify.uniform(batch, length, seed=seed)}
+        rest |= {"residual": test_block_verify.uniform(batch, seed=seed + 2), "rule": "mrs", "temperature": 0.8}
+    else:
+        rest = {"seed": seed, "temperature": torch.tensor([chance.choice([0.0, 0.9]) for _ in range(batch)])}
+    return test_block_verify.arguments(target, draft_ids, **common, **rest)
+
+
+# block_verify.graph, plan_block
+
+
+def graph_case(seed: int) -> dict:
+    made = test_graph_verify.random_case(seed)
+    return {name: made[name] for name in test_graph_verify.ORDER}
+
+
+def plan_case(seed: int) -> dict:
+    return plans.random_case(seed, logits=seed % 3 == 0)
+
+
+# thin_linear
+
+
+def linear_case(seed: int) -> dict:
+    chance = random.Random(seed)
+    n, k = chance.choice([*test_thin_linear.SIZES, (1024, 2048), (300, 4096), (257, 4104)])
+    rows = chance.choice([(1,), (4,), (13,), (2, 3), (16,), (40,), (65,)])
+    return dict(
+        zip(("x", "weight"), test_thin_linear.random_case(rows, n, k, chance.choice(FLOATS), seed), strict=True)
+    )
+
+
+def linear_right(made: dict, out: tuple) -> None:
+    x, weight = made["x"].double(), made["weight"].double()
+    exact = x @ weight.T
+    magnitude = x.abs() @ weight.abs().T  # no sum of K float32 terms errs by more; then the result is rounded once
+    bound = x.shape[-1] * torch.finfo(torch.float32).eps * magnitude + torch.finfo(made["x"].dtype).eps * exact.abs()
+    assert out[0].dtype == made["x"].dtype and out[0].shape == exact.shape
+    assert ((out[0].double() - exact).abs() <= bound).all()
+
+
+def by_name(names: tuple[str, ...], values) -> dict:
+    return dict(zip(names, values, strict=True))
+
+
+VERIFIED = (
+    *("target_logits", "draft_ids", "known", "drafted", "temperature", "top_k", "top_p", "seed", "position"),
+    *("revealed", "draft_logits", "coin", "residual"),
+)
+WALKED = (
+    *("rows", "states", "revealed", "block", "clean", "cleaned", "depth", "start", "step", "step_map", "prob"),
+    *("origin", "temperature", "top_k", "top_p", "seed"),
+)
+PLANNED = (
+    *("tokens", "revealed", "start", "step", "blocks_left", "clean", "depth", "prob", "log_odds", "entropy", "trust"),
+    *("power", "draft_logits", "temperature", "top_k", "top_p", "seed"),
+)
+
+ops = simsd_kernels
+OPS = [
+    Op(
+        "masked_attention", ops.masked_attention, attention_case, test_masked_attention.good_arguments,
+        test_masked_attention.REFUSED, ("q", "k", "v", "clock", "birth", "death", "kv_len"), right=attention_right,
+    ),
+    Op(
+        "store_kv", ops.store_kv, store_case,
+        lambda: by_name(("k", "v", "k_cache", "v_cache", "slots"), test_store_kv.random_case()),
+        test_store_kv.REFUSED, ("k", "v", "k_cache", "v_cache", "slots"), ("k_cache", "v_cache"),
+    ),
+    Op(
+        "qk_norm_rope_store", ops.qk_norm_rope_store, norm_case,
+        lambda: test_qk_norm_rope_store.random_case().arguments(), test_qk_norm_rope_store.REFUSED,
+        ("q", "k", "v", "cos", "sin", "k_cache", "v_cache", "slots"), ("k_cache", "v_cache"), norm_right,
+    ),
+    Op(
+        "sample_logits", ops.sample_logits, sample_case,
+        lambda: by_name(test_sample_logits.NAMES, test_sample_logits.arguments(torch.zeros(2, 5))),
+        test_sample_logits.REFUSED, test_sample_logits.NAMES[:-1],
+    ),
+    Op(
+        "thin_linear", ops.thin_linear, linear_case, lambda: by_name(("x", "weight"), test_thin_linear.random_case()),
+        test_thin_linear.REFUSED, ("x",), right=linear_right,
+    ),
+    Op(
+        "reveal", ops.reveal, reveal_case, reveal_good, test_reveal.REFUSED,
+        ("tokens", "revealed", "step_map", "proposal", "prob", "log_odds", "entropy", "step"),
+        ("tokens", "revealed", "step_map"),
+    ),
+    Op(
+        "block_verify", ops.block_verify, verify_case, test_block_verify.good_arguments, test_block_verify.REFUSED,
+        VERIFIED,
+    ),
+    Op(
+        "block_verify.graph", ops.block_verify_graph, graph_case, test_graph_verify.good_arguments,
+        test_graph_verify.REFUSED, WALKED,
+    ),
+    Op("plan_block", ops.plan_block, plan_case, test_plan_block.good_arguments, test_plan_block.REFUSED, PLANNED),
+]  # fmt: skip
+
+OPS_BY_NAME = {op.name: op for op in OPS}
+
+each_op = pytest.mark.parametrize("op", OPS, ids=str)
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+needs_gpu = pytest.mark.skipif(DRY_RUN, reason="not run: a dry run has no GPU")
