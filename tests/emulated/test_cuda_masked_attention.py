@@ -39,8 +39,8 @@ class Call:
         return dataclasses.replace(self, **changes)
 
 
-def run(call):
-    return simsd_kernels.masked_attention(*call.arguments(), backend="cuda")
+def run(call, backend="cuda"):
+    return simsd_kernels.masked_attention(*call.arguments(), backend=backend)
 
 
 def counted(call):
@@ -159,7 +159,8 @@ def test_any_lives_sizes_and_layouts(seed):
             given = call.replace(k=room[0][:, :, :keys], v=room[1][:, :, :keys])
     else:
         call, given = paged(call, page_size, generator)
-    assert_right(run(given), call)
+    for backend in ("cuda", "cpu"):
+        assert_right(run(given, backend), call)
 
 
 def golden_mask(case):

@@ -29,8 +29,10 @@ def test_rows_land_in_their_slots_and_nowhere_else(seed):
     if pick(False, True):
         k_cache = k_cache.transpose(0, 1).contiguous().transpose(0, 1)
     expected = stored(k, k_cache, slots), stored(v, v_cache, slots)
-    simsd_kernels.store_kv(k, v, k_cache, v_cache, slots, backend="cuda")
-    assert torch.equal(k_cache, expected[0]) and torch.equal(v_cache, expected[1])
+    for backend in ("reference", "cpu", "cuda"):
+        caches = k_cache.clone(), v_cache.clone()  # which keep their strides
+        simsd_kernels.store_kv(k, v, *caches, slots, backend=backend)
+        assert torch.equal(caches[0], expected[0]) and torch.equal(caches[1], expected[1]), backend
 
 
 def test_rows_without_a_slot_are_not_read():

@@ -17,8 +17,8 @@ COLUMNS = (1, 5, 15, 16, 17, 31, 32, 33, 70)
 INNER = (1, 7, 8, 16, 24, 32, 63, 64, 65, 72, 100, 128, 200, 512, 520, 577, 640, 1100)
 
 
-def linear(x, weight):
-    return simsd_kernels.thin_linear(x, weight, backend="cuda")
+def linear(x, weight, backend="cuda"):
+    return simsd_kernels.thin_linear(x, weight, backend=backend)
 
 
 def drawn(seed):
@@ -52,7 +52,8 @@ def test_it_is_the_linear_layer_and_rows_are_alone(seed):
     # No sum of K float32 terms errs by more; then the result is rounded once.
     magnitude = x.double().abs() @ weight.double().abs().T
     bound = x.shape[1] * torch.finfo(torch.float32).eps * magnitude + torch.finfo(x.dtype).eps * exact.abs()
-    assert got.dtype == x.dtype and ((got.double() - exact).abs() <= bound).all()
+    for out in (got, linear(x, weight, "cpu"), linear(x, weight, "reference")):
+        assert out.dtype == x.dtype and ((out.double() - exact).abs() <= bound).all()
 
     plain = torch.clone(weight, memory_format=torch.contiguous_format)
     generator = torch.Generator().manual_seed(seed)
