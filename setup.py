@@ -74,7 +74,7 @@ def cuda_options():
         "include_dirs": [f"{root}/include"],
         "library_dirs": [f"{root}/lib64"],
         "libraries": ["cudart_static", "dl", "rt", "pthread"],
-        "nvcc": ["-O3", "-Xfatbin=-compress-all", *cuda_targets()],
+        "nvcc": ["-O3", "-std=c++20", "-Xfatbin=-compress-all", *cuda_targets()],
     }
 
 
