@@ -126,6 +126,12 @@ def test_wrong_result_is_reported_in_the_place_of_its_time():
     assert "WRONG: " in report.markdown(made) and "! linear: case" in report.summary(made)
 
 
+@pytest.mark.parametrize("result, problems", [("WRONG: 1 of 8 texts", 1), ("failed: no", 1), ("as scripted", 0)])
+def test_wrong_text_of_decoding_is_a_problem(result, problems):
+    rows = [{"case": "exact-model, block 4", "cells": {"result": result}}]
+    assert len(report.wrong({"sections": {"end_to_end": {"rows": rows}}})) == problems
+
+
 def test_row_that_alone_is_wrong_does_not_pass():
     expected = torch.ones(1000, 8)
     out = expected.clone()

@@ -77,13 +77,19 @@ def ours(row: dict) -> tuple[str, dict] | None:
 
 
 def wrong(report: dict) -> list[str]:
-    return [
-        f"{name}: {row['case']}: {contestant}: {figures['verdict']}"
-        for name, section in report["sections"].items()
-        for row in section.get("rows", [])
-        for contestant, figures in row.get("contestants", {}).items()
-        if contestant.startswith(OURS) and figures["verdict"].startswith(("WRONG", "failed"))
-    ]
+    """What of ours gave a wrong result or none: contestants of a contest, and texts of end_to_end."""
+    found = []
+    for name, section in report["sections"].items():
+        for row in section.get("rows", []):
+            verdicts = {c: f["verdict"] for c, f in row.get("contestants", {}).items() if c.startswith(OURS)}
+            if name == "end_to_end" and "sdpa" not in row["case"]:
+                verdicts["text"] = row.get("cells", {}).get("result", "")
+            found += [
+                f"{name}: {row['case']}: {who}: {verdict}"
+                for who, verdict in verdicts.items()
+                if verdict.startswith(("WRONG", "failed"))
+            ]
+    return found
 
 
 def targets(report: dict) -> list[tuple[str, str, str]]:
