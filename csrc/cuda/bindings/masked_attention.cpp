@@ -18,7 +18,7 @@ constexpr double LOG2_E = 1.4426950408889634;
 void check_limits(const Tensor& q, const Tensor& k, const Tensor& v, int64_t keys) {
     const int64_t q_rows = q.size(2), dim = q.size(3);
     check(dim <= intervals::MOST_COLUMNS, OP, ": cuda supports head sizes up to ", intervals::MOST_COLUMNS, ", got ",
-          dim);
+          dim, "; simsd_kernels.", OP, "(..., backend=\"reference\") takes any");
     check(k.stride(2) < INT32_MAX / 32 && v.stride(2) < INT32_MAX / 32, OP, ": the keys or values of a head are ",
           std::max(k.stride(2), v.stride(2)), " elements apart, cuda takes up to ", INT32_MAX / 32 - 1);
     constexpr int64_t MOST = (int64_t{1} << 31) - 4096;  // rows and keys are counted in 32 bits

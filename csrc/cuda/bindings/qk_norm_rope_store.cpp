@@ -42,7 +42,8 @@ Tensor qk_norm_rope_store(const Tensor q, const Tensor k, const Tensor v, const 
                           Tensor v_cache, const Tensor slots, const double eps) {
     check_qk_norm_rope_store(check_same_device, q, k, v, q_weight, k_weight, cos, sin, k_cache, v_cache, slots);
     const int64_t batch = q.size(0), rows = q.size(1), q_heads = q.size(2), dim = q.size(3);
-    check(dim <= rope::MAX_DIM, OP, ": supports head sizes up to ", rope::MAX_DIM, ", got ", dim);
+    check(dim <= rope::MAX_DIM, OP, ": cuda supports head sizes up to ", rope::MAX_DIM, ", got ", dim,
+          "; simsd_kernels.", OP, "(..., backend=\"reference\") takes any");
 
     const OnDevice device(q);
     Tensor out = allocate_like(q, {batch, q_heads, rows, dim}, q.scalar_type());
