@@ -97,4 +97,6 @@ def short(name: str) -> str:
 
 
 if __name__ == "__main__":
+    if not dispatch.EMULATION:
+        raise SystemExit("needs SIMSD_CUDA_EMULATION=$(python tests/emulation.py)")
     print(json.dumps(measure(), indent=1))

@@ -41,6 +41,9 @@ def build(asan: bool, only: list[str]) -> pathlib.Path:
     system = (f"-isystem {path}" for path in cpp_extension.include_paths())
     flags = " ".join([FLAGS, optimise, f"-I{ROOT / 'csrc'}", *system])
     sources = sorted([*CUDA.glob("*.cu"), *CUDA.glob("bindings/*.cpp"), *CUDA.glob("emulation/*.cpp")])
+    if unknown := set(only) - {path.stem for path in CUDA.glob("*.cu")}:
+        known = ", ".join(sorted(path.stem for path in CUDA.glob("*.cu")))
+        raise SystemExit(f"--only: no kernel {', '.join(sorted(unknown))}; there are {known}")
     if only:
         sources = [path for path in sources if path.stem in (*only, "runtime") or path.parent.name == "emulation"]
     objects = {source: folder / (str(source.relative_to(CUDA)).replace("/", "_") + ".o") for source in sources}
