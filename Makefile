@@ -1,58 +1,81 @@
-# make demo | test | bench | gpu | lint | setup | clean. PYTHON picks the interpreter, VENV the virtual environment.
+# make demo | test | compat | nightly | bench | gpu | lint | setup | clean. PYTHON picks the interpreter, whose torch is
+# used where it has one; VENV the virtual environment; CONSTRAINTS the versions in place of both that torch's and
+# constraints.txt's.
 PYTHON ?= python3
 VENV ?= .venv
+CONSTRAINTS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-# A CUDA build of torch that is already there is used as it is; otherwise constraints.txt decides.
-OWN_TORCH := $(shell $(PYTHON) -c "import torch; print(torch.version.cuda or '')" 2>/dev/null)
-ifeq ($(OWN_TORCH),)
-VENV_FLAGS :=
-CONSTRAINTS := constraints.txt
-else
-VENV_FLAGS := --system-site-packages
-CONSTRAINTS := $(VENV)/constraints.txt
-endif
+SOURCES := pyproject.toml setup.py $(VENV)/constraints.txt $(shell find csrc -type f)
 
-SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
-
-.PHONY: setup demo test bench gpu lint clean
+.PHONY: setup demo test test-python test-interpreted test-emulated test-sanitized test-transformers compat nightly bench gpu lint clean
 
 setup: $(VENV)/.installed
 
-$(VENV)/pyvenv.cfg:
-	$(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
-	grep -v -E '^(torch|triton)==' constraints.txt > $(VENV)/constraints.txt
+$(VENV)/constraints.txt: constraints.txt .ci/environment.py $(CONSTRAINTS)
+	$(PYTHON) .ci/environment.py $(VENV) $(CONSTRAINTS)
 
 # The build uses the torch that the package will run with, so there is no build isolation.
-$(VENV)/.installed: $(VENV)/pyvenv.cfg $(SOURCES)
-	$(PIP) install -c $(CONSTRAINTS) "torch>=2.11" setuptools wheel ninja pybind11
-	$(PIP) install -c $(CONSTRAINTS) --no-build-isolation -e .
+$(VENV)/.installed: $(SOURCES)
+	$(PIP) install -c $(VENV)/constraints.txt "torch>=2.11" setuptools wheel ninja pybind11
+	$(PIP) install -c $(VENV)/constraints.txt --no-build-isolation -e .
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(PIP) install -c $(CONSTRAINTS) --no-build-isolation -e ".[test,triton,plot,dev]"
+	$(PIP) install -c $(VENV)/constraints.txt --no-build-isolation -e ".[test,triton,plot,dev]"
 	touch $@
 
 demo: $(VENV)/.installed
 	$(BIN)/simsd generate "Tom has 23 apples. Tom buys 45 more. How many apples does Tom have now?" --show-steps
 	$(BIN)/simsd bench --items 25 --modes native,temporal,exact-model,exact-auto
+	@echo "The command line is $(BIN)/simsd: try $(BIN)/simsd --help, or . $(BIN)/activate and then simsd."
 
 # The tests of each op, which also run on its CUDA kernel.
 OP_TESTS := $(patsubst simsd_kernels/%/api.py,tests/test_%.py,$(wildcard simsd_kernels/*/api.py)) tests/test_graph_verify.py
+TRANSFORMERS_TESTS := $(wildcard tests/test_models*.py tests/test_loading*.py tests/test_published*.py tests/test_cache.py tests/test_decoding.py tests/test_hf*.py)
 IN_PARALLEL := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-# Kernels under Triton's interpreter, and CUDA kernels run on the CPU, need processes of their own: which it is to be is
-# settled when the package is imported. AddressSanitizer must be there before anything else, and C++'s runtime with it:
-# it would end the process at the first exception.
-test: $(VENV)/.installed-test
+test: test-python test-interpreted test-emulated test-sanitized test-transformers
+
+test-python: $(VENV)/.installed-test
 	$(BIN)/python -m pytest tests --ignore tests/interpreted --ignore tests/emulated --ignore tests/gpu
+
+# Kernels under Triton's interpreter, and CUDA kernels run on the CPU, need processes of their own: which it is to be is
+# settled when the package is imported.
+test-interpreted: $(VENV)/.installed-test
 	TRITON_INTERPRET=1 $(IN_PARALLEL) tests/interpreted
+
+test-emulated: $(VENV)/.installed-test
 	library=$$($(BIN)/python tests/emulation.py) && \
 		SIMSD_CUDA_EMULATION=$$library $(IN_PARALLEL) tests/emulated $(OP_TESTS) -k "cuda or emulation"
+
+# AddressSanitizer must be there before anything else, and C++'s runtime with it: it would end the process at the first
+# exception.
+test-sanitized: $(VENV)/.installed-test
 	library=$$($(BIN)/python tests/emulation.py --asan) && \
 		preload="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" && \
 		SIMSD_CUDA_EMULATION=$$library LD_PRELOAD=$$preload ASAN_OPTIONS=detect_leaks=0 $(IN_PARALLEL) tests/emulated
+
+# What touches transformers, on the oldest supported one; constraints.txt pins the newest that was tried.
+OLD_TRANSFORMERS := $(VENV)/oldest-transformers
+
+$(OLD_TRANSFORMERS)/.installed: $(VENV)/.installed-test .ci/oldest.txt
+	$(BIN)/python .ci/environment.py $(OLD_TRANSFORMERS)
+	$(OLD_TRANSFORMERS)/bin/python -m pip --disable-pip-version-check -q install $$(grep transformers== .ci/oldest.txt)
+	touch $@
+
+test-transformers: $(OLD_TRANSFORMERS)/.installed
+	OMP_NUM_THREADS=1 $(OLD_TRANSFORMERS)/bin/python -m pytest -n 2 $(TRANSFORMERS_TESTS)
+
+# Before a release: the oldest torch, Triton and transformers, then the newest of everything. Several GB of downloads.
+compat: compat-oldest compat-newest
+
+compat-%:
+	$(MAKE) VENV=.venv-$* CONSTRAINTS=.ci/$*.txt test-python test-interpreted
+
+nightly: test compat
+	$(BIN)/python benchmarks/exactness.py
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/attention_cpu.py
@@ -79,4 +102,4 @@ lint: $(VENV)/.installed-test
 	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
 
 clean:
-	rm -rf $(VENV) build *.egg-info simsd_kernels/_C*.so
+	rm -rf $(VENV) .venv-oldest .venv-newest build *.egg-info simsd_kernels/_C*.so
