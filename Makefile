@@ -18,7 +18,7 @@ $(VENV)/constraints.txt: constraints.txt .ci/environment.py $(CONSTRAINTS)
 
 # The build uses the torch that the package will run with, so there is no build isolation.
 $(VENV)/.installed: $(SOURCES)
-	$(PIP) install -c $(VENV)/constraints.txt "torch>=2.11" setuptools wheel ninja pybind11
+	$(PIP) install -c $(VENV)/constraints.txt "torch>=2.11" "setuptools>=77" wheel ninja pybind11
 	$(PIP) install -c $(VENV)/constraints.txt --no-build-isolation -e .
 	touch $@
 

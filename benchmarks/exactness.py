@@ -257,9 +257,9 @@ def markdown(full: dict) -> str:
         if group == UNPROMISED:
             lines += [
                 summary(full["totals_not_promised"])
-                + " Not part of the count above: in these models a row's logits are not the same bits beside other rows"
+                + " Not part of the count above: as loaded, a row's logits need not be the same bits beside other rows"
                 " (experts run on as many rows as chose them; SiLU rounds the elements behind the last whole vectors"
-                " differently). `deterministic=True` is for them.",
+                " differently; a BLAS goes by the number of rows). The models above are loaded `deterministic`.",
                 "",
             ]
         lines += ["| setting | compared | differ | probabilities differ | accepted / drafted | forwards |"]
