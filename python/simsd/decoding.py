@@ -48,6 +48,7 @@ class Decoder:
             config = dataclasses.replace(config, verify="none")
         if isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1:
             raise SimsdError(f"max_batch must be an integer >= 1, got {max_batch!r}")
+        target, draft = target.in_evaluation(), None if draft is None else draft.in_evaluation()
         self.target, self.draft, self.config = target, draft, config
         self.block_length = block_length(target, draft, config)
         config.block_steps(self.block_length)

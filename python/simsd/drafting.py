@@ -91,7 +91,7 @@ class Proposal:
         shape = (lanes.count, blocks, lanes.length)
 
         def statistic() -> Tensor:
-            return torch.zeros(shape, device=lanes.device)
+            return torch.zeros(shape, dtype=torch.float32, device=lanes.device)
 
         logits = None
         if vocabulary is not None:
@@ -103,7 +103,7 @@ class Proposal:
             log_odds=statistic(),
             entropy=statistic(),
             logits=logits,
-            power=torch.zeros(shape[:2], device=lanes.device),
+            power=torch.zeros(shape[:2], dtype=torch.float32, device=lanes.device),
             depths=[0] * lanes.count,
         )
 

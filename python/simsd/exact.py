@@ -15,6 +15,7 @@ from torch import Tensor
 
 import simsd_kernels as kernels
 from simsd import layouts
+from simsd.ambient import undisturbed
 from simsd.config import GenerationConfig
 from simsd.drafting import Proposal, Sampler, by_model, by_target
 from simsd.lanes import Lanes
@@ -73,6 +74,7 @@ class Exact:
         self.policy.open(lane)
 
     @torch.inference_mode()
+    @undisturbed()
     def step(self) -> dict[int, Step]:
         """One target forward for every lane in use; the steps taken, by lane."""
         lanes, policy = self.lanes, self.policy
@@ -95,7 +97,7 @@ class Exact:
             proposal.prob,
             proposal.log_odds,
             proposal.entropy,
-            torch.tensor(policy.trust(), device=lanes.device),
+            torch.tensor(policy.trust(), dtype=torch.float32, device=lanes.device),
             proposal.power,
             *self._noise(proposal),
             schedule=self.sampler.schedule,

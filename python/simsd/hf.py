@@ -235,7 +235,7 @@ def _decode(
             row[0, length] = token
             length += 1
             if streamer is not None:
-                streamer.put(torch.tensor([token]))
+                streamer.put(torch.tensor([token], device="cpu"))
             if stopped := bool(criteria(row[:, :length], None)):
                 break
         lengths[update.index] = length
@@ -325,11 +325,11 @@ def _seeds(
     config: GenerationConfig, seed: int | Sequence[int] | None, samples: bool, rows: int, copies: int
 ) -> list[int]:
     if seed is None:
-        return torch.randint(2**63 - 1, (rows,)).tolist() if samples else [0] * rows
+        return torch.randint(2**63 - 1, (rows,), device="cpu").tolist() if samples else [0] * rows
     if isinstance(seed, int):
         return [(seed + row % copies + 2**63) % 2**64 - 2**63 for row in range(rows)]
     return config.seeds(rows)
 
 
 def _ids(given: int | Sequence[int] | Tensor | None) -> tuple[int, ...]:
-    return () if given is None else tuple(torch.as_tensor(given).flatten().tolist())
+    return () if given is None else tuple(torch.as_tensor(given, device="cpu").flatten().tolist())

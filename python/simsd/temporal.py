@@ -10,6 +10,7 @@ from torch import Tensor
 
 import simsd_kernels as kernels
 from simsd import layouts
+from simsd.ambient import undisturbed
 from simsd.config import GenerationConfig
 from simsd.drafting import Sampler
 from simsd.lanes import Lanes
@@ -63,6 +64,7 @@ class Temporal:
         self.generators[lane] = torch.Generator(self.lanes.device).manual_seed(seed % 2**64)
 
     @torch.inference_mode()
+    @undisturbed()
     def step(self, lengths: list[int]) -> dict[int, Verdict]:
         """Drafts and verifies one block in every lane in use; `lengths`: committed tokens by lane. Each verdict holds
         at least one token; the caller commits it."""
@@ -163,14 +165,13 @@ class Temporal:
             return {}
         lanes = self.lanes
         coin, residual = (
-            torch.zeros(drafts.tokens.shape, device=lanes.device),
-            torch.zeros(lanes.count, device=lanes.device),
+            torch.zeros(shape, dtype=torch.float32, device=lanes.device) for shape in (drafts.tokens.shape, lanes.count)
         )
         for lane, start in enumerate(lanes.starts):
             if start >= 0:
                 generator = self.generators[lane]
-                coin[lane] = torch.rand(lanes.length, generator=generator, device=lanes.device)
-                residual[lane] = torch.rand((), generator=generator, device=lanes.device)
+                coin[lane] = torch.rand(lanes.length, generator=generator, dtype=torch.float32, device=lanes.device)
+                residual[lane] = torch.rand((), generator=generator, dtype=torch.float32, device=lanes.device)
         return {"draft_logits": drafts.logits, "coin": coin, "residual": residual}
 
 
@@ -248,7 +249,7 @@ def _gate_end(
         logits[known + at][None],
         zero.float(),
         zero,
-        torch.ones(1, device=device),
+        torch.ones(1, dtype=torch.float32, device=device),
         zero.long(),
         zero,
         zero.long(),

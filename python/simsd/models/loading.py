@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from simsd.ambient import undisturbed
 from simsd.config import MAX_BLOCK_LENGTH
 from simsd.errors import SimsdError
 from simsd.models import checkpoint, weights
@@ -73,7 +74,16 @@ class LoadedModel:
             raise SimsdError(f"{self.name} has no tokenizer: give the prompt as a list of token ids")
         return check_ids(prompt, self.vocab_size, self.mask_token_id)
 
+    def in_evaluation(self) -> LoadedModel:
+        """Itself or, where the module was put into training mode, the same weights in one that is not."""
+        if not self.model.training:
+            return self
+        shared = load(self.model, block_length=self.block_length, mask_token_id=self.mask_token_id)
+        return replace(self, model=shared.model)
 
+
+@torch.inference_mode(False)
+@undisturbed()
 def load(
     source: str | Path | nn.Module = "tiny-target",
     *,

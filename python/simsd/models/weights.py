@@ -77,6 +77,8 @@ def assemble(model: PreTrainedModel, tensors: dict[str, Tensor]) -> PreTrainedMo
         tensors[HEAD] = tensors[EMBEDDING]
     # Detached: the same storages, but parameters of our own.
     tensors = {name: tensor.detach() for name, tensor in tensors.items()}
+    if any(tensor.is_inference() for tensor in tensors.values()):
+        model.requires_grad_(False)  # a module's that was made in inference mode: they never take gradients
     model.load_state_dict(tensors, strict=True, assign=True)
     model.tie_weights()
     # Its frequencies are no parameters: they were left on the meta device.
