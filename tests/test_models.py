@@ -135,11 +135,6 @@ def test_a_cache_that_ends_inside_a_block_is_refused(model, tokens):
             model(tokens[:, 6:], past_key_values=cache)
 
 
-def test_stock_left_to_right_generate_is_refused(model, tokens):
-    with pytest.raises(SimsdError, match=r"use simsd\.generate"):
-        model.generate(tokens, max_new_tokens=4, do_sample=False)
-
-
 def test_a_mask_that_does_not_cover_the_cache_is_refused(model, tokens):
     with torch.no_grad():
         cache = model(tokens[:, :8], use_cache=True).past_key_values

@@ -1,4 +1,4 @@
-"""SimSD inside transformers: `model.generate(**inputs, custom_generate=simsd.hf_generate, assistant_model=draft)`."""
+"""SimSD inside transformers: `model.generate(**inputs, assistant_model=draft)`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LogitsProcessorList, MaxLengthCriteria, MaxTimeCriteria, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import (
     BaseStreamer,
@@ -24,6 +24,7 @@ from transformers.generation import (
 from simsd.config import GenerationConfig
 from simsd.decoding import Decoder
 from simsd.errors import SimsdError
+from simsd.models import weights
 from simsd.models.generation import CustomGeneration
 from simsd.models.loading import LoadedModel, load
 from simsd.results import Result
@@ -110,7 +111,7 @@ def hf_generate(
     synced_gpus: bool = False,
     streamer: BaseStreamer | None = None,
     *,
-    assistant_model: PreTrainedModel | LoadedModel | None = None,
+    assistant_model: nn.Module | LoadedModel | str | None = None,
     tokenizer=None,
     assistant_tokenizer=None,
     verify: str | None = None,
@@ -130,7 +131,7 @@ def hf_generate(
     mask_token_id: int | None = None,
     **forward_arguments,
 ) -> Tensor | HFGenerateOutput:
-    """The decoding loop of `model.generate(**inputs, custom_generate=simsd.hf_generate, assistant_model=draft, ...)`.
+    """The decoding loop of `model.generate(**inputs, assistant_model=draft, ...)`, also as `custom_generate=`.
 
     transformers prepares the arguments up to `streamer`; the named ones after it are given to `generate` as they are.
     Its generation config is honoured: max_new_tokens, max_length, max_time, eos_token_id (None: no end), pad_token_id,
@@ -141,12 +142,17 @@ def hf_generate(
     Tokens are committed by the block (`verify="temporal"`: as far as they were accepted). Stopping criteria see one row
     [1, n] at a time, once for each of its committed tokens, and cut behind the first one at which they hold; rows take
     turns, so a criterion that keeps a state sees them mixed. max_time is looked at after each commit of each row, so
-    every row gets at least one. A streamer receives the prompt, then each committed token, and takes one row.
+    every row gets at least one. A streamer receives the prompt, then each committed token, and takes one row; it is
+    ended also where an error ends the call.
 
     Args:
         model: SDARForCausalLM or SDARMoeForCausalLM (another module: `simsd.load(module).model`).
         input_ids: int64 [B, P], padded on either side; B counts the copies of num_return_sequences.
-        assistant_model: the draft; None leaves drafting to the model itself (`verify="temporal"`: decodes natively).
+        assistant_model: the draft, of any class with SDAR's parameter names (a stock Qwen3ForCausalLM, say); block
+            length and mask token are the target's where its configuration records none. Its weights are shared, not
+            copied; one that is not of our own classes is best loaded once, by `simsd.load`, and not in every call. A
+            name or folder is loaded in every call, too. None leaves drafting to the model itself (`verify="temporal"`:
+            decodes natively).
         tokenizer: the model's, for stop strings; ids past its last one are then never generated.
         verify, drafter, lookahead, max_rows, accept, strategy, steps, block_length, draft_steps, rejected_tail,
             threshold, entropy_bound, end_gate: see `simsd.GenerationConfig`; None is its default.
@@ -166,8 +172,8 @@ def hf_generate(
     _refuse_fields(generation_config)
     _refuse_processors(logits_processor or (), generation_config)
     mask = _counted(input_ids, forward_arguments)
-    target = _loaded(model, mask_token_id, tokenizer)
-    draft = None if assistant_model is None else _loaded(assistant_model, mask_token_id)
+    target = load(model, mask_token_id=mask_token_id, tokenizer=tokenizer)
+    draft = None if assistant_model is None else _draft(assistant_model, target, mask_token_id)
 
     samples = bool(generation_config.do_sample)
     temperature = 1.0 if generation_config.temperature is None else generation_config.temperature
@@ -213,6 +219,8 @@ def hf_generate(
     sequences = torch.cat([input_ids, input_ids.new_full((len(results), width), pad or 0)], dim=1)
     for row, result in zip(sequences[:, input_ids.shape[1] :], results, strict=True):
         row[: len(result.tokens)] = row.new_tensor(result.tokens)
+    if streamer is not None:
+        streamer.end()
     if generation_config.return_dict_in_generate:
         return HFGenerateOutput(sequences=sequences, results=results)
     return sequences
@@ -241,14 +249,17 @@ def _decode(
         lengths[update.index] = length
         if stopped or (update.tokens and clocks(row[:, :length], None)):
             decoder.stop(update.index, length - start)
-    if streamer is not None:
-        streamer.end()
 
 
-def _loaded(module: PreTrainedModel | LoadedModel, mask_token_id: int | None, tokenizer=None) -> LoadedModel:
-    if isinstance(module, LoadedModel):
-        return module
-    return load(module, mask_token_id=mask_token_id, tokenizer=tokenizer)
+def _draft(assistant: nn.Module | LoadedModel | str, target: LoadedModel, mask_token_id: int | None) -> LoadedModel:
+    if isinstance(assistant, LoadedModel):
+        return assistant
+    if not isinstance(assistant, nn.Module):
+        return load(assistant, mask_token_id=mask_token_id)
+    recorded = weights.module_config(assistant)
+    if mask_token_id is None and recorded.mask_token_id is None:
+        mask_token_id = target.mask_token_id
+    return load(assistant, block_length=recorded.block_length or target.block_length, mask_token_id=mask_token_id)
 
 
 def _counted(input_ids: Tensor, forward_arguments: dict) -> Tensor:
@@ -283,9 +294,11 @@ def _refuse_arguments(
 ) -> None:
     if not isinstance(model, CustomGeneration):
         name = type(model).__name__
-        raise SimsdError(f"hf_generate needs SDARForCausalLM, got {name}: use simsd.load(model).model.generate")
+        raise SimsdError(
+            f"hf_generate needs SDARForCausalLM, got {name}: use simsd.load(model, mask_token_id=...).model.generate"
+        )
     if generation_config is None:
-        raise SimsdError("hf_generate is not called, but given: model.generate(..., custom_generate=simsd.hf_generate)")
+        raise SimsdError("hf_generate is not called by itself: model.generate(...) calls it")
     if synced_gpus:
         raise SimsdError(f"{_CANNOT} synced_gpus=True: it runs on one device")
     if assistant_tokenizer is not None:

@@ -1,7 +1,8 @@
-"""What `model.generate(custom_generate=callable)` needs beyond transformers' own."""
+"""`model.generate` by block diffusion, and what a callable `custom_generate` needs beyond transformers' own."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -10,23 +11,48 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
+from simsd.errors import SimsdError
+
 # What transformers 5.17 to 5.23 takes out of the call and does not hand to a callable `custom_generate`.
 _DROPPED = ("assistant_model", "streamer", "tokenizer", "assistant_tokenizer", "synced_gpus")
 
 
 class CustomGeneration:
-    """Mixed into models: `generate` hands a callable `custom_generate` the arguments that its signature names.
+    """Mixed into models: `generate` decodes by `simsd.hf_generate` unless another `custom_generate` is named, and hands
+    it the arguments that its signature names.
 
     transformers drops some of them (`_DROPPED`), has then lost the tokenizer that `stop_strings` need, and refuses
-    several sequences per prompt where it sees an assistant. Any other call goes straight to transformers.
+    several sequences per prompt where it sees an assistant. A `custom_generate` from the hub goes straight to
+    transformers.
     """
 
     def generate(self, *args, **kwargs):
-        if not callable(kwargs.get("custom_generate")):
-            return super().generate(*args, **kwargs)
+        """transformers' `generate`; see `simsd.hf_generate` for what is honoured and for the settings that it adds.
+
+        Where it raises, its streamer is ended before, so that who reads it in another thread does not wait for ever.
+        """
         given = inspect.signature(super().generate).bind(*args, **kwargs).arguments
         given |= given.pop("kwargs", {})
-        custom = given.pop("custom_generate")
+        custom = given.pop("custom_generate", None)
+        if isinstance(custom, str):
+            return super().generate(*args, **kwargs)
+        streamer = given.get("streamer")
+        try:
+            return self._generate_by(custom or _hf_generate(), given)
+        except BaseException:
+            if streamer is not None:
+                with contextlib.suppress(Exception):  # the first error is the one to tell
+                    streamer.end()
+            raise
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """Refused, and with it `generate_batch` and `cache_implementation="paged"`."""
+        raise SimsdError(
+            "transformers' continuous batching decodes token by token, which block diffusion does not: call "
+            "model.generate or simsd.generate, which take several prompts at once"
+        )
+
+    def _generate_by(self, custom, given: dict):
         named = inspect.signature(custom).parameters
         handed = {name: given[name] for name in _DROPPED if name in named and given.get(name) is not None}
         if "assistant_model" in handed:
@@ -48,6 +74,12 @@ class CustomGeneration:
             config.stop_strings = None
         if config is None or "stop_strings" in given or self.generation_config.stop_strings is not None:
             given["stop_strings"] = None
+
+
+def _hf_generate():
+    from simsd.hf import hf_generate  # which needs the models, which are made of the class above
+
+    return hf_generate
 
 
 class StopStrings(StoppingCriteria):

@@ -21,6 +21,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from simsd.errors import SimsdError
 from simsd.models import attention
@@ -165,7 +166,7 @@ class _BlockCausalForward:
         if past and whole_blocks and (mask[:, :past].sum(1) % block_length).any():
             raise SimsdError(
                 f"the cache ends inside a block of {block_length}, whose tokens have not seen the new ones: call the"
-                " model with whole blocks (model.generate goes token by token; use simsd.generate)"
+                " model with whole blocks, or model.generate, which does"
             )
         return block_causal(mask, past, block_length)
 
@@ -202,3 +203,5 @@ register_checkpoint_conversion_mapping(
 for _config, _model in ((SDARConfig, SDARForCausalLM), (SDARMoeConfig, SDARMoeForCausalLM)):
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     AutoModelForCausalLM.register(_config, _model, exist_ok=True)
+    # transformers' text-generation pipeline and server look here for the names of models that they know.
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[_config.model_type] = _model.__name__
