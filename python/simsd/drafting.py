@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 
 import torch
 from torch import Tensor
@@ -13,8 +12,8 @@ from simsd import layouts
 from simsd.config import GenerationConfig
 from simsd.lanes import Lanes
 from simsd.models.attention import unchecked
-from simsd.policy import Line
 from simsd.side import Side
+from simsd.stopwatch import Stopwatch
 
 # How far log-odds tell the target's order: those of another model hardly (another context, too), its own well.
 MODEL_POWER, OWN_POWER = 0.25, 1.0
@@ -166,13 +165,18 @@ def _finish(
 
 
 def by_model(
-    side: Side, lanes: Lanes, proposal: Proposal, depths: list[int], sampler: Sampler, times: Line
+    side: Side,
+    lanes: Lanes,
+    proposal: Proposal,
+    depths: list[int],
+    sampler: Sampler,
+    times: list[tuple[int, Stopwatch]],
 ) -> list[int]:
     """Drafts the first depths[b] blocks of each lane with a model, as far as they are not proposed already,
     `config.draft_steps` forwards per block.
 
-    Behind the first block the model sees the proposed ones, whose rows ride along. Notes the time of each forward in
-    `times`; returns the forwards that each lane took part in.
+    Behind the first block the model sees the proposed ones, whose rows ride along. Appends the rows and the time of
+    each forward to `times`; returns the forwards that each lane took part in.
     """
     mask_id = side.model.mask_token_id
     forwards = sampler.config.draft_steps or 1
@@ -194,11 +198,12 @@ def by_model(
         wanted = live[:, None].expand(-1, lanes.length)
         stage = torch.full((len(chosen), lanes.length), forwards - 1, device=lanes.device)
         for n in range(forwards):
-            began = time.perf_counter()
+            watch = Stopwatch(lanes.device)
             rows = layouts.state_rows(tokens, start, side.scratch).only(live)
             logits, index = side.forward(lanes, ends, rows, wanted, None)
             logits = logits[index[at].flatten().long()]
-            times.see(side.rows, time.perf_counter() - began)
+            watch.stop()
+            times.append((side.rows, watch))
             for lane in chosen:
                 counts[lane] += 1
             if n == forwards - 1:

@@ -8,7 +8,6 @@ draft the plan is the current state alone, and the walk is one native denoising 
 from __future__ import annotations
 
 import dataclasses
-import time
 
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from simsd.lanes import Lanes
 from simsd.models.attention import unchecked
 from simsd.policy import Policy, Way
 from simsd.side import Side
+from simsd.stopwatch import Stopwatch
 
 DEFAULT_ROWS = 128  # rows that drafted states of one lane take at most where max_rows does not say
 ORIGINS = ("known", "denoised", "drafted")
@@ -84,7 +84,7 @@ class Exact:
         ]
         proposal = self._propose(policy.choose(left, self.masked, self.draft is not None))
 
-        began = time.perf_counter()
+        watch = Stopwatch(lanes.device)
         drafting = any(proposal.depths)
         planned = self._plan(
             lanes.block(0),
@@ -126,7 +126,11 @@ class Exact:
         lanes.advance(walk)
         self.last = logits, index
         steps = self._read(walk, plan, proposal)
-        policy.target.see(self.target.rows, time.perf_counter() - began)
+        watch.stop()
+        # The host has read the iteration's result: none of these times makes it wait.
+        for rows, drafted in self.draft_times:
+            policy.draft.see(rows, drafted.seconds())
+        policy.target.see(self.target.rows, watch.seconds())
         return steps
 
     def _propose(self, ways: list[Way]) -> Proposal:
@@ -145,9 +149,9 @@ class Exact:
             by_target(
                 lanes, own, logits[rows.clamp(min=0).flatten().long()], proposal, self.sampler, model.mask_token_id
             )
-        self.draft_forwards = [0] * lanes.count
+        self.draft_forwards, self.draft_times = [0] * lanes.count, []
         if any(depths):
-            self.draft_forwards = by_model(self.draft, lanes, proposal, depths, self.sampler, self.policy.draft)
+            self.draft_forwards = by_model(self.draft, lanes, proposal, depths, self.sampler, self.draft_times)
         return proposal
 
     def _noise(self, proposal: Proposal) -> tuple[Tensor | None, ...]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
+import torch
 from gpu_cases import DEVICE
 
 import simsd
 from simsd import tasks
 from simsd.benchmarking import MODES
+from simsd.stopwatch import Stopwatch
 
 PROMPTS = [task.prompt for family in tasks.FAMILIES for task in tasks.held_out(family, 2, 0)]
 
@@ -38,3 +42,16 @@ def test_sampling_repeats_with_its_seed(pair):
     config = simsd.GenerationConfig(max_new_tokens=32, temperature=0.8, top_k=20, seed=5, drafter="model")
     first, second = (simsd.generate(pair[0], PROMPTS[:3], pair[1], config) for _ in range(2))
     assert [result.tokens for result in first] == [result.tokens for result in second]
+
+
+def test_a_stopwatch_measures_the_work_and_not_its_launch():
+    x = torch.randn(4096, 4096, device=DEVICE)
+    torch.cuda.synchronize()
+    watch, began = Stopwatch(x.device), time.perf_counter()
+    for _ in range(50):
+        x = (x @ x).clamp(-1, 1)
+    launched = time.perf_counter() - began
+    watch.stop()
+    torch.cuda.synchronize()
+    whole = time.perf_counter() - began
+    assert launched < watch.seconds() <= whole
