@@ -165,14 +165,15 @@ def test_a_model_loaded_with_something_switched_on_is_the_same_and_can_be_traine
     assert all(parameter.grad is not None for parameter in loaded.model.parameters())
 
 
-def test_loading_and_decoding_leave_torchs_generator_alone(pair):
-    state = torch.get_rng_state()
+def test_loading_and_decoding_leave_torchs_generator_and_threads_alone(pair):
+    state, threads = torch.get_rng_state(), (torch.get_num_threads(), torch.get_num_interop_threads())
     loaded = simsd.load("tiny-draft")
     simsd.load(copy.deepcopy(pair[0].model).train())
     for settings in SETTINGS:
         simsd.generate(pair[0], PROMPTS, pair[1], config(settings))
     simsd.generate(loaded, "2+2=", config=simsd.GenerationConfig(max_new_tokens=4, temperature=1.0))
     assert torch.equal(state, torch.get_rng_state())
+    assert (torch.get_num_threads(), torch.get_num_interop_threads()) == threads
 
 
 def test_a_module_made_in_inference_mode_can_be_loaded_and_decoded_outside_of_it(pair, quiet):
