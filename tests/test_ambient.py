@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 
 import pytest
 import torch
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 import simsd
 from simsd.ambient import undisturbed
@@ -194,6 +196,9 @@ def test_models_put_into_training_mode_decode_as_in_evaluation_and_stay_in_it(qu
     assert all(loaded.model.training and loaded.model.is_gradient_checkpointing for loaded in pair)
 
 
+@pytest.mark.skipif(
+    " @ " in inspect.getsource(Qwen3RotaryEmbedding.forward), reason="this transformers' RoPE angles are a product, too"
+)
 @pytest.mark.parametrize("precision", ["high", "medium"])
 def test_a_deterministic_model_does_not_depend_on_the_precision_of_float32_products(precision):
     target = simsd.load("tiny-target", deterministic=True)
