@@ -29,8 +29,30 @@ def load_library() -> str | None:
     try:
         torch.ops.load_library(str(path))
     except (OSError, RuntimeError) as error:
-        return f"{path.name} does not load: {error}"
+        loaders = error.__cause__ or error  # torch's own message has the path alone
+        return f"the C++ ops do not load: {loaders} (reinstall to build them for this torch and system)"
     return None
+
+
+# pip keeps wheels that it has built: without --no-cache-dir the one without C++ ops would come back.
+REINSTALL = "pip install --force-reinstall --no-deps --no-cache-dir --no-build-isolation simsd-kernels"
+
+
+def note_reference(device: torch.device) -> None:
+    """Says, once per process, that the reference serves by default, and why there are no compiled ops."""
+    if device.type == "cpu" and not os.environ.get("SIMSD_BACKEND") and not torch.compiler.is_compiling():
+        _note_missing_library()
+
+
+@functools.cache
+def _note_missing_library() -> None:
+    if why := load_library():
+        _log.warning(
+            "simsd-kernels: the slow reference serves: %s: `%s` (in a checkout `.` for the name);"
+            " SIMSD_BACKEND=reference silences this",
+            why,
+            REINSTALL,
+        )
 
 
 # A build of the CUDA kernels that runs them on the CPU (tests/emulation.py): backend "cuda" then takes CPU tensors.
@@ -83,7 +105,7 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 def triton_obstacle() -> str | None:
     """None where Triton can be imported, else why not."""
-    return None if _HAS_TRITON else "triton is not installed (pip install triton)"
+    return None if _HAS_TRITON else 'triton is not installed (pip install "simsd-kernels[triton]")'
 
 
 MINIMUM_CAPABILITY = (8, 0)
@@ -143,6 +165,8 @@ def choose(op: str, backend: str | None, device: torch.device, obstacle: Callabl
     for name in candidates:
         reason = why_not(name)
         if reason is None:
+            if requested is None and name == "reference":
+                note_reference(device)
             return name
         if requested is None and not torch.compiler.is_compiling():
             _log.debug("%s: passing over %s: %s", op, name, reason)

@@ -226,7 +226,7 @@ def save_panels(panels: Sequence[Panel], path: str | Path) -> None:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError:
-        raise ImportError("drawing a picture needs matplotlib: pip install simsd-kernels[plot]") from None
+        raise ImportError('drawing a picture needs matplotlib: pip install "simsd-kernels[plot]"') from None
 
     panels = [replace(panel, labels=_checked(panel.visibility, panel.labels)) for panel in panels]
     rows = max(1, *(len(panel.labels.queries) for panel in panels))

@@ -78,7 +78,12 @@ def implement(
         triton: the same by Triton, on CUDA tensors.
         triton_obstacle: called with the op's arguments; why `triton` cannot serve them, or None.
     """
-    LIBRARY.impl(op, reference, "CompositeExplicitAutograd")
+
+    def on_any_device(first, *others):
+        dispatch.note_reference(first.device)
+        return reference(first, *others)
+
+    LIBRARY.impl(op, on_any_device if dispatch.load_library() else reference, "CompositeExplicitAutograd")
     if triton is None or dispatch.compiled_obstacle(op, "CUDA") is None:
         return
 

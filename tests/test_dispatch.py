@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -90,3 +95,51 @@ def test_cuda_refuses_tensors_of_the_cpu():
     new, slots = torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, dtype=torch.int32)
     with pytest.raises(RuntimeError, match="cuda: needs cuda tensors, got cpu"):
         simsd_kernels.store_kv(new, new, cache, cache.clone(), slots, backend="cuda")
+
+
+@pytest.fixture
+def without_library(tmp_path, monkeypatch) -> Path:
+    """A copy of the package as it is where no C++ compiler was found, first on the path of child processes."""
+    package = tmp_path / "simsd_kernels"
+    shutil.copytree(Path(dispatch.__file__).parent, package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    for name in ("SIMSD_BACKEND", "SIMSD_LOG", "SIMSD_CUDA_EMULATION"):
+        monkeypatch.delenv(name, raising=False)
+    return package
+
+
+IMPORT = "import torch, simsd_kernels\nx = torch.ones(1, 2)"
+BY_FUNCTION = "simsd_kernels.thin_linear(x, x)"
+BY_TORCH = "torch.ops.simsd.thin_linear(x, x)"
+
+
+def stderr_of(*lines: str) -> list[str]:
+    ran = subprocess.run([sys.executable, "-P", "-c", "\n".join(lines)], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stderr.splitlines()
+
+
+@pytest.mark.parametrize("call", [BY_FUNCTION, BY_TORCH], ids=["function", "torch.ops"])
+def test_without_compiled_ops_the_first_call_says_so_once_and_what_to_do(without_library, call):
+    (line,) = stderr_of(IMPORT, call, BY_FUNCTION, BY_TORCH)
+    assert line.startswith(
+        "simsd-kernels: the slow reference serves: the package was installed without its C++ ops"
+        " (reinstall with a C++ compiler on PATH): `pip install --force-reinstall "
+    )
+
+
+def test_compiled_ops_that_do_not_load_are_said_with_the_loader_s_own_words(without_library):
+    (without_library / "_C.abi3.so").write_text("not a library")
+    (line,) = stderr_of(IMPORT, BY_TORCH)
+    assert "the C++ ops do not load: " in line and "_C.abi3.so: file too short (reinstall to build them" in line
+
+
+def test_nothing_is_said_at_import_nor_where_the_reference_was_asked_for(without_library, monkeypatch):
+    assert stderr_of(IMPORT, "simsd_kernels.thin_linear(x, x, backend='reference')") == []
+    monkeypatch.setenv("SIMSD_BACKEND", "reference")
+    assert stderr_of(IMPORT, BY_FUNCTION, BY_TORCH) == []
+
+
+@pytest.mark.skipif(dispatch.load_library() is not None, reason="needs the compiled ops")
+def test_nothing_is_said_where_the_compiled_ops_pass_over_a_call():
+    assert stderr_of(IMPORT, "simsd_kernels.thin_linear(x.double(), x.double())") == []

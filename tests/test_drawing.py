@@ -108,6 +108,6 @@ def test_save_refuses_a_batch(tmp_path: Path):
 
 def test_save_without_matplotlib_says_what_to_install(tmp_path: Path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"pip install simsd-kernels\[plot\]"):
+    with pytest.raises(ImportError, match=r'pip install "simsd-kernels\[plot\]"'):
         drawing.save(Visibility.causal(3), tmp_path / "mask.png")
     assert not (tmp_path / "mask.png").exists()

@@ -26,7 +26,7 @@ def check_file(path: Path) -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise SimsdError("--plot needs matplotlib: pip install simsd-kernels[plot]") from None
+        raise SimsdError('--plot needs matplotlib: pip install "simsd-kernels[plot]"') from None
 
 
 def save(report: Report, path: Path) -> None:
