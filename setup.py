@@ -10,10 +10,21 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 
-import torch
 from setuptools import find_packages, setup
-from torch.utils import cpp_extension
+
+NEEDS_TORCH = (
+    "simsd-kernels: building needs torch >= 2.11 in this environment, {}:"
+    " pip install torch setuptools wheel ninja pybind11, then install again"
+)
+try:
+    import torch
+    from torch.utils import cpp_extension
+except ImportError as error:
+    raise SystemExit(NEEDS_TORCH.format(f"which cannot import it ({error})")) from None
+if torch.__version__ < (2, 11):
+    raise SystemExit(NEEDS_TORCH.format(f"which has {torch.__version__}"))
 
 ROOT = pathlib.Path(__file__).parent
 WARNINGS = ["-Wno-maybe-uninitialized"]  # gcc 12 raises it inside its own AVX-512 header
@@ -26,6 +37,16 @@ def sources(pattern):
 
 def say(message):
     print(f"simsd-kernels: {message}", file=sys.stderr, flush=True)
+
+
+def long_description():
+    """README.md for a page elsewhere: its links and pictures of files lead into the repository."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    repository = project["urls"]["Repository"]
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    to_file = r"\]\((?!https?:|#)([^)]+)\)"
+    text = re.sub(r"(!\[[^\]]*)" + to_file, rf"\1]({repository}/raw/HEAD/\2)", text)
+    return re.sub(to_file, rf"]({repository}/blob/HEAD/\1)", text)
 
 
 def toolkit_root():
@@ -110,9 +131,11 @@ def extensions():
 
 modules = extensions()
 setup(
+    long_description=long_description(),
+    long_description_content_type="text/markdown",
     packages=find_packages(include=["simsd_kernels*"]) + find_packages("python", include=["simsd*"]),
     package_dir={"simsd": "python/simsd"},
-    package_data={"simsd": ["pair/**/*.json", "pair/**/*.safetensors"]},
+    package_data={"simsd": ["py.typed", "pair/**/*.json", "pair/**/*.safetensors"], "simsd_kernels": ["py.typed"]},
     ext_modules=modules,
     cmdclass={"build_ext": cpp_extension.BuildExtension} if modules else {},
     options={"bdist_wheel": {"py_limited_api": "cp311"}} if modules else {},
