@@ -1,4 +1,4 @@
-# make demo | test | compat | nightly | bench | gpu | lint | setup | clean. PYTHON picks the interpreter, whose torch is
+# make demo | test | compat | nightly | bench | gpu | wheel | lint | setup | clean. PYTHON picks the interpreter, whose torch is
 # used where it has one; VENV the virtual environment; CONSTRAINTS the versions in place of both that torch's and
 # constraints.txt's.
 PYTHON ?= python3
@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
 SOURCES := pyproject.toml setup.py $(VENV)/constraints.txt $(shell find csrc -type f)
 
-.PHONY: setup demo test test-python test-interpreted test-emulated test-sanitized test-transformers compat nightly bench gpu lint clean
+.PHONY: setup demo test test-python test-interpreted test-emulated test-sanitized test-transformers compat nightly bench gpu wheel lint clean
 
 setup: $(VENV)/.installed
 
@@ -23,7 +23,7 @@ $(VENV)/.installed: $(SOURCES)
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(PIP) install -c $(VENV)/constraints.txt --no-build-isolation -e ".[test,triton,plot,dev]"
+	$(PIP) install -c $(VENV)/constraints.txt --no-build-isolation -e ".[test,triton,plot,dev,release]"
 	touch $@
 
 demo: $(VENV)/.installed
@@ -95,6 +95,11 @@ bench: $(VENV)/.installed-test
 gpu:
 	@PYTHONPATH=benchmarks:.:python:$$PYTHONPATH $(PYTHON) -m gpu $(if $(SECTION),--section $(SECTION)) \
 		$(if $(OUTPUT),--output $(OUTPUT)) $(if $(BUDGET),--budget $(BUDGET))
+
+# The sdist and the wheel as they are published, with CUDA kernels unless SIMSD_BUILD_CUDA=0, tried in a fresh environment.
+wheel: $(VENV)/.installed-test
+	rm -rf dist
+	$(BIN)/python tests/distribution.py --out dist
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
