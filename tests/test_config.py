@@ -2,9 +2,12 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
+import torch
 
 from simsd import GenerationConfig, SimsdError
+from simsd.config import config_with
 
 BAD = [
     ({"strategy": "best"}, "sequential, low_confidence_static, low_confidence_dynamic, entropy_bounded; got 'best'"),
@@ -13,9 +16,10 @@ BAD = [
     ({"lookahead": 0}, "lookahead must be an integer in 1..16, got 0"),
     ({"lookahead": 17}, "1..16, got 17"),
     ({"lookahead": None}, "lookahead must be an integer"),
-    ({"max_rows": -1}, "max_rows must be an integer >= 0, got -1"),
+    ({"max_rows": -1}, "max_rows must be an integer in 0..2147483647, got -1"),
     ({"max_rows": 1.5}, "max_rows"),
-    ({"order_power": -0.5}, "order_power must be a finite number >= 0, got -0.5"),
+    ({"order_power": -0.5}, "order_power must be a number in 0..3.40282e.38, got -0.5"),
+    ({"order_power": 1e39}, "order_power must be a number in 0..3.40282e.38"),
     ({"order_power": float("inf")}, "order_power"),
     ({"accept": "maybe"}, "match, mrs"),
     ({"rejected_tail": "keep"}, "truncate, truncate_no_bonus, target_argmax, target_argmax_all, draft_argmax"),
@@ -29,18 +33,50 @@ BAD = [
     ({"temperature": -0.1}, "temperature"),
     ({"temperature": float("nan")}, "temperature"),
     ({"temperature": float("inf")}, "temperature"),
+    ({"temperature": 1e39}, "temperature must be 0 .greedy. or in 1e-30..3.40282e.38, so that .* float32, got 1e.39"),
+    ({"temperature": 1e-40}, "0 .greedy. or in 1e-30..3.40282e.38, so that .* float32, got 1e-40"),
+    ({"temperature": 10**400}, "temperature"),
+    ({"temperature": True}, "temperature"),
+    ({"temperature": "1"}, "temperature"),
+    ({"temperature": None}, "temperature"),
+    ({"temperature": [1.0, 0.5]}, "temperature"),
+    ({"entropy_bound": 1e39}, "entropy_bound"),
     ({"top_p": 0.0}, "above 0"),
     ({"top_p": 1.1}, "0..1, got 1.1"),
     ({"top_k": -1}, "top_k"),
+    ({"top_k": 2**31}, "top_k must be an integer in 0..2147483647"),
+    ({"max_rows": 2**70}, "max_rows"),
+    ({"max_new_tokens": np.float64(8.0)}, "integer"),
+    ({"max_new_tokens": np.bool_(True)}, "integer"),
+    ({"max_new_tokens": torch.tensor([8])}, "integer"),
     ({"threshold": 2}, "threshold"),
     ({"end_gate": "high"}, "end_gate"),
     ({"seed": 2**63}, "seed"),
-    ({"seed": "x"}, "seed"),
+    ({"seed": "x"}, "seed must be an integer in .*, one per prompt, or None, got 'x'"),
+    ({"seed": b"x"}, "seed"),
+    ({"seed": 1.5}, "seed must be an integer .*, got 1.5"),
+    ({"seed": np.float32(3)}, "seed"),
+    ({"seed": True}, "seed"),
+    ({"seed": torch.tensor(True)}, "seed"),
+    ({"seed": [1, None]}, "seed"),
+    ({"seed": {1, 2}}, "seed"),
+    ({"seed": [[1, 2]]}, "seed"),
     ({"end_token_ids": [-3]}, "end_token_ids"),
+    ({"end_token_ids": "ab"}, "end_token_ids must be a list of token ids, got 'ab'"),
+    ({"end_token_ids": 1.0}, "end_token_ids"),
+    ({"end_token_ids": [2**31]}, "end_token_ids"),
+    ({"n": 0}, "n must be an integer >= 1, got 0"),
+    ({"n": None}, "n must be"),
+    ({"stop": [""]}, "stop must be a list of strings, none of them empty"),
+    ({"stop": ["a", 1]}, "stop must be a list of strings"),
+    ({"stop": b"a"}, "stop must be a list of strings"),
+    ({"stop": {"a"}}, "stop must be a list of strings"),
+    ({"strategy": np.array(["sequential"])}, "strategy must be one of"),
+    ({"verify": None}, "verify must be one of"),
 ]
 
 
-@pytest.mark.parametrize("changes, message", BAD, ids=[f"{next(iter(c))}={list(c.values())[-1]}" for c, _ in BAD])
+@pytest.mark.parametrize("changes, message", BAD, ids=[f"{next(iter(c))}={list(c.values())[-1]!r:.20}" for c, _ in BAD])
 def test_a_bad_value_is_refused_with_the_allowed_ones(changes, message):
     with pytest.raises(SimsdError, match=message.replace("..", r"\.\.")):
         GenerationConfig(**changes)
@@ -82,3 +118,111 @@ def test_more_steps_than_positions_are_refused_when_the_block_length_is_known():
         GenerationConfig(steps=6).reveal_counts(4)
     with pytest.raises(SimsdError, match="draft_steps must be at most the block length 4, got 6"):
         GenerationConfig(draft_steps=6).block_steps(4)
+
+
+NUMBERS = {
+    "numpy": {
+        "max_new_tokens": np.int64(8),
+        "block_length": np.uint8(4),
+        "steps": np.int32(2),
+        "top_k": np.int16(3),
+        "temperature": np.float64(0.5),
+        "top_p": np.float32(0.5),
+        "threshold": np.array(0.25),
+        "seed": np.uint32(7),
+        "n": np.int8(2),
+        "lookahead": np.int64(3),
+        "end_token_ids": np.array([1, 2]),
+    },
+    "torch": {
+        "max_new_tokens": torch.tensor(8),
+        "block_length": torch.tensor(4, dtype=torch.uint8),
+        "steps": torch.tensor(2),
+        "top_k": torch.tensor(3),
+        "temperature": torch.tensor(0.5),
+        "top_p": torch.tensor(0.5, dtype=torch.bfloat16),
+        "threshold": torch.tensor(0.25, dtype=torch.float64),
+        "seed": torch.tensor(7, dtype=torch.int32),
+        "n": torch.tensor(2),
+        "lookahead": torch.tensor(3),
+        "end_token_ids": torch.tensor([1, 2]),
+    },
+}
+
+
+@pytest.mark.parametrize("values", NUMBERS.values(), ids=NUMBERS)
+def test_numpy_s_and_torch_s_scalars_are_the_numbers_that_they_hold(values):
+    plain = GenerationConfig(
+        max_new_tokens=8,
+        block_length=4,
+        steps=2,
+        top_k=3,
+        temperature=0.5,
+        top_p=0.5,
+        threshold=0.25,
+        seed=7,
+        n=2,
+        lookahead=3,
+        end_token_ids=[1, 2],
+    )
+    assert GenerationConfig(**values) == plain
+    assert {type(getattr(GenerationConfig(**values), name)) for name in values} == {int, float, tuple}
+
+
+@pytest.mark.parametrize(
+    "seed",
+    [[3, 4], (3, 4), range(3, 5), np.array([3, 4]), torch.tensor([3, 4]), [np.int64(3), torch.tensor(4)]],
+    ids=repr,
+)
+def test_seeds_may_be_any_list_of_integers(seed):
+    assert GenerationConfig(seed=seed).seeds(2) == [3, 4]
+
+
+def test_one_end_token_and_one_stop_string_need_no_list():
+    config = GenerationConfig(end_token_ids=5, stop="\n")
+    assert (config.end_token_ids, config.stop) == ((5,), ("\n",))
+    assert GenerationConfig(stop=None).stop == GenerationConfig(stop=[]).stop == ()
+    assert GenerationConfig(end_token_ids=None).end_token_ids is None and GenerationConfig(end_token_ids=()) != config
+
+
+def test_without_a_seed_every_prompt_gets_a_fresh_one_whatever_torch_s_seed_is():
+    drawn = []
+    for _ in range(3):
+        torch.manual_seed(0)
+        drawn += GenerationConfig(seed=None).seeds(2)
+    assert len(set(drawn)) == 6
+    assert all(GenerationConfig(seed=seed).seeds(1) == [seed] for seed in drawn)
+
+
+def test_settings_override_a_config_or_a_dict_of_them():
+    base = GenerationConfig(max_new_tokens=8, temperature=0.5)
+    for config in (base, {"max_new_tokens": 8, "temperature": 0.5}, dataclasses.asdict(base)):
+        assert config_with(config, {}) == base
+        assert config_with(config, {"temperature": 1}) == GenerationConfig(max_new_tokens=8, temperature=1.0)
+    assert config_with(None, {}) == GenerationConfig() and config_with(base, {}) is base
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "message"),
+    [
+        (None, {"max_tokens": 8}, "unknown setting 'max_tokens': did you mean max_new_tokens"),
+        (None, {"temp": 1}, "unknown setting 'temp': did you mean temperature?"),
+        (None, {"stop_strings": ["a"]}, "unknown setting 'stop_strings': did you mean .*stop"),
+        ({"top_pp": 1}, {}, "unknown setting 'top_pp': did you mean top_p"),
+        ({1: 1}, {}, "unknown setting 1: there are max_new_tokens, block_length, .*, max_batch"),
+        (None, {"max_batch_size": 1}, "did you mean max_batch"),
+        (3, {}, "config must be a simsd.GenerationConfig, a dict of settings or None, got builtins.int"),
+        ({"temperature": -1}, {}, "temperature must be"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_an_unknown_setting_is_refused_with_those_close_to_it(config, settings, message):
+    with pytest.raises(SimsdError, match=message.replace("?", r"\?")):
+        config_with(config, settings, others=("max_batch",))
+
+
+def test_transformers_own_config_is_not_taken_for_ours():
+    import transformers
+
+    with pytest.raises(SimsdError, match="got transformers.GenerationConfig"):
+        config_with(transformers.GenerationConfig(), {})

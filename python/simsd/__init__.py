@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import sys
 from typing import TYPE_CHECKING
 
@@ -45,6 +46,8 @@ _MODULES = {
 
 
 def __getattr__(name: str):
+    if name == "__version__":
+        return _version()
     if name not in _MODULES:
         raise AttributeError(f"module 'simsd' has no attribute {name!r}")
     value = getattr(importlib.import_module(_MODULES[name]), name)
@@ -53,7 +56,14 @@ def __getattr__(name: str):
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, "__version__"})
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("simsd-kernels")
+    except importlib.metadata.PackageNotFoundError:
+        return "0+unknown"  # run from a checkout that is not installed
 
 
 def _command_is_starting() -> bool:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Sequence
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from simsd.errors import SimsdError
+from simsd.values import is_integer, is_list, plain
 
 STRATEGIES = ("sequential", "low_confidence_static", "low_confidence_dynamic", "entropy_bounded")
 VERIFIERS = ("exact", "temporal", "none")
@@ -15,11 +17,26 @@ RULES = ("match", "mrs")
 REJECTED_TAILS = ("truncate", "truncate_no_bonus", "target_argmax", "target_argmax_all", "draft_argmax")
 MAX_BLOCK_LENGTH = 64  # a revealed set is one int64 bitmask
 MAX_LOOKAHEAD = 16
+INT32_MAX = 2**31 - 1
+# Logits divided by it stay finite in float32: those of float16 models (65504 at most) and far beyond.
+MIN_TEMPERATURE = 1e-30
+MAX_FLOAT32 = 3.4028234663852886e38
+# The settings that are numbers >= 0, and the largest value of each.
+_NUMBERS = {
+    "threshold": 1.0,
+    "entropy_bound": MAX_FLOAT32,
+    "temperature": MAX_FLOAT32,
+    "top_p": 1.0,
+    "order_power": MAX_FLOAT32,
+    "end_gate": 1.0,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
     """Settings of one generation; a bad value raises `SimsdError` with the allowed ones.
+
+    Numbers may be numpy's or torch's, lists may be arrays or tensors; kept are Python's ints, floats and tuples.
 
     Attributes:
         max_new_tokens: tokens to return at most; whole blocks are decoded and the last one is cut.
@@ -28,10 +45,18 @@ class GenerationConfig:
         strategy: which masked positions a step reveals (SDAR's four rules).
         threshold: probability above which `low_confidence_dynamic` reveals a position.
         entropy_bound: nats that one step of `entropy_bounded` may spend.
-        temperature: 0 is greedy; statistics and confidences are then taken at temperature 1.
+        temperature: 0 is greedy; statistics and confidences are then taken at temperature 1. Else 1e-30 or more.
         top_k: ids kept before drawing (ties with the k-th stay), 0 for all.
         top_p: probability mass kept before drawing, 1.0 for all.
-        seed: of the counter-based noise; an int for every prompt, or one int per prompt.
+        seed: of the counter-based noise: an int for every prompt, one int per prompt, or None, which draws one for each
+            prompt from the operating system. `Result.seed` tells which it was. Equal seed, prompt and settings give
+            equal texts, whatever else is in the batch.
+        n: samples per prompt. Sample 0 has the prompt's seed, sample i the seed Philox(seed, i) (see
+            `simsd.seeds.sample_seed`). Results come prompt by prompt: sample i of prompt p is number p * n + i.
+        stop: strings before the first of which, by its place in the text, the text ends, or one string. They are looked
+            for in the text of committed tokens, in which special tokens have none (see `end_token_ids`), and where they
+            stand in it does not depend on tokens, blocks or who drafts. `Result.tokens` goes on to the token that
+            completes the stop string.
         verify: how a draft is checked: "exact" (the text is native decoding's, token for token), "temporal" (SimSD as
             published, an approximation) or "none" (plain native decoding).
         drafter: who drafts for "exact": "model" (the draft model), "self" (the target's own logits for the state
@@ -55,7 +80,7 @@ class GenerationConfig:
             proposes what is left from the last of them; all for "temporal", where positions that the draft never
             reveals take the target's token and do not count as drafted.
         end_gate: least target probability with which an end token may arrive as bonus (0 disables), "temporal" only.
-        end_token_ids: ids that end the text, None for the target's own; () never ends.
+        end_token_ids: ids that end the text (or one id), None for the target's own; () never ends.
     """
 
     max_new_tokens: int = 256
@@ -67,7 +92,9 @@ class GenerationConfig:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
-    seed: int | Sequence[int] = 0
+    seed: int | Sequence[int] | None = 0
+    n: int = 1
+    stop: str | Sequence[str] = ()
     verify: str = "exact"
     drafter: str = "auto"
     lookahead: int = 2
@@ -77,39 +104,53 @@ class GenerationConfig:
     rejected_tail: str = "truncate"
     draft_steps: int | None = None
     end_gate: float = 0.0
-    end_token_ids: Sequence[int] | None = None
+    end_token_ids: int | Sequence[int] | None = None
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, plain(getattr(self, field.name)))
         _one_of("strategy", self.strategy, STRATEGIES)
         _one_of("verify", self.verify, VERIFIERS)
         _one_of("drafter", self.drafter, DRAFTERS)
-        _integer("lookahead", self.lookahead, 1, MAX_LOOKAHEAD)
+        integer("lookahead", self.lookahead, 1, MAX_LOOKAHEAD)
         if self.max_rows is not None:
-            _integer("max_rows", self.max_rows, 0)
+            integer("max_rows", self.max_rows, 0, INT32_MAX)
         _one_of("accept", self.accept, RULES)
         _one_of("rejected_tail", self.rejected_tail, REJECTED_TAILS)
-        _integer("max_new_tokens", self.max_new_tokens, 0)
+        integer("max_new_tokens", self.max_new_tokens, 0)
+        integer("n", self.n, 1)
         if self.block_length is not None:
-            _integer("block_length", self.block_length, 1, MAX_BLOCK_LENGTH)
+            integer("block_length", self.block_length, 1, MAX_BLOCK_LENGTH)
         for name in ("steps", "draft_steps"):
             if getattr(self, name) is not None:
-                _integer(name, getattr(self, name), 1, self.block_length or MAX_BLOCK_LENGTH)
-        _integer("top_k", self.top_k, 0)
-        if self.order_power is not None:
-            _number("order_power", self.order_power, 0.0, math.inf)
-        _number("temperature", self.temperature, 0.0, math.inf)
-        _number("entropy_bound", self.entropy_bound, 0.0, math.inf)
-        for name in ("threshold", "end_gate"):
-            _number(name, getattr(self, name), 0.0, 1.0)
-        _number("top_p", self.top_p, 0.0, 1.0)
+                integer(name, getattr(self, name), 1, self.block_length or MAX_BLOCK_LENGTH)
+        integer("top_k", self.top_k, 0, INT32_MAX)
+        for name, high in _NUMBERS.items():
+            if getattr(self, name) is not None or name != "order_power":
+                _number(name, getattr(self, name), high)
+                object.__setattr__(self, name, float(getattr(self, name)))
         if self.top_p == 0.0:
             raise SimsdError("top_p must be above 0 (1.0 keeps every token), got 0.0")
         self._refuse_temporal_settings()
-        seeds = (self.seed,) if isinstance(self.seed, int) else tuple(self.seed)
-        for seed in seeds:
-            _integer("seed", seed, -(2**63), 2**63 - 1)
-        for token in self.end_token_ids or ():
-            _integer("end_token_ids", token, 0)
+        self._set_lists()
+
+    def _set_lists(self) -> None:
+        """Checks what may be a list, and keeps it as a tuple."""
+        seed = _tuple("seed", self.seed, "a list of integers") if is_list(self.seed) else self.seed
+        seeds = seed if isinstance(seed, tuple) else () if seed is None else (seed,)
+        for value in seeds:
+            integer("seed", value, -(2**63), 2**63 - 1, "an integer {}, one per prompt, or None")
+        ends = (self.end_token_ids,) if is_integer(self.end_token_ids) else self.end_token_ids
+        if ends is not None:
+            ends = _tuple("end_token_ids", ends, "a list of token ids")
+            for token in ends:
+                integer("end_token_ids", token, 0, INT32_MAX)
+        stop = (self.stop,) if isinstance(self.stop, str) else () if self.stop is None else self.stop
+        stop = _tuple("stop", stop, "a list of strings")
+        if not all(isinstance(string, str) and string for string in stop):
+            raise SimsdError(f"stop must be a list of strings, none of them empty, got {self.stop!r:.80}")
+        for name, value in (("seed", seed), ("end_token_ids", ends), ("stop", stop)):
+            object.__setattr__(self, name, value)
 
     def _refuse_temporal_settings(self) -> None:
         """An exact verifier that took them silently would not do what was asked."""
@@ -136,27 +177,74 @@ class GenerationConfig:
         base, extra = divmod(block_length, self.block_steps(block_length))
         return [base + (step < extra) for step in range(self.block_steps(block_length))]
 
-    def seeds(self, count: int) -> list[int]:
-        """One seed per prompt."""
-        if isinstance(self.seed, int):
-            return [self.seed] * count
-        if len(self.seed) != count:
-            raise SimsdError(f"seed must be one int or one per prompt: got {len(self.seed)} seeds for {count} prompts")
-        return list(self.seed)
+    def seeds(self, prompts: int) -> list[int]:
+        """The seed of every sample of `prompts` prompts, prompt by prompt."""
+        from simsd.seeds import fresh_seed, sample_seed  # loads torch, which the command line's help does without
+
+        if self.seed is None:
+            seeds = [fresh_seed() for _ in range(prompts)]
+        elif isinstance(self.seed, int):
+            seeds = [self.seed] * prompts
+        else:
+            seeds = list(self.seed)
+        if len(seeds) != prompts:
+            raise SimsdError(f"seed must be one int or one per prompt: got {len(seeds)} seeds for {prompts} prompts")
+        return [sample_seed(seed, i) for seed in seeds for i in range(self.n)]
+
+
+def config_with(
+    config: GenerationConfig | Mapping[str, Any] | None, settings: Mapping[str, Any], others: Sequence[str] = ()
+) -> GenerationConfig:
+    """`config` (None: the defaults) with `settings` in place of its own.
+
+    Args:
+        others: names that a caller takes besides settings, for the sake of those who misspell them.
+
+    Raises:
+        SimsdError: an unknown setting, with those that it may have been meant for; a bad value; no config.
+    """
+    if config is not None and not isinstance(config, GenerationConfig | Mapping):
+        kind = f"{type(config).__module__.partition('.')[0]}.{type(config).__qualname__}"
+        raise SimsdError(f"config must be a simsd.GenerationConfig, a dict of settings or None, got {kind}")
+    names = [field.name for field in dataclasses.fields(GenerationConfig)]
+    given = config if isinstance(config, Mapping) else {}
+    for name in (*given, *settings):
+        if name not in names:
+            raise SimsdError(f"unknown setting {name!r}: {_meant(str(name), [*names, *others])}")
+    if isinstance(config, GenerationConfig):
+        return dataclasses.replace(config, **settings) if settings else config
+    return GenerationConfig(**{**given, **settings})
+
+
+def _meant(name: str, names: Sequence[str]) -> str:
+    """The names close to `name`, or all of them."""
+    close = [other for other in names if other.startswith(name) or name.startswith(other + "_")]
+    close = close or difflib.get_close_matches(name, names)
+    return f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(names)}"
 
 
 def _one_of(name: str, value: object, allowed: Sequence[str]) -> None:
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         raise SimsdError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
 
 
-def _integer(name: str, value: object, low: int, high: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
-        allowed = f"an integer >= {low}" if high is None else f"an integer in {low}..{high}"
+def integer(name: str, value: object, low: int, high: int | None = None, form: str = "an integer {}") -> None:
+    """Raises SimsdError where `value` is none from `low` to `high`; `form` says what is asked for, {} the bounds."""
+    if not is_integer(value) or value < low or (high is not None and value > high):
+        bounds = f">= {low}" if high is None else f"in {low}..{high}"
+        raise SimsdError(f"{name} must be {form.format(bounds)}, got {value!r}")
+
+
+def _number(name: str, value: object, high: float) -> None:
+    allowed = f"a number in 0..{high:g}"
+    if name == "temperature":
+        allowed = f"0 (greedy) or in {MIN_TEMPERATURE:g}..{high:g}, so that logits divided by it are finite in float32"
+    is_number = is_integer(value) or isinstance(value, float)
+    if not is_number or not 0 <= value <= high or (name == "temperature" and 0 < value < MIN_TEMPERATURE):
         raise SimsdError(f"{name} must be {allowed}, got {value!r}")
 
 
-def _number(name: str, value: object, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high or math.isinf(value):
-        allowed = f"a finite number >= {low:g}" if math.isinf(high) else f"a number in {low:g}..{high:g}"
-        raise SimsdError(f"{name} must be {allowed}, got {value!r}")
+def _tuple(name: str, value: object, allowed: str) -> tuple:
+    if not is_list(value):
+        raise SimsdError(f"{name} must be {allowed}, got {value!r:.80}")
+    return tuple(plain(item) for item in value)

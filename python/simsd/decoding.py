@@ -4,66 +4,85 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from simsd import layouts
-from simsd.config import MAX_BLOCK_LENGTH, GenerationConfig
+from simsd.config import MAX_BLOCK_LENGTH, GenerationConfig, config_with, integer
 from simsd.drafting import Sampler
 from simsd.errors import SimsdError
 from simsd.exact import Exact, copies_needed
 from simsd.lanes import Lanes
-from simsd.models.loading import LoadedModel
+from simsd.models.loading import LoadedModel, load
 from simsd.policy import Policy, experience_of
+from simsd.prompts import encode_prompts
 from simsd.results import Result
 from simsd.sequences import Sequence, Update
 from simsd.side import Side
 from simsd.temporal import Temporal
+from simsd.values import plain
 
 MAX_BATCH = 8
+Model = LoadedModel | str | Path | nn.Module
+Settings = GenerationConfig | Mapping[str, Any] | None
 
 
 class Decoder:
     """Decodes prompts, at most `max_batch` at a time; iterate over it for an `Update` per sequence and iteration.
 
-    Sequences that are done leave the batch and waiting ones take their place. What a prompt's text is does not depend
-    on the others. `cancel` and `stop` end one sequence and leave the others alone; iteration may be interrupted at any
-    point and taken up again; `result(index)` holds what was committed until then.
+    Takes what `generate` takes. A sequence is one sample of one prompt. Sequences that are done leave the batch and
+    waiting ones take their place. What a prompt's text is does not depend on the others. `cancel` and `stop` end one
+    sequence and leave the others alone; iteration may be interrupted at any point and taken up again; `result(index)`
+    holds what was committed until then.
+
+    Args:
+        seeds: one per sequence, in place of the config's.
     """
 
     def __init__(
         self,
-        target: LoadedModel,
-        prompts: Seq[list[int]],
-        draft: LoadedModel | None = None,
-        config: GenerationConfig | None = None,
+        target: Model,
+        prompts: Any,
+        draft: Model | None = None,
+        config: Settings = None,
         seeds: Seq[int] | None = None,
         max_batch: int = MAX_BATCH,
+        **settings: Any,
     ) -> None:
-        config = config or GenerationConfig()
+        config = config_with(config, settings, others=("draft", "config", "max_batch"))
+        max_batch = plain(max_batch)
+        integer("max_batch", max_batch, 1)
         draft = _usable_draft(draft, config)
         if config.verify == "temporal" and draft is None:
             config = dataclasses.replace(config, verify="none")
-        if isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1:
-            raise SimsdError(f"max_batch must be an integer >= 1, got {max_batch!r}")
+        target = target if isinstance(target, LoadedModel) else load(target)
+        if not isinstance(draft, LoadedModel | None):
+            draft = load(draft) if isinstance(draft, nn.Module) else load(draft, device=target.device)
         target, draft = target.in_evaluation(), None if draft is None else draft.in_evaluation()
         self.target, self.draft, self.config = target, draft, config
         self.block_length = block_length(target, draft, config)
         config.block_steps(self.block_length)
         check_pair(target, draft)
+        if config.stop and target.tokenizer is None:
+            raise SimsdError(f"stop strings need a tokenizer, and {target.name} has none: use end_token_ids")
+        prompts = encode_prompts(target, prompts)
+        seeds = config.seeds(len(prompts)) if seeds is None else seeds
         longest = max((len(prompt) for prompt in prompts), default=0)
         self.capacity = layouts.aligned(longest + config.max_new_tokens, self.block_length)
         check_length(self.capacity, longest, config, target, draft)
         self.end_ids = tuple(target.end_token_ids if config.end_token_ids is None else config.end_token_ids)
-        seeds = config.seeds(len(prompts)) if seeds is None else seeds
+        samples = [prompt for prompt in prompts for _ in range(config.n)]
         self.sequences = [
-            Sequence(i, prompt, seed, config, self.end_ids)
-            for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
+            Sequence(i, prompt, seed, config, self.end_ids, target.tokenizer)
+            for i, (prompt, seed) in enumerate(zip(samples, seeds, strict=True))
         ]
         self._waiting = collections.deque(self.sequences)
-        self._batch = min(max_batch, len(prompts))
+        self._batch = min(max_batch, len(samples))
         self._running: list[Sequence | None] = [None] * self._batch
         self._loop: Exact | Temporal | None = None
         self._unsettled = False
@@ -76,10 +95,10 @@ class Decoder:
             if self._unsettled:
                 self._restore()
             self._unsettled = True
-            news = self._temporal_step() if isinstance(self._loop, Temporal) else self._exact_step()
+            moved = self._temporal_step() if isinstance(self._loop, Temporal) else self._exact_step()
             self._unsettled = False
-            for sequence, tokens in news:
-                yield self._update(sequence, tokens)
+            for sequence in moved:
+                yield self._update(sequence)
 
     def _restore(self) -> None:
         """After an interrupt in the middle of an iteration: every lane again from what its sequence has committed."""
@@ -94,13 +113,14 @@ class Decoder:
             if isinstance(self._loop, Exact):
                 self._loop.masked[lane] = 0
 
-    def _update(self, sequence: Sequence, tokens: list[int]) -> Update:
+    def _update(self, sequence: Sequence) -> Update:
+        tokens, text = sequence.take()
         if sequence.finish_reason is not None:
             sequence.reported = True
-            return Update(sequence.index, tokens, [], sequence.result(self.target))
-        ahead = sequence.provisional[: sequence.limit - len(sequence.tokens)]
+            return Update(sequence.index, tokens, [], text, sequence.result())
+        ahead = [] if sequence.unsettled else sequence.provisional[: sequence.limit - len(sequence.tokens)]
         end = next((i for i, token in enumerate(ahead) if token in self.end_ids), len(ahead) - 1)
-        return Update(sequence.index, tokens, ahead[: end + 1])
+        return Update(sequence.index, tokens, ahead[: end + 1], text)
 
     def _admit(self) -> Iterator[Update]:
         """Frees the lanes of what is done, however it came to be, and gives them to what waits."""
@@ -109,7 +129,7 @@ class Decoder:
                 self._lanes.close(lane)
                 self._running[lane] = None
                 if not sequence.reported:
-                    yield self._update(sequence, [])
+                    yield self._update(sequence)
         for lane in range(self._batch):
             while self._running[lane] is None and self._waiting:
                 # It waits until it is in: an interrupt on the way must not lose it.
@@ -117,7 +137,7 @@ class Decoder:
                     self._open(lane, self._waiting[0])
                     self._running[lane] = self._waiting.popleft()
                 else:
-                    yield self._update(self._waiting.popleft(), [])
+                    yield self._update(self._waiting.popleft())
 
     def _open(self, lane: int, sequence: Sequence) -> None:
         if self._loop is None:
@@ -150,8 +170,8 @@ class Decoder:
             policy = Policy(config, length, lanes.count, experience)
             self._loop = Exact(lanes, target_side, draft_side, sampler, config, policy)
 
-    def _exact_step(self) -> list[tuple[Sequence, list[int]]]:
-        updates = []
+    def _exact_step(self) -> list[Sequence]:
+        moved = []
         for lane, step in self._loop.step().items():
             sequence = self._running[lane]
             self._count(lane, sequence)
@@ -163,19 +183,18 @@ class Decoder:
             stats.draft_denoise_forwards += step.draft_forwards
             stats.drafted += step.drafted
             stats.accepted += step.accepted
-            new: list[int] = []
             if not step.finite:
                 sequence.finish_reason = "failed"
             for tokens, steps, probs, origins in step.blocks:
                 if sequence.finish_reason is None:
                     known = len(sequence.tokens) % self.block_length
-                    new += sequence.commit(tokens[known:], steps[known:], probs[known:], origins[known:])
+                    sequence.commit(tokens[known:], steps[known:], probs[known:], origins[known:])
             sequence.provisional = step.provisional[len(sequence.tokens) % self.block_length :]
-            updates.append((sequence, new))
-        return updates
+            moved.append(sequence)
+        return moved
 
-    def _temporal_step(self) -> list[tuple[Sequence, list[int]]]:
-        updates = []
+    def _temporal_step(self) -> list[Sequence]:
+        moved = []
         lengths = [0 if sequence is None else len(sequence.tokens) for sequence in self._running]
         for lane, verdict in self._loop.step(lengths).items():
             sequence = self._running[lane]
@@ -187,16 +206,15 @@ class Decoder:
             stats.accepted += verdict.accepted
             stats.bonus += verdict.bonus
             before = len(sequence.tokens)
-            new: list[int] = []
             # A tail token is not the target's choice: its probability may vanish.
             if all(p > 0 or o == "tail" for p, o in zip(verdict.probs, verdict.origins, strict=True)):
-                new = sequence.commit(verdict.tokens, verdict.steps, verdict.probs, verdict.origins)
+                sequence.commit(verdict.tokens, verdict.steps, verdict.probs, verdict.origins, verdict.logprobs)
             else:
                 sequence.finish_reason = "failed"
             if sequence.finish_reason is None:
                 self._lanes.rewrite(lane, sequence.tokens, before)
-            updates.append((sequence, new))
-        return updates
+            moved.append(sequence)
+        return moved
 
     def _count(self, lane: int, sequence: Sequence) -> None:
         sequence.touch()
@@ -213,64 +231,63 @@ class Decoder:
         self.sequences[index].stop(None, "cancelled")
 
     def result(self, index: int = 0) -> Result:
-        """What prompt number `index` has so far."""
-        return self.sequences[index].result(self.target)
+        """What sequence number `index` has so far."""
+        return self.sequences[index].result()
 
     def results(self) -> list[Result]:
-        return [sequence.result(self.target) for sequence in self.sequences]
+        return [sequence.result() for sequence in self.sequences]
 
 
 def generate(
-    target: LoadedModel,
-    prompts,
-    draft: LoadedModel | None = None,
-    config: GenerationConfig | None = None,
+    target: Model,
+    prompts: Any,
+    draft: Model | None = None,
+    config: Settings = None,
     max_batch: int = MAX_BATCH,
+    **settings: Any,
 ) -> list[Result]:
     """Decodes every prompt and returns the results in order.
 
+    Equal seed, prompt and settings give equal texts: whatever else is in the batch and, under `verify="exact"` and
+    "none", whoever drafts.
+
     Args:
-        target: the model whose text it is (`simsd.load`).
+        target: the model whose text it is (`simsd.load`); a built-in name, a folder, a hub id or a module is loaded, by
+            every call anew.
         prompts: one prompt or a list of them; a prompt is a string (sent as a user turn through the chat template where
-            there is one), a chat (a list of {"role", "content"}) or a list of token ids.
-        draft: a smaller model with the target's vocabulary; None leaves drafting to the target itself
-            (`verify="exact"`) or decodes natively (`verify="temporal"`).
-        config: settings, `GenerationConfig()` by default.
-        max_batch: prompts to decode at a time; the texts do not depend on it.
+            there is one), a chat (a list of {"role", "content"}) or token ids (a list, an array or a tensor).
+        draft: a smaller model with the target's vocabulary, or what loads one (on the target's device); None leaves
+            drafting to the target itself (`verify="exact"`) or decodes natively (`verify="temporal"`).
+        config: settings, as a `GenerationConfig` or a dict of its fields; `GenerationConfig()` by default.
+        max_batch: sequences to decode at a time; the texts do not depend on it.
+        settings: fields of `GenerationConfig` by name, which override `config`'s.
+
+    Returns:
+        One result per prompt; with `n` samples per prompt, prompt by prompt.
 
     Raises:
         SimsdError: a bad prompt or setting, models that do not fit together, a sequence over the position limit; raised
             before anything is decoded.
     """
-    decoder = Decoder(target, encode_prompts(target, prompts), draft, config, max_batch=max_batch)
+    decoder = Decoder(target, prompts, draft, config, max_batch=max_batch, **settings)
     for _ in decoder:
         pass
     return decoder.results()
 
 
 def stream(
-    target: LoadedModel,
-    prompts,
-    draft: LoadedModel | None = None,
-    config: GenerationConfig | None = None,
+    target: Model,
+    prompts: Any,
+    draft: Model | None = None,
+    config: Settings = None,
     max_batch: int = MAX_BATCH,
+    **settings: Any,
 ) -> Iterator[Update]:
     """`generate` as it goes: an `Update` per sequence and iteration, the last of each with its result.
 
     Arguments are checked at once, not at the first update.
     """
-    return iter(Decoder(target, encode_prompts(target, prompts), draft, config, max_batch=max_batch))
-
-
-def encode_prompts(target: LoadedModel, prompts) -> list[list[int]]:
-    """Token ids of one prompt, or of each in a list of them; see `generate` for what a prompt may be."""
-    if not isinstance(prompts, str | Seq):
-        raise SimsdError(
-            f"prompts must be a string, a chat, a list of token ids, or a list of these; got {type(prompts).__name__}"
-        )
-    # [] is a list of no prompts; an empty prompt is "" or [[]].
-    one = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int | dict))
-    return [target.encode_prompt(prompt) for prompt in ([prompts] if one else prompts)]
+    return iter(Decoder(target, prompts, draft, config, max_batch=max_batch, **settings))
 
 
 def block_length(target: LoadedModel, draft: LoadedModel | None, config: GenerationConfig) -> int:
@@ -310,7 +327,7 @@ def check_length(
             )
 
 
-def _usable_draft(draft: LoadedModel | None, config: GenerationConfig) -> LoadedModel | None:
+def _usable_draft(draft: Model | None, config: GenerationConfig) -> Model | None:
     if config.verify == "none" or (config.verify == "exact" and config.drafter == "self"):
         return None
     if config.verify == "exact" and config.drafter == "model" and draft is None:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
+
+from simsd.errors import SimsdError
+
+_DERIVED = ("target_forwards", "draft_forwards", "acceptance", "tokens_per_second")
 
 
 @dataclasses.dataclass
@@ -51,8 +56,12 @@ class Stats:
         return Stats(*(a + b for a, b in pairs))
 
     def to_dict(self) -> dict[str, Any]:
-        derived = ("target_forwards", "draft_forwards", "acceptance", "tokens_per_second")
-        return dataclasses.asdict(self) | {name: getattr(self, name) for name in derived}
+        return dataclasses.asdict(self) | {name: getattr(self, name) for name in _DERIVED}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Stats:
+        """What `to_dict` gave, also by way of JSON. Raises SimsdError where a count is missing or unknown."""
+        return cls(**_fields(cls, values, ignored=_DERIVED))
 
 
 @dataclasses.dataclass
@@ -60,11 +69,18 @@ class Result:
     """One prompt's generation.
 
     Attributes:
-        tokens: generated ids; the first end token, if any, is the last one.
-        text: the tokens as text without special tokens (None where the model came without a tokenizer).
+        tokens: generated ids; the first end token, if any, is the last one, and so is the one that completes the first
+            stop string.
+        text: the tokens as text without special tokens, up to the first stop string (None where the model came without
+            a tokenizer).
         step_map: for each token the denoising step that revealed it in its block, 1-based;
             T + 1 where the draft never drafted it and the target filled it in.
-        probs: each token's probability under the target when it was revealed.
+        probs: each token's probability under the target when it was revealed: softmax(logits / temperature), at
+            temperature 0 softmax(logits), over all ids but those that are never generated. Top-k and top-p filter
+            afterwards, so a token that they leave alone keeps the probability that it had. The same in every mode; in
+            "temporal" the logits are those of its verification.
+        logprobs: the natural logarithms of the same. They are taken of the float32 probability, which resolves 6e-8
+            below 1; a "tail" token, whose probability may vanish, has its own from the logits.
         origins: for each token how it came. Exact and native: "denoised" (revealed on the block's current state) or
             "drafted" (revealed ahead of it, on a drafted state). Temporal: "drafted" (accepted), "bonus", "undrafted"
             (filled by the target) or "tail" (what a rejected-tail policy put there).
@@ -72,6 +88,7 @@ class Result:
             "cancelled", "failed" (the target's logits were not finite) or "interrupted".
         prompt_tokens: the prompt's ids.
         stats: forwards, acceptance, seconds.
+        seed: of its noise. With it and the same prompt and settings the text comes again.
     """
 
     tokens: list[int]
@@ -82,7 +99,29 @@ class Result:
     finish_reason: str
     prompt_tokens: list[int]
     stats: Stats
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+    seed: int = 0
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain values, which JSON can hold; `from_dict` reads them."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return fields | {"stats": self.stats.to_dict()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Result:
+        """What `to_dict` gave, also by way of JSON. Raises SimsdError where a key is missing or unknown."""
+        fields = _fields(cls, values)
+        return cls(**fields | {"stats": Stats.from_dict(fields["stats"])})
+
+
+def _fields(kind: type, values: Mapping[str, Any], ignored: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The values of a dataclass by the names of its fields, which must be those of `values` but for `ignored`."""
+    if not isinstance(values, Mapping):
+        raise SimsdError(f"{kind.__name__}.from_dict takes what to_dict gave, got {type(values).__name__}")
+    names = [field.name for field in dataclasses.fields(kind)]
+    missing = [name for name in names if name not in values]
+    unknown = [str(name) for name in values if name not in (*names, *ignored)]
+    for what, keys in (("lacks", missing), ("does not know", unknown)):
+        if keys:
+            raise SimsdError(f"{kind.__name__}.from_dict {what} {', '.join(keys)}: it takes what to_dict gave")
+    return {name: values[name] for name in names}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Sequence as Seq
 
 from simsd.config import GenerationConfig
-from simsd.models.loading import LoadedModel
+from simsd.models.tokenizer import Tokenizer
 from simsd.results import Result, Stats
+from simsd.text import AnswerText
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,31 +18,47 @@ class Update:
     """News of one sequence.
 
     Attributes:
-        index: of the prompt. tokens: ids newly committed; they never change again.
+        index: of the sequence: of its prompt, or with n samples per prompt, prompt * n + sample.
+        tokens: ids newly committed; they never change again.
         provisional: the block on its way behind them, as far as the text may go, None where masked. Under
             `verify="exact"` and "none" what is revealed there stays, too, except that the text may end before it.
+        text: newly certain text, None without a tokenizer. All of a sequence's are together its result's text; a
+            character is never split, and what may still become a stop string is held back.
         result: the result, once the sequence is done.
     """
 
     index: int
     tokens: list[int]
     provisional: list[int | None]
+    text: str | None = None
     result: Result | None = None
 
 
 class Sequence:
-    """Tokens, step map, probabilities and origins of one prompt, cut at the first end token or the limit."""
+    """Tokens, step map, probabilities and origins of one prompt, cut at the first end token, stop string or the
+    limit."""
 
-    def __init__(self, index: int, prompt: list[int], seed: int, config: GenerationConfig, end_ids: tuple[int, ...]):
+    def __init__(
+        self,
+        index: int,
+        prompt: list[int],
+        seed: int,
+        config: GenerationConfig,
+        end_ids: tuple[int, ...],
+        tokenizer: Tokenizer | None,
+    ):
         self.index, self.prompt, self.seed = index, prompt, seed
-        self.end_ids = end_ids
+        self.end_ids, self.tokenizer = end_ids, tokenizer
         self.limit = len(prompt) + config.max_new_tokens
         self.tokens = list(prompt)
         self.steps: list[int] = []
         self.probs: list[float] = []
+        self.logprobs: list[float] = []
         self.origins: list[str] = []
+        self.answer = None if tokenizer is None else AnswerText(tokenizer, config.stop)
         self.provisional: list[int | None] = []
         self.finish_reason: str | None = None if config.max_new_tokens else "length"
+        self.delivered = 0  # generated tokens that updates have brought
         self.reported = False  # its last update is out
         self.stats = Stats()
         self.began: float | None = None
@@ -49,8 +67,18 @@ class Sequence:
     def new(self) -> list[int]:
         return self.tokens[len(self.prompt) :]
 
-    def commit(self, tokens: Seq[int], steps: Seq[int], probs: Seq[float], origins: Seq[str]) -> list[int]:
-        """Appends what was decided; returns the ids that belong to the answer (up to an end token or the limit)."""
+    def commit(
+        self,
+        tokens: Seq[int],
+        steps: Seq[int],
+        probs: Seq[float],
+        origins: Seq[str],
+        logprobs: Seq[float] | None = None,
+    ) -> None:
+        """Appends what was decided, as far as it belongs to the answer (up to an end token or the limit).
+
+        `logprobs`: None: the logarithms of `probs`.
+        """
         keep = min(len(tokens), self.limit - len(self.tokens))
         end = next((i for i, token in enumerate(tokens[:keep]) if token in self.end_ids), None)
         if end is not None:
@@ -58,20 +86,50 @@ class Sequence:
         # Tokens come last: an interrupt in between leaves no token without the rest.
         self.steps += steps[:keep]
         self.probs += probs[:keep]
+        self.logprobs += [math.log(prob) for prob in probs[:keep]] if logprobs is None else logprobs[:keep]
         self.origins += origins[:keep]
         self.tokens += tokens[:keep]
         if end is not None:
             self.finish_reason = "end"
         elif len(self.tokens) >= self.limit:
             self.finish_reason = "length"
-        return list(tokens[:keep])
 
     def stop(self, count: int | None, reason: str) -> None:
         """Ends the text behind its first `count` generated tokens (all, if None)."""
         count = len(self.steps) if count is None else count
         if self.finish_reason is None or count < len(self.steps):
             self.finish_reason = reason
-        del self.tokens[len(self.prompt) + count :], self.steps[count:], self.probs[count:], self.origins[count:]
+        if self.answer is not None and count < len(self.answer.tokens):
+            self.answer.cut(count)
+        self._cut(count)
+
+    def _cut(self, count: int) -> None:
+        del self.tokens[len(self.prompt) + count :]
+        for column in (self.steps, self.probs, self.logprobs, self.origins):
+            del column[count:]
+
+    def settle(self) -> None:
+        """Brings the text up to the tokens; ends the sequence where its first stop string is complete."""
+        if self.answer is None:
+            return
+        known = len(self.prompt) + len(self.answer.tokens)
+        self.answer.push(self.tokens[known:], last=self.finish_reason is not None)
+        if self.answer.ended:
+            self.finish_reason = "stop"
+            self._cut(len(self.answer.tokens))
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether what is committed may yet be cut: it holds a stop string, but one that begins before may come."""
+        return self.answer is not None and self.answer.settled < len(self.answer.tokens)
+
+    def take(self) -> tuple[list[int], str | None]:
+        """The settled tokens and text that no update has brought."""
+        self.settle()
+        new = self.new if self.answer is None else self.new[: self.answer.settled]
+        new = new[self.delivered :]
+        self.delivered += len(new)
+        return new, None if self.answer is None else self.answer.take()
 
     def touch(self) -> None:
         """Brings the running time up to now."""
@@ -79,16 +137,21 @@ class Sequence:
         self.began = now if self.began is None else self.began
         self.stats.total_seconds = now - self.began
 
-    def result(self, target: LoadedModel) -> Result:
-        new = self.new
+    def result(self) -> Result:
+        self.settle()
+        new, text = self.new, None
         self.stats.new_tokens = len(new)
+        if self.answer is not None:
+            text = self.tokenizer.decode(new) if self.finish_reason is None else self.answer.text
         return Result(
             tokens=new,
-            text=None if target.tokenizer is None else target.tokenizer.decode(new),
+            text=text,
             step_map=self.steps[: len(new)],
             probs=self.probs[: len(new)],
             origins=self.origins[: len(new)],
             finish_reason=self.finish_reason or "interrupted",
-            prompt_tokens=self.prompt,
+            prompt_tokens=list(self.prompt),
             stats=self.stats,
+            logprobs=self.logprobs[: len(new)],
+            seed=self.seed,
         )

@@ -4,6 +4,7 @@ what becomes of a rejected tail."""
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ class Verdict:
     tokens: list[int]
     steps: list[int]
     probs: list[float]
+    logprobs: list[float]
     origins: list[str]
     drafted: int
     accepted: int
@@ -155,7 +157,8 @@ class Temporal:
             if "tail" in verdict.origins:
                 _judge_tail(verdict, logits[lane], drafts.known[lane], lanes.temperature[lane], sampler.banned)
             if verdict.bonus and counts[1] in self.end_ids and config.end_gate > 0:
-                _gate_end(verdict, logits[lane], drafts.known[lane], sampler.banned, config, self.end_ids)
+                heat = lanes.temperature[lane]
+                _gate_end(verdict, logits[lane], drafts.known[lane], heat, sampler.banned, config, self.end_ids)
             verdicts[lane] = verdict
         return verdicts
 
@@ -209,6 +212,7 @@ def _settle(
         tokens=tokens[span],
         steps=[step or last_step for step in steps[span]],
         probs=probs[span],
+        logprobs=[math.log(prob) if prob > 0 else -math.inf for prob in probs[span]],
         origins=origins[span],
         drafted=sum(step > 0 for step in steps[known:]),
         accepted=0,
@@ -216,19 +220,29 @@ def _settle(
     )
 
 
+def _log_probs(logits: Tensor, temperature: Tensor, banned: Tensor) -> Tensor:
+    """[L, V] of what a token's probability is taken of: no filters, temperature 0 counts as 1."""
+    x = logits.float() / torch.where(temperature > 0, temperature, 1.0)
+    return x.index_fill(1, banned, -torch.inf).log_softmax(1)
+
+
 def _judge_tail(verdict: Verdict, logits: Tensor, known: int, temperature: Tensor, banned: Tensor) -> None:
     """Puts the target's probability beside each token that a tail policy chose: the op judged others there."""
-    x = logits[known:].float() / torch.where(temperature > 0, temperature, 1.0)
-    x = x.index_fill(1, banned, -torch.inf)
-    chosen = torch.tensor(verdict.tokens, device=x.device)[:, None]
-    prob = x.softmax(1)[: len(chosen)].gather(1, chosen).squeeze(1).tolist()
-    verdict.probs = [
-        new if o == "tail" else old for new, old, o in zip(prob, verdict.probs, verdict.origins, strict=True)
-    ]
+    chosen = torch.tensor(verdict.tokens, device=logits.device)[:, None]
+    logs = _log_probs(logits[known : known + len(chosen)], temperature, banned).gather(1, chosen).squeeze(1)
+    for i, (log, prob) in enumerate(zip(logs.tolist(), logs.exp().tolist(), strict=True)):
+        if verdict.origins[i] == "tail":
+            verdict.probs[i], verdict.logprobs[i] = prob, log
 
 
 def _gate_end(
-    verdict: Verdict, logits: Tensor, known: int, banned: Tensor, config: GenerationConfig, end_ids: tuple[int, ...]
+    verdict: Verdict,
+    logits: Tensor,
+    known: int,
+    temperature: Tensor,
+    banned: Tensor,
+    config: GenerationConfig,
+    end_ids: tuple[int, ...],
 ) -> None:
     """Drops a bonus end token that the target gives less than `end_gate`.
 
@@ -239,20 +253,11 @@ def _gate_end(
     if verdict.probs[at] >= config.end_gate:
         return
     if at > 0 and at == len(verdict.tokens) - 1 and config.rejected_tail.startswith("truncate"):
-        for column in (verdict.tokens, verdict.steps, verdict.probs, verdict.origins):
+        for column in (verdict.tokens, verdict.steps, verdict.probs, verdict.logprobs, verdict.origins):
             column.pop()
         verdict.bonus = 0
         return
-    device = logits.device
-    zero = torch.zeros(1, dtype=torch.int32, device=device)
-    token, prob, *_ = kernels.sample_logits(
-        logits[known + at][None],
-        zero.float(),
-        zero,
-        torch.ones(1, dtype=torch.float32, device=device),
-        zero.long(),
-        zero,
-        zero.long(),
-        torch.cat([banned, torch.tensor(end_ids, device=device)]),
-    )
-    verdict.tokens[at], verdict.probs[at] = int(token), float(prob)
+    logs = _log_probs(logits[known + at][None], temperature, banned)[0]
+    token = logs.index_fill(0, torch.tensor(end_ids, device=logs.device), -torch.inf).argmax()
+    log = logs[token]
+    verdict.tokens[at], verdict.probs[at], verdict.logprobs[at] = int(token), float(log.exp()), float(log)

@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from simsd.errors import SimsdError
+from simsd.values import is_integer, is_list, plain
 
 Prompt = str | Sequence[int] | Sequence[dict[str, str]]
 MASK = "<|MASK|>"
@@ -46,9 +47,7 @@ class Tokenizer:
             if self.backend.chat_template is None:
                 return self._checked(self.backend.encode(prompt) if prompt else [])
             prompt = [{"role": "user", "content": prompt}]
-        if not isinstance(prompt, Sequence):
-            prompt = prompt.tolist() if hasattr(prompt, "tolist") else prompt
-        if isinstance(prompt, Sequence) and prompt and all(isinstance(turn, dict) for turn in prompt):
+        if is_list(prompt) and prompt and all(isinstance(turn, dict) for turn in prompt):
             return self._checked(self._encode_chat(prompt))
         return check_ids(prompt, self.vocab_size, self.mask_token_id)
 
@@ -74,14 +73,23 @@ class Tokenizer:
 
 
 def check_ids(ids: object, vocab_size: int, mask_token_id: int) -> list[int]:
-    """The ids as a list. Raises SimsdError where they are none, out of the vocabulary, or the mask token's."""
-    if not isinstance(ids, Sequence) or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-        raise SimsdError(f"a prompt is a string, a chat or a list of token ids, got {type(ids).__name__}: {ids!r:.80}")
+    """The ids (a list, an array or a tensor) as a list of ints.
+
+    Raises SimsdError where they are none, out of the vocabulary, or the mask token's.
+    """
+    given, ids = ids, plain(ids)
+    if is_list(ids):
+        ids = [plain(i) for i in ids]
+    if not isinstance(ids, list) or not all(map(is_integer, ids)):
+        shown = " ".join(repr(given).split())
+        raise SimsdError(
+            f"a prompt is a string, a chat or a list of token ids, got {type(given).__name__}: {shown:.80}"
+        )
     if outside := [i for i in ids if not 0 <= i < vocab_size]:
         raise SimsdError(f"the prompt has token id {outside[0]}, but ids go from 0 to {vocab_size - 1}")
     if mask_token_id in ids:
         raise SimsdError(_mask_message(MASK, mask_token_id))
-    return list(ids)
+    return ids
 
 
 def _mask_message(token: str, token_id: int) -> str:
