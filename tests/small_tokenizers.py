@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 import byte_pair
 from simsd.models.tokenizer import Tokenizer
+from stand_ins import END, MASK
 
 WORDS = ["▁", "▁a", "▁the", "b", "ab", "▁▁", "\n", "é", "漢", "🙂", "."]
 
@@ -49,3 +50,22 @@ ALL = {make.__name__: make for make in (byte_level, sentence_piece, word_level, 
 
 def _wrapped(backend: PreTrainedTokenizerFast) -> Tokenizer:
     return Tokenizer(backend, len(backend), mask_token_id=-1)
+
+
+def for_stand_ins() -> PreTrainedTokenizerFast:
+    """For `stand_ins`' models: letters, parts of words, bytes of longer characters, and their special tokens."""
+    split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str
+
+    def named(text: str) -> str:  # a letter for every byte, as ByteLevel writes them
+        return "".join(piece for piece, _ in split(text))
+
+    parts = "th he in er an qu ab ba aa bb abc ,a .b é 漢".split() + ["the ", " of", "\n\n"]
+    tokens = [*named("abcdefghijklmnopqrstuvwxyz .\né漢🙂"), *map(named, parts)]
+    vocabulary = {token: i for i, token in enumerate(tokens)} | {f"word{i}": i for i in range(len(tokens), END)}
+    assert sorted(vocabulary.values()) == list(range(END))
+    inner = Rust(models.BPE(vocabulary, []))
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in ("<end>", "<mask>")])
+    backend = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>", mask_token="<mask>")
+    assert backend.convert_tokens_to_ids(["<end>", "<mask>"]) == [END, MASK]
+    return backend

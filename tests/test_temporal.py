@@ -136,6 +136,33 @@ def test_a_tail_token_carries_its_own_probability(target, draft, tail):
     torch.testing.assert_close(torch.tensor(result.probs), expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_a_token_in_a_gated_end_token_s_place_carries_its_probability_among_all_ids(target, draft, temperature):
+    """End tokens, which it was chosen without, and the temperature count in it as they do elsewhere."""
+    ends = [i for i in range(VOCABULARY) if i != MASK][:60]
+    config = settings_for(temperature=temperature, end_token_ids=ends, end_gate=1.0)
+    decoder = simsd.Decoder(target, [PROMPTS[3]], draft, config)
+    seen = []
+    forward = Side.forward
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Side, "forward", lambda side, *a: seen.append(forward(side, *a)) or seen[-1])
+        next(iter(decoder))
+    result = decoder.result()
+    assert result.origins == ["bonus"] and result.tokens[0] not in ends
+    logits = seen[-1][0][0] / (temperature or 1.0)
+    logits[MASK] = -math.inf
+    expected = logits.softmax(-1)[result.tokens[0]].item()
+    assert result.probs == pytest.approx([expected], rel=1e-4) and expected < 0.2
+    assert result.logprobs == pytest.approx([math.log(expected)], rel=1e-4)
+
+
+def test_a_tail_token_of_vanishing_probability_has_a_logarithm_all_the_same(target, draft):
+    config = settings_for(max_new_tokens=4, rejected_tail="draft_argmax", temperature=0.01, end_token_ids=())
+    result = simsd.generate(target, [PROMPTS[3]], draft, config)[0]
+    vanishing = [(p, log) for p, log in zip(result.probs, result.logprobs, strict=True) if p < 1e-30]
+    assert vanishing and all(-math.inf < log < -69 for _, log in vanishing)
+
+
 @pytest.mark.parametrize("changes", [{}, {"accept": "mrs", "temperature": 0.9}, {"draft_steps": 2}], ids=str)
 def test_a_prompt_s_text_does_not_depend_on_its_batch(target, close_draft, changes):
     config = settings_for(max_new_tokens=14, end_token_ids=(), **changes)

@@ -71,12 +71,12 @@ class Decoder:
         if config.stop and target.tokenizer is None:
             raise SimsdError(f"stop strings need a tokenizer, and {target.name} has none: use end_token_ids")
         prompts = encode_prompts(target, prompts)
-        seeds = config.seeds(len(prompts)) if seeds is None else seeds
         longest = max((len(prompt) for prompt in prompts), default=0)
         self.capacity = layouts.aligned(longest + config.max_new_tokens, self.block_length)
         check_length(self.capacity, longest, config, target, draft)
         self.end_ids = tuple(target.end_token_ids if config.end_token_ids is None else config.end_token_ids)
         samples = [prompt for prompt in prompts for _ in range(config.n)]
+        seeds = config.seeds(len(prompts)) if seeds is None else GenerationConfig(seed=seeds).seeds(len(samples))
         self.sequences = [
             Sequence(i, prompt, seed, config, self.end_ids, target.tokenizer)
             for i, (prompt, seed) in enumerate(zip(samples, seeds, strict=True))

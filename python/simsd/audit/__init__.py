@@ -29,9 +29,10 @@ from simsd.audit.report import (
     describe,
     machine,
 )
-from simsd.decoding import Decoder, encode_prompts
+from simsd.decoding import Decoder
 from simsd.errors import SimsdError
 from simsd.models.loading import LoadedModel
+from simsd.prompts import encode_prompts
 
 __all__ = [
     "FAIL",
