@@ -21,7 +21,7 @@ LARGEST_UNIFORM = 1.0 - 2.0**-24
 
 
 def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Philox4x32-10: four counter words and two key words, int64 tensors (or ints) in [0, 2**32), to four such words."""
+    """Philox4x32-10: four counter words and two key words, int64 tensors or ints in [0, 2**32), to four of them."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(ROUNDS):
