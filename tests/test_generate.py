@@ -180,6 +180,16 @@ def test_without_a_seed_texts_differ_and_their_seeds_bring_them_back(target):
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_limits_beyond_what_there_can_be_are_none(target, draft, mode):
+    settings = {"max_new_tokens": 6, "temperature": 1.0} | MODES[mode]
+    [plain] = simsd.generate(target, [PROMPTS[3]], draft, **settings)
+    [result] = simsd.generate(target, [PROMPTS[3]], draft, top_k=2**40, max_rows=2**70, max_batch=2**70, **settings)
+    assert result.tokens == plain.tokens
+    with pytest.raises(SimsdError, match="exceed the 512 positions"):
+        simsd.generate(target, [PROMPTS[3]], draft, **settings | {"max_new_tokens": 2**70})
+
+
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("temperature", [1e-30, 1e-6, 3.4e38])
 def test_extreme_temperatures_give_the_texts_of_their_limits(target, draft, mode, temperature):
     """Next to 0 the text is the greedy one (the leftmost position goes first: no confidence has a say), far up every

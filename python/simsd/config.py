@@ -113,8 +113,6 @@ class GenerationConfig:
         _one_of("verify", self.verify, VERIFIERS)
         _one_of("drafter", self.drafter, DRAFTERS)
         integer("lookahead", self.lookahead, 1, MAX_LOOKAHEAD)
-        if self.max_rows is not None:
-            integer("max_rows", self.max_rows, 0, INT32_MAX)
         _one_of("accept", self.accept, RULES)
         _one_of("rejected_tail", self.rejected_tail, REJECTED_TAILS)
         integer("max_new_tokens", self.max_new_tokens, 0)
@@ -124,7 +122,10 @@ class GenerationConfig:
         for name in ("steps", "draft_steps"):
             if getattr(self, name) is not None:
                 integer(name, getattr(self, name), 1, self.block_length or MAX_BLOCK_LENGTH)
-        integer("top_k", self.top_k, 0, INT32_MAX)
+        for name in ("top_k", "max_rows"):
+            if getattr(self, name) is not None or name == "top_k":
+                integer(name, getattr(self, name), 0)
+                object.__setattr__(self, name, min(getattr(self, name), INT32_MAX))  # more than there can be
         for name, high in _NUMBERS.items():
             if getattr(self, name) is not None or name != "order_power":
                 _number(name, getattr(self, name), high)
