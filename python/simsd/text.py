@@ -63,7 +63,7 @@ class GrowingText:
             return 0
         run = 0
         for count, token in enumerate(reversed(self.tokens[self._next :]), start=1):
-            if _BYTE.fullmatch(self.tokenizer.backend.convert_ids_to_tokens(token)):
+            if _BYTE.fullmatch(self.tokenizer.backend.convert_ids_to_tokens(token) or ""):
                 run = count
             elif self.tokenizer.decode([token]):
                 break
