@@ -31,6 +31,7 @@ from hf_runs import (  # noqa: F401
     tokenizer,
 )
 from simsd import SimsdError
+from simsd.seeds import sample_seed
 from stand_ins import END, MASK, VOCABULARY, random_sdar
 
 
@@ -116,9 +117,10 @@ def test_several_sequences_per_prompt_differ_and_are_in_transformers_order(run):
     assert len({tuple(row) for row in output.tolist()}) == 6
     seeded = run(rows, **SAMPLING, num_return_sequences=3, seed=11).tolist()
     for n in range(3):
-        [alone] = run(**SAMPLING, seed=11 + n).tolist()
+        [alone] = run(**SAMPLING, seed=sample_seed(11, n)).tolist()
         assert seeded[n][: len(alone)] == alone
-    one_each = run(rows, **SAMPLING, num_return_sequences=3, seed=[11, 12, 13, 11, 12, 13]).tolist()
+    seeds = [sample_seed(11, n) for n in range(3)] * 2
+    one_each = run(rows, **SAMPLING, num_return_sequences=3, seed=seeds).tolist()
     assert one_each == seeded
 
 

@@ -156,8 +156,9 @@ def hf_generate(
         tokenizer: the model's, for stop strings; ids past its last one are then never generated.
         verify, drafter, lookahead, max_rows, accept, strategy, steps, block_length, draft_steps, rejected_tail,
             threshold, entropy_bound, end_gate: see `simsd.GenerationConfig`; None is its default.
-        seed: of the noise; an int, to which a prompt's n-th copy adds n, or one per row; None draws one per row
-            from torch's generator, so that torch.manual_seed reproduces the text. Without do_sample nothing is drawn.
+        seed: of the noise; an int, from which each copy of a prompt has its own as the samples of `simsd.generate(n=)`
+            do, or one per row; None draws one per row from torch's generator, so that torch.manual_seed reproduces the
+            text. Without do_sample nothing is drawn.
         mask_token_id: None: the model's.
 
     Returns:
@@ -200,7 +201,7 @@ def hf_generate(
         "seed": seed,
     }
     config = GenerationConfig(**{name: value for name, value in settings.items() if value is not None})
-    seeds = _seeds(config, seed, samples, len(input_ids), generation_config.num_return_sequences or 1)
+    seeds = _seeds(config, seed is not None, samples, len(input_ids), generation_config.num_return_sequences or 1)
     pad = next(iter(_ids(generation_config.pad_token_id) + end_ids), None)
     criteria = StoppingCriteriaList(c for c in stopping_criteria or () if not isinstance(c, MaxTimeCriteria))
     clocks = StoppingCriteriaList(c for c in stopping_criteria or () if isinstance(c, MaxTimeCriteria))
@@ -334,13 +335,12 @@ def _refuse_processors(processors: Sequence, given: transformers.GenerationConfi
         raise SimsdError(f"{_CANNOT} logits_processor {name}: {advice}")
 
 
-def _seeds(
-    config: GenerationConfig, seed: int | Sequence[int] | None, samples: bool, rows: int, copies: int
-) -> list[int]:
-    if seed is None:
+def _seeds(config: GenerationConfig, given: bool, samples: bool, rows: int, copies: int) -> list[int]:
+    """One seed per row. `given`: whether the caller named seeds."""
+    if not given:
         return torch.randint(2**63 - 1, (rows,), device="cpu").tolist() if samples else [0] * rows
-    if isinstance(seed, int):
-        return [(seed + row % copies + 2**63) % 2**64 - 2**63 for row in range(rows)]
+    if isinstance(config.seed, int):
+        return dataclasses.replace(config, n=copies).seeds(rows // copies)
     return config.seeds(rows)
 
 
