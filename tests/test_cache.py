@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 import simsd
 from simsd import SimsdError
-from simsd.models.cache import BlockCache
+from simsd.models.cache import CACHE_ARGUMENT, BlockCache
 from simsd.models.forward import run
 from simsd_kernels import INF, dispatch
 from small_checkpoints import BASE, MASK_ID, VOCABULARY, stock_model
@@ -43,6 +44,15 @@ def test_decoding_block_by_block_equals_one_forward(model, tokens, limit):
         parts.append(run(model, tokens[:, start:end], *rows, cache, slots))
     with torch.no_grad():
         torch.testing.assert_close(torch.cat(parts, 1), model(tokens).logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_forward_calls_the_cache_what_the_installed_transformers_does(model, tokens):
+    slots = torch.arange(14, dtype=torch.int32).repeat(2, 1)
+    logits = run(model, tokens, *clean(slots, 16), BlockCache(model.config, 2, 16), slots)
+    with torch.no_grad():
+        cached = model(tokens, past_key_values=DynamicCache(config=model.config)).logits
+    torch.testing.assert_close(logits, cached, atol=1e-5, rtol=0)
 
 
 def test_slots_may_lie_anywhere_and_each_sequence_has_its_own(model, tokens):
@@ -117,9 +127,8 @@ def test_a_compiled_forward_sees_each_call_s_slots(model, tokens):
             position, clock, birth, death = clean(slots, 16)
             cache.prepare(slots)
             here = tokens[:, start : start + 4]
-            clocks = {"clock": clock, "birth": birth, "death": death}
-            mask = {"full_attention": None}
-            out = compiled(here, attention_mask=mask, position_ids=position, past_key_values=cache, **clocks)
+            arguments = {"clock": clock, "birth": birth, "death": death, CACHE_ARGUMENT: cache}
+            out = compiled(here, attention_mask={"full_attention": None}, position_ids=position, **arguments)
             parts.append(model.lm_head(out.last_hidden_state))
         torch.testing.assert_close(torch.cat(parts, 1), model(tokens[:, :12]).logits, atol=1e-5, rtol=0)
 

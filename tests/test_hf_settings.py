@@ -31,6 +31,7 @@ from hf_runs import (  # noqa: F401
     tokenizer,
 )
 from simsd import SimsdError
+from simsd.models.cache import CACHE_ARGUMENT
 from simsd.seeds import sample_seed
 from stand_ins import END, MASK, VOCABULARY, random_sdar
 
@@ -226,8 +227,8 @@ def test_an_argument_that_cannot_be_honoured_is_refused_by_name(run, settings, n
 
 
 def test_a_cache_of_the_caller_is_refused(run, target):
-    with pytest.raises(SimsdError, match="past_key_values"):
-        run(past_key_values=DynamicCache(config=target.model.config))
+    with pytest.raises(SimsdError, match=CACHE_ARGUMENT):
+        run(**{CACHE_ARGUMENT: DynamicCache(config=target.model.config)})
 
 
 def test_a_prompt_with_the_mask_token_is_refused_before_anything_is_decoded(run):

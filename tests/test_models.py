@@ -128,6 +128,19 @@ def test_calls_with_a_dynamic_cache_equal_one_call(checkpoints, tokens, moe):
     torch.testing.assert_close(torch.cat(parts, 1)[mask.bool()], whole[mask.bool()], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_both_names_of_the_cache_are_taken_whichever_transformers_is_installed(model, tokens, name):
+    with torch.no_grad():
+        caches = [DynamicCache(config=model.config) for _ in range(2)]
+        model(tokens[:, :8], **{name: caches[0]})
+        model(tokens[:, :8], None, None, caches[1])
+        for cache in caches:
+            logits = model(tokens[:, 8:], **{name: cache}).logits
+            torch.testing.assert_close(logits, model(tokens).logits[:, 8:], atol=1e-5, rtol=0)
+        with pytest.raises(SimsdError, match="two names of one argument"):
+            model(tokens, cache=caches[0], past_key_values=caches[0])
+
+
 def test_a_cache_that_ends_inside_a_block_is_refused(model, tokens):
     with torch.no_grad():
         cache = model(tokens[:, :6], use_cache=True).past_key_values

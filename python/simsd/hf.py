@@ -25,6 +25,7 @@ from simsd.config import GenerationConfig
 from simsd.decoding import Decoder
 from simsd.errors import SimsdError
 from simsd.models import weights
+from simsd.models.cache import CACHE_ARGUMENT
 from simsd.models.generation import CustomGeneration
 from simsd.models.loading import LoadedModel, load
 from simsd.results import Result
@@ -86,7 +87,7 @@ _PROCESSOR_FIELDS = {
 _FORWARD_ARGUMENTS = {
     "attention_mask",
     "position_ids",
-    "past_key_values",
+    CACHE_ARGUMENT,
     "use_cache",
     "logits_to_keep",
     "output_attentions",
@@ -268,9 +269,9 @@ def _counted(input_ids: Tensor, forward_arguments: dict) -> Tensor:
     given = {name for name, value in forward_arguments.items() if value is not None}
     if unknown := sorted(given - _FORWARD_ARGUMENTS):
         raise SimsdError(f"{_CANNOT} {', '.join(unknown)}: it takes token ids and a 2-D attention_mask")
-    past = forward_arguments.get("past_key_values")
+    past = forward_arguments.get(CACHE_ARGUMENT)
     if past is not None and (getattr(past, "_is_user_defined", False) or past.get_seq_length()):
-        raise SimsdError(f"{_CANNOT} past_key_values={type(past).__name__}: it keeps a cache of its own")
+        raise SimsdError(f"{_CANNOT} {CACHE_ARGUMENT}={type(past).__name__}: it keeps a cache of its own")
     mask = forward_arguments.get("attention_mask")
     if mask is None:
         mask = torch.ones_like(input_ids)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch import Tensor
 from transformers import Cache, PretrainedConfig
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from simsd.errors import SimsdError
 from simsd.models.attention import unchecked
 from simsd_kernels import store_kv
+
+# What transformers calls a forward's cache: renamed in 5.24, where the old name warns.
+CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(Qwen3DecoderLayer.forward).parameters else "past_key_values"
 
 
 class BlockCache(Cache):

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from simsd.models.attention import unchecked
-from simsd.models.cache import BlockCache
+from simsd.models.cache import CACHE_ARGUMENT, BlockCache
 from simsd_kernels import masked_attention
 
 # A matrix product gives a row the same bits at every multiple of this many rows, on the CPUs where it was tried
@@ -100,13 +100,13 @@ def run(
         if batch > 1:
             clock = packing.spread(clock[0], batch, fill=-1)
             kernel = _spreading(kernel, packing, batch)
-    visibility = {"clock": clock, "birth": birth, "death": death}
+    arguments = {"clock": clock, "birth": birth, "death": death, "kernel": kernel, CACHE_ARGUMENT: cache}
     # The body of transformers' Qwen3Model.forward, since what surrounds it costs a small model a tenth of its forward.
     base = model.model
     hidden = base.embed_tokens(tokens)
     rope = base.rotary_emb(hidden, positions)
     for layer in base.layers:
-        hidden = layer(hidden, position_embeddings=rope, past_key_values=cache, kernel=kernel, **visibility)
+        hidden = layer(hidden, position_embeddings=rope, **arguments)
     if logits_rows is not None:
         if logits_rows.numel() == 0:
             return None

@@ -25,7 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from simsd.errors import SimsdError
 from simsd.models import attention
-from simsd.models.cache import BlockCache
+from simsd.models.cache import CACHE_ARGUMENT, BlockCache
 from simsd.models.generation import CustomGeneration
 from simsd_kernels import INF
 
@@ -90,6 +90,7 @@ class _BlockCausalForward:
         clock: Tensor | None = None,
         birth: Tensor | None = None,
         death: Tensor | None = None,
+        cache=None,
         **kwargs,
     ):
         """The stock forward with block-causal attention.
@@ -98,7 +99,8 @@ class _BlockCausalForward:
             attention_mask: [B, K], nonzero at tokens; K = cached tokens + R. None: all are tokens. With an
                 `attn_implementation` other than "simsd", also what that one takes (4-D masks), used as it is.
             position_ids: [B, R]; the mask's running count if None.
-            past_key_values: DynamicCache, or BlockCache with position_ids, clock, birth and death.
+            past_key_values, cache: two names of one argument (transformers renamed it), whichever transformers is
+                installed; DynamicCache, or BlockCache with position_ids, clock, birth and death.
             labels: [B, R]; row i predicts labels[i] itself (no shift), -100 is ignored.
             clock, birth, death: int32 [B, R], [B, K], [B, K]; all three or none.
 
@@ -107,12 +109,15 @@ class _BlockCausalForward:
         """
         if labels is not None:
             kwargs.setdefault("shift_labels", labels)
+        if cache is not None and past_key_values is not None:
+            raise SimsdError("cache and past_key_values are two names of one argument: give one of them")
+        cache = past_key_values if cache is None else cache
         clocks = {"clock": clock, "birth": birth, "death": death}
         explicit = [name for name, value in clocks.items() if value is not None]
         if explicit and len(explicit) < 3:
             raise SimsdError(f"clock, birth and death belong together, got {' and '.join(explicit)} alone")
         interval = self.config._attn_implementation == attention.NAME
-        if isinstance(past_key_values, BlockCache) and not (explicit and interval and position_ids is not None):
+        if isinstance(cache, BlockCache) and not (explicit and interval and position_ids is not None):
             raise SimsdError(
                 "a BlockCache needs position_ids, clock, birth, death and attention simsd in every forward"
             )
@@ -125,7 +130,7 @@ class _BlockCausalForward:
         derived = not explicit and is_2d
         if derived or position_ids is None:
             rows = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
-            plain = self._plain(attention_mask if is_2d else None, rows, past_key_values, whole_blocks=derived)
+            plain = self._plain(attention_mask if is_2d else None, rows, cache, whole_blocks=derived)
             position_ids = plain.positions if position_ids is None else position_ids
             if derived:
                 clocks = {"clock": plain.clock, "birth": plain.birth, "death": plain.death}
@@ -138,22 +143,20 @@ class _BlockCausalForward:
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             labels=labels,
             use_cache=use_cache,
+            **{CACHE_ARGUMENT: cache},
             **kwargs,
         )
 
-    def _plain(self, mask: Tensor | None, rows: torch.Size, past_key_values, whole_blocks: bool) -> BlockCausal:
+    def _plain(self, mask: Tensor | None, rows: torch.Size, cache, whole_blocks: bool) -> BlockCausal:
         """Positions and visibility from the 2-D mask, behind what a DynamicCache holds."""
         past = 0
-        if past_key_values is not None:
-            if not isinstance(past_key_values, DynamicCache):
-                raise SimsdError(
-                    f"past_key_values must be a DynamicCache or a BlockCache, got {type(past_key_values).__name__}"
-                )
-            past = past_key_values.get_seq_length()
+        if cache is not None:
+            if not isinstance(cache, DynamicCache):
+                raise SimsdError(f"past_key_values must be a DynamicCache or a BlockCache, got {type(cache).__name__}")
+            past = cache.get_seq_length()
         shape = (rows[0], past + rows[1])
         if mask is None:
             mask = torch.ones(shape, dtype=torch.bool, device=self.device)
