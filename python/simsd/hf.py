@@ -171,7 +171,7 @@ def hf_generate(
             `simsd.generate` refuses; raised before anything is decoded.
     """
     _refuse_arguments(model, generation_config, streamer, synced_gpus, assistant_tokenizer, input_ids)
-    _refuse_fields(generation_config)
+    _refuse_fields(generation_config, model.generation_config)
     _refuse_processors(logits_processor or (), generation_config)
     mask = _counted(input_ids, forward_arguments)
     target = load(model, mask_token_id=mask_token_id, tokenizer=tokenizer)
@@ -311,14 +311,17 @@ def _refuse_arguments(
         raise SimsdError(f"a streamer takes one row, got {len(input_ids)}: rows are decoded side by side")
 
 
-def _refuse_fields(given: transformers.GenerationConfig) -> None:
-    """Refuses every field of transformers' config that is set to something and not honoured."""
+def _refuse_fields(given: transformers.GenerationConfig, own: transformers.GenerationConfig) -> None:
+    """Refuses every field of transformers' config that is set to something and not honoured.
+
+    `own`: the model's. Published configurations have use_cache=False, left over from training, which asks for nothing.
+    """
     refused = []
     for name in vars(transformers.GenerationConfig()).keys() - _HONOURED:
         value = getattr(given, name, None)
         if not (name.startswith("_") or value is None or value is False or value == _NEUTRAL.get(name)):
             refused.append(f"{name}={value!r}")
-    if given.use_cache is False:
+    if given.use_cache is False and own.use_cache is not False:
         refused.append("use_cache=False")
     if refused:
         raise SimsdError(f"{_CANNOT} {', '.join(sorted(refused))}: unset it, or decode with another custom_generate")

@@ -58,10 +58,9 @@ def read_config(folder: Path) -> Config:
     if fields.get("quantization_config"):
         raise SimsdError(f"{folder}: quantized checkpoints are not supported")
     try:
-        config = weights.MODEL_CLASSES[model_type][0].from_dict(fields)
+        config = weights.MODEL_CLASSES[model_type][0].from_dict(fields, name_or_path=str(folder))
     except Exception as error:  # transformers' validation has a type of its own for each kind of mistake
         raise SimsdError(f"{folder}/config.json is not valid: {_first_line(error)}") from error
-    config.name_or_path = str(folder)
     return config
 
 

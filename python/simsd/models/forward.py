@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from simsd.models.attention import unchecked
+from simsd.errors import SimsdError
+from simsd.models.attention import NAME, unchecked
 from simsd.models.cache import CACHE_ARGUMENT, BlockCache
 from simsd_kernels import masked_attention
 
@@ -88,7 +89,15 @@ def run(
 
     Returns:
         Logits [B, n, V] ([1, n, V] when packed) in the model's dtype, or None where no rows were asked for.
+
+    Raises:
+        SimsdError: the model has another attention than ours, which would see everything.
     """
+    if model.config._attn_implementation != NAME:
+        raise SimsdError(
+            f'run needs a model with attn_implementation="{NAME}", got "{model.config._attn_implementation}": take'
+            " that of simsd.load(model)"
+        )
     kernel = unchecked(masked_attention, cache.keys.device, cache.keys.dtype)
     if packing is None:
         cache.prepare(slots)

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCrit
 
 from simsd.errors import SimsdError
 
-# What transformers 5.17 to 5.23 takes out of the call and does not hand to a callable `custom_generate`.
+# What transformers 5.17 to 5.24 takes out of the call and does not hand to a callable `custom_generate`.
 _DROPPED = ("assistant_model", "streamer", "tokenizer", "assistant_tokenizer", "synced_gpus")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from simsd.ambient import undisturbed
 from simsd.config import MAX_BLOCK_LENGTH
 from simsd.errors import SimsdError
 from simsd.models import checkpoint, weights
+from simsd.models.configuration import DEFAULT_BLOCK_LENGTH, named_block_length
 from simsd.models.deterministic import (
     check_supported,
     is_deterministic,
@@ -21,7 +23,6 @@ from simsd.models.deterministic import (
     use_thin_linear,
     uses_thin_linear,
 )
-from simsd.models.sdar import DEFAULT_BLOCK_LENGTH
 from simsd.models.tokenizer import MASK, Prompt, Tokenizer, check_ids, read_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -97,6 +98,11 @@ def load(
 ) -> LoadedModel:
     """Loads an SDAR model (dense or mixture-of-experts).
 
+    A checkpoint decides the model, its block length and its tokens, not how it is computed: an attention that its
+    config.json names is not used. Of its generation_config.json the end tokens count; the sampling settings there
+    (SDAR's: temperature 0.6, top-k 20, top-p 0.95) are honoured by `hf_generate`, as by transformers, while
+    `simsd.generate` does what its own `GenerationConfig` says: greedy, by default.
+
     Args:
         source: "tiny-target" or "tiny-draft" (the built-in pair), a checkpoint folder in Hugging Face format, a hub id,
             or a module in memory with SDAR's parameter names and a Qwen3-style `.config`, whose weights are shared, not
@@ -104,7 +110,8 @@ def load(
             matrices of experts held one by one are packed, and the module is left with views of the packed ones.
         dtype: "float32", "bfloat16", "float16" or the torch dtype; None or "auto": as stored.
         device: of the model; None: CPU, or the module's.
-        block_length: 1 to 64; None: the configuration's `block_length`, or 4.
+        block_length: 1 to 64; None: the configuration's `block_length` or `block_size`, else that in the name of a
+            published checkpoint (32 of SDAR-8B-Chat-b32), else 4.
         mask_token_id: None: the configuration's, or that of the tokenizer's `<|MASK|>` or mask token.
         tokenizer: for a model that comes without one: a transformers tokenizer or its folder.
         deterministic: on the CPU or on CUDA, a row's logits do not depend, to the last bit, on how many rows share its
@@ -208,6 +215,13 @@ def _move(model: PreTrainedModel, dtype: torch.dtype | None, device: torch.devic
 
 def _block_length(given: int | None, config) -> int:
     length = given if given is not None else config.block_length
+    named = named_block_length(config.name_or_path)
+    if given is None and named not in (None, length):
+        warnings.warn(
+            f"{config.name_or_path} has blocks of {length} by its config.json and of {named} by its name: {length} is"
+            f" taken; if the name is right, pass block_length={named}",
+            stacklevel=3,
+        )
     length = DEFAULT_BLOCK_LENGTH if length is None else length
     if isinstance(length, bool) or not isinstance(length, int) or not 1 <= length <= MAX_BLOCK_LENGTH:
         raise SimsdError(f"block_length must be an integer from 1 to {MAX_BLOCK_LENGTH}, got {length!r}")

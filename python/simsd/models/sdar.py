@@ -15,7 +15,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     DynamicCache,
-    Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
@@ -26,28 +25,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from simsd.errors import SimsdError
 from simsd.models import attention
 from simsd.models.cache import CACHE_ARGUMENT, BlockCache
+from simsd.models.configuration import DEFAULT_BLOCK_LENGTH, SDARConfig, SDARMoeConfig
 from simsd.models.generation import CustomGeneration
 from simsd_kernels import INF
-
-DEFAULT_BLOCK_LENGTH = 4
-
-
-class SDARConfig(Qwen3Config):
-    """Qwen3's configuration, the block length of the checkpoint (None: not recorded) and the mask token's id."""
-
-    model_type = "sdar"
-
-    block_length: int | None = None
-    mask_token_id: int | None = None
-
-
-class SDARMoeConfig(Qwen3MoeConfig):
-    """Qwen3-MoE's configuration, the block length of the checkpoint (None: not recorded) and the mask token's id."""
-
-    model_type = "sdar_moe"
-
-    block_length: int | None = None
-    mask_token_id: int | None = None
 
 
 class BlockCausal(NamedTuple):

@@ -12,7 +12,8 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from simsd.errors import SimsdError
 from simsd.models.attention import NAME
-from simsd.models.sdar import SDARConfig, SDARForCausalLM, SDARMoeConfig, SDARMoeForCausalLM
+from simsd.models.configuration import SDARConfig, SDARMoeConfig
+from simsd.models.sdar import SDARForCausalLM, SDARMoeForCausalLM
 
 Config = SDARConfig | SDARMoeConfig
 MODEL_CLASSES = {
@@ -26,7 +27,8 @@ _DERIVED = re.compile(r".*rotary_emb\.inv_freq$")
 
 
 def skeleton(config: Config) -> PreTrainedModel:
-    """The model with every parameter on the meta device."""
+    """The model with every parameter on the meta device and with our attention, whatever `config` says of it."""
+    config._attn_implementation = NAME
     with torch.device("meta"):
         return MODEL_CLASSES[config.model_type][1](config)
 
@@ -75,6 +77,8 @@ def assemble(model: PreTrainedModel, tensors: dict[str, Tensor]) -> PreTrainedMo
             tensors[name] = pack_experts(tensors, name, experts=len(value))
     if HEAD not in tensors:
         tensors[HEAD] = tensors[EMBEDDING]
+    elif not torch.equal(tensors[HEAD], tensors[EMBEDDING]):
+        model.config.tie_word_embeddings = False  # whatever was configured: transformers, too, keeps a head of its own
     # Detached: the same storages, but parameters of our own.
     tensors = {name: tensor.detach() for name, tensor in tensors.items()}
     if any(tensor.is_inference() for tensor in tensors.values()):
@@ -135,7 +139,8 @@ def module_config(module: nn.Module) -> Config:
     fields = given.to_dict() if hasattr(given, "to_dict") else dict(vars(given))
     fields = {field: value for field, value in fields.items() if not _NOT_FIELDS.fullmatch(field)}
     fields |= {field: getattr(given, field) for field in wanted}
-    return MODEL_CLASSES["sdar_moe" if is_moe else "sdar"][0](**fields)
+    kind = MODEL_CLASSES["sdar_moe" if is_moe else "sdar"][0]
+    return kind.from_dict(fields, name_or_path=getattr(given, "_name_or_path", ""))
 
 
 def from_module(module: nn.Module, config: Config) -> PreTrainedModel:
