@@ -73,7 +73,7 @@ def test_what_is_wrong_at_a_rate_is_wrong_at_larger_ones():
 @pytest.mark.parametrize("batch", [1, 3])
 def test_scripted_target_writes_the_script_in_its_order(pair, batch):
     target = pair[0]
-    allowed = len(target.tokenizer)
+    allowed = len(target.tokenizer.ids)
     script = Script.random(200, 4, allowed, CPU)
     script.tokens[script.tokens == target.mask_token_id] = 5
     prompts = [[5, 6, 7, 8], [9] * 8, [4] * 4][:batch]

@@ -49,7 +49,7 @@ def test_a_folder_gives_model_tokenizer_and_settings(folder):
     assert (loaded.vocab_size, loaded.max_positions) == (VOCABULARY, 128)
     assert (loaded.device, loaded.dtype) == (torch.device("cpu"), torch.float32)
     assert loaded.end_token_ids == (END_ID,)
-    assert loaded.banned_ids == [MASK_ID, *range(len(loaded.tokenizer), VOCABULARY)]
+    assert loaded.banned_ids == [MASK_ID, *range(31, VOCABULARY)]
     assert not loaded.model.training
 
 
@@ -298,7 +298,10 @@ BROKEN = {
         lambda f: (f / "generation_config.json").write_text("?"),
         r"generation_config\.json cannot be read",
     ),
-    "large_tokenizer": (lambda f: write_checkpoint(f, vocab_size=20), "tokenizer has 31 tokens, its model 20"),
+    "large_tokenizer": (
+        lambda f: write_checkpoint(f, vocab_size=20),
+        "its tokenizer go up to 30, its model's to 19",
+    ),
     "config_mask": (
         lambda f: edit_json(f / "config.json", mask_token_id=96),
         "mask_token_id must be an id from 0 to 95",

@@ -156,7 +156,9 @@ class Decoder:
         target, config, length = self.target, self.config, self.block_length
         spare = (config.lookahead + 2) * length
         lanes = self._lanes = Lanes(self._batch, length, self.capacity + spare, config, target.device)
-        banned = torch.tensor(target.banned_ids, device=target.device)
+        # The mask token stays banned whatever ends a text.
+        banned = [i for i in target.banned_ids if i not in self.end_ids or i == target.mask_token_id]
+        banned = torch.tensor(banned, device=target.device)
         sampler = Sampler(config, length, banned, target.device, target.dtype)
         temporal = config.verify == "temporal"
         copies = 2 if temporal else copies_needed(config, length)

@@ -7,3 +7,8 @@ class SimsdError(ValueError):
 
 class NotFoundError(SimsdError, FileNotFoundError):
     """A checkpoint, or a file of it, is missing."""
+
+
+def one_line(error: Exception) -> str:
+    """What another library's error says, on one line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -154,7 +154,7 @@ def hf_generate(
             copied; one that is not of our own classes is best loaded once, by `simsd.load`, and not in every call. A
             name or folder is loaded in every call, too. None leaves drafting to the model itself (`verify="temporal"`:
             decodes natively).
-        tokenizer: the model's, for stop strings; ids past its last one are then never generated.
+        tokenizer: the model's, for stop strings; ids without an entry in it are then never generated.
         verify, drafter, lookahead, max_rows, accept, strategy, steps, block_length, draft_steps, rejected_tail,
             threshold, entropy_bound, end_gate: see `simsd.GenerationConfig`; None is its default.
         seed: of the noise; an int, from which each copy of a prompt has its own as the samples of `simsd.generate(n=)`

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from simsd.errors import NotFoundError, SimsdError
+from simsd.errors import NotFoundError, SimsdError, one_line
 from simsd.models import weights
+from simsd.models.supported import check_config
 from simsd.models.weights import Config
 
 BUILT_IN = ("tiny-target", "tiny-draft")
 PAIR = Path(__file__).parents[1] / "pair"
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+# With the tokenizer's files: Qwen2's slow ones are vocab.json, merges.txt and added_tokens.json.
+_DOWNLOADED = ("*.json", "*.safetensors", "*.jinja", "merges.txt", "vocab.txt", "tokenizer.model")
+# safetensors' names of the dtypes that weights may be stored in.
+_STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def find(source: str | Path) -> Path:
@@ -41,7 +46,7 @@ def _download(hub_id: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.jinja", "merges.txt"]))
+        return Path(snapshot_download(hub_id, allow_patterns=list(_DOWNLOADED)))
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise NotFoundError(f"{hub_id!r} is no local folder and cannot be had from the hub: {reason}") from error
@@ -51,60 +56,108 @@ def read_config(folder: Path) -> Config:
     """SDARConfig or SDARMoeConfig of the checkpoint."""
     fields = read_json(folder / "config.json")
     model_type = fields.get("model_type")
-    if model_type not in weights.MODEL_CLASSES:
+    if not isinstance(model_type, str) or model_type not in weights.MODEL_CLASSES:
         raise SimsdError(
             f"{folder}: model_type {model_type!r} is not supported: {' or '.join(weights.MODEL_CLASSES)} is"
         )
-    if fields.get("quantization_config"):
-        raise SimsdError(f"{folder}: quantized checkpoints are not supported")
     try:
         config = weights.MODEL_CLASSES[model_type][0].from_dict(fields, name_or_path=str(folder))
     except Exception as error:  # transformers' validation has a type of its own for each kind of mistake
-        raise SimsdError(f"{folder}/config.json is not valid: {_first_line(error)}") from error
+        raise SimsdError(f"{folder}/config.json is not valid: {one_line(error)}") from error
+    check_config(str(folder), config)
     return config
 
 
-def load_model(folder: Path, config: Config, dtype: torch.dtype | None, device: torch.device) -> PreTrainedModel:
-    """Reads the checkpoint into `dtype` (None: the checkpoint's) on `device`. Nothing is left random."""
-    files = _weight_files(folder)
-    shapes: dict[str, list[int]] = {}
-    for file in files:
-        shapes |= _shapes(file)
-    model = weights.skeleton(config)
-    weights.check_shapes(str(folder), model, shapes)
+def own_dtype(folder: Path, config: Config) -> torch.dtype:
+    """The dtype that transformers loads the checkpoint in: its configuration's, else that of its first tensor."""
+    dtype = config.dtype
+    if dtype is None:
+        stored = _headers(_weight_files(folder, config)[:1])
+        dtype = next((_STORED[kind] for kind, _ in stored.values()), None)
+    if dtype not in _STORED.values():
+        raise SimsdError(f"{folder}: a model cannot run in its dtype {dtype}: pass dtype=, for example 'bfloat16'")
+    return dtype
+
+
+def load_model(folder: Path, config: Config, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """Reads the checkpoint into `dtype`, whatever its tensors are stored in, on `device`. Nothing is left random."""
+    files, generation_config = _weight_files(folder, config), _generation_config(folder)
+    headers = _headers(files)
+    model = weights.skeleton(str(folder), config)
+    weights.check_shapes(str(folder), model, {name: shape for name, (_, shape) in headers.items()})
     tensors: dict[str, Tensor] = {}
     for file in files:
         with safe_open(file, framework="pt", device=str(device)) as opened:
             for name in opened.keys():  # noqa: SIM118 (not a dict)
                 tensor = opened.get_tensor(name)
                 # A copy: on the CPU the tensor is the mapped file, which may be written to later (save_pretrained).
-                tensors[name] = tensor.to(dtype or tensor.dtype, copy=tensor.device.type == "cpu")
+                tensors[name] = tensor.to(dtype, copy=tensor.device.type == "cpu")
     model = weights.assemble(model, tensors)
-    if (folder / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_dict(read_json(folder / "generation_config.json"))
+    if generation_config is not None:
+        model.generation_config = generation_config
     return model
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    if (folder / _INDEX).exists():
-        index = read_json(folder / _INDEX)
-        names = sorted(set(index.get("weight_map", {}).values()))
-        if not names:
-            raise SimsdError(f"{folder / _INDEX} lists no weights")
-        if missing := [name for name in names if not (folder / name).exists()]:
-            raise NotFoundError(f"{folder}: of {len(names)} weight files are missing: {', '.join(missing)}")
-        return [folder / name for name in names]
-    if not (folder / _WEIGHTS).exists():
-        raise NotFoundError(f"{folder} has neither {_WEIGHTS} nor {_INDEX}: only safetensors checkpoints are read")
-    return [folder / _WEIGHTS]
-
-
-def _shapes(file: Path) -> dict[str, list[int]]:
+def _generation_config(folder: Path) -> GenerationConfig | None:
+    file = folder / "generation_config.json"
+    fields = read_json(file) if file.exists() else None
     try:
-        with safe_open(file, framework="pt") as opened:
-            return {name: list(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise SimsdError(f"{file} is truncated or damaged ({_first_line(error)}): fetch it again") from error
+        return None if fields is None else GenerationConfig.from_dict(fields)
+    except Exception as error:  # as in `read_config`
+        raise SimsdError(f"{file} is not valid: {one_line(error)}") from error
+
+
+def _weight_files(folder: Path, config: Config) -> list[Path]:
+    """The files that transformers reads: the one that the configuration names, else the whole one, else the shards."""
+    if (folder / "adapter_config.json").exists():
+        raise SimsdError(f"{folder} holds an adapter (adapter_config.json): merge it into its model first")
+    named = getattr(config, "transformers_weights", None)
+    if named is not None:
+        file = _inside(folder / "config.json", named)
+        if not file.exists():
+            raise NotFoundError(f"{folder} has no {named}, the weights that its configuration names")
+        return _shards(file) if named.endswith(".index.json") else [file]
+    if (folder / _WEIGHTS).exists():
+        return [folder / _WEIGHTS]
+    if (folder / _INDEX).exists():
+        return _shards(folder / _INDEX)
+    raise NotFoundError(f"{folder} has neither {_WEIGHTS} nor {_INDEX}: only safetensors checkpoints are read")
+
+
+def _shards(index: Path) -> list[Path]:
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise SimsdError(f"{index} must hold a weight_map from tensors to files, got {places!r:.80}")
+    files = sorted({_inside(index, name) for name in places.values()})
+    if missing := [file.name for file in files if not file.exists()]:
+        raise NotFoundError(f"{index.parent}: of {len(files)} weight files are missing: {weights.listing(missing)}")
+    return files
+
+
+def _inside(source: Path, name: object) -> Path:
+    """The weight file that `source` names, which must be in its folder."""
+    path = PurePath(name) if isinstance(name, str) else PurePath()
+    if path.is_absolute() or not path.name or ".." in path.parts:
+        raise SimsdError(f"{source} must name weight files in its own folder, got {name!r}")
+    return source.parent / path
+
+
+def _headers(files: list[Path]) -> dict[str, tuple[str, list[int]]]:
+    """Name -> dtype, as safetensors calls it, and shape of every tensor in `files`."""
+    headers: dict[str, tuple[str, list[int]]] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+                found = {name: (part.get_dtype(), list(part.get_shape())) for name, part in slices.items()}
+        except (SafetensorError, OSError) as error:
+            raise SimsdError(f"{file} is truncated or damaged ({one_line(error)}): fetch it again") from error
+        if twice := [name for name in found if name in headers]:
+            raise SimsdError(f"{file} holds tensors that another file also holds: {weights.listing(twice)}")
+        if other := [f"{name} is {kind}" for name, (kind, _) in found.items() if kind not in _STORED]:
+            raise SimsdError(f"{file}: quantized or integer weights are not read: {weights.listing(other)}")
+        headers |= found
+    return headers
 
 
 def read_json(file: Path) -> dict:
@@ -113,11 +166,7 @@ def read_json(file: Path) -> dict:
     except FileNotFoundError:
         raise NotFoundError(f"{file.parent} has no {file.name}: not a checkpoint in Hugging Face format") from None
     except (ValueError, OSError) as error:
-        raise SimsdError(f"{file} cannot be read as JSON: {_first_line(error)}") from error
+        raise SimsdError(f"{file} cannot be read as JSON: {one_line(error)}") from error
     if not isinstance(value, dict):
         raise SimsdError(f"{file} must hold a JSON object, got {type(value).__name__}")
     return value
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

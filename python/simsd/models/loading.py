@@ -23,7 +23,7 @@ from simsd.models.deterministic import (
     use_thin_linear,
     uses_thin_linear,
 )
-from simsd.models.tokenizer import MASK, Prompt, Tokenizer, check_ids, read_tokenizer
+from simsd.models.tokenizer import MASK, Prompt, Tokenizer, check_ids, known_ids, read_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -55,9 +55,10 @@ class LoadedModel:
 
     @property
     def banned_ids(self) -> list[int]:
-        """Ids that are never generated: the mask token's, and those that the tokenizer has no text for."""
-        known = self.vocab_size if self.tokenizer is None else len(self.tokenizer)
-        return sorted({self.mask_token_id, *range(known, self.vocab_size)})
+        """Ids never generated: the mask token's, and those without an entry in the tokenizer that are no end tokens."""
+        every = set(range(self.vocab_size))
+        known = every if self.tokenizer is None else self.tokenizer.ids.union(self.end_token_ids)
+        return sorted(every - known | {self.mask_token_id})
 
     @property
     def device(self) -> torch.device:
@@ -108,7 +109,8 @@ def load(
             or a module in memory with SDAR's parameter names and a Qwen3-style `.config`, whose weights are shared, not
             copied (unless `dtype` or `device` moves them). One of our own, ready to decode, is taken itself. The
             matrices of experts held one by one are packed, and the module is left with views of the packed ones.
-        dtype: "float32", "bfloat16", "float16" or the torch dtype; None or "auto": as stored.
+        dtype: "float32", "bfloat16", "float16" or the torch dtype, to which every weight is cast; None or "auto": as
+            transformers has it, the configuration's dtype, else that of the first tensor in the file.
         device: of the model; None: CPU, or the module's.
         block_length: 1 to 64; None: the configuration's `block_length` or `block_size`, else that in the name of a
             published checkpoint (32 of SDAR-8B-Chat-b32), else 4.
@@ -140,22 +142,23 @@ def load(
         folder = checkpoint.find(source)
         name = folder.resolve().name if Path(source).is_dir() else str(source)
         config, backend = checkpoint.read_config(folder), read_tokenizer(folder)
+        wanted_dtype = wanted_dtype or checkpoint.own_dtype(folder, config)
     else:
         raise SimsdError(f"load takes a name, a folder, a hub id or a module, got {type(source).__name__}")
     if tokenizer is not None:
         backend = read_tokenizer(Path(tokenizer)) if isinstance(tokenizer, str | Path) else tokenizer
         if backend is None:
             raise SimsdError(f"{tokenizer} holds no tokenizer")
-    if backend is not None and len(backend) > config.vocab_size:
-        raise SimsdError(f"{name}: its tokenizer has {len(backend)} tokens, its model {config.vocab_size}")
+    highest = -1 if backend is None else max(known_ids(backend), default=-1)
+    if highest >= config.vocab_size:
+        raise SimsdError(f"{name}: the ids of its tokenizer go up to {highest}, its model's to {config.vocab_size - 1}")
     config.block_length = _block_length(block_length, config)
     config.mask_token_id = _mask_token_id(name, mask_token_id, config, backend)
     device = wanted_device or torch.device("cpu")
     if deterministic is None and thin_linear is not None:
         deterministic = False
     elif deterministic is None:
-        own_dtype = wanted_dtype or getattr(config, "dtype", None)
-        deterministic = is_deterministic(source) if folder is None else preferable(config, device, own_dtype)
+        deterministic = is_deterministic(source) if folder is None else preferable(config, device, wanted_dtype)
     elif deterministic:
         check_supported(config, device)
     if thin_linear is None:
@@ -170,6 +173,7 @@ def load(
             _move(model, wanted_dtype, wanted_device)
     else:
         model = checkpoint.load_model(folder, config, wanted_dtype, device)
+    weights.check_values(name, model)
     if deterministic and not is_deterministic(model):
         make_deterministic(model)
     elif thin_linear and not uses_thin_linear(model):
@@ -179,7 +183,7 @@ def load(
         tokenizer=None if backend is None else Tokenizer(backend, config.vocab_size, config.mask_token_id),
         block_length=config.block_length,
         mask_token_id=config.mask_token_id,
-        end_token_ids=_end_token_ids(model, backend),
+        end_token_ids=_end_token_ids(name, model, backend),
         name=name,
         deterministic=deterministic,
         thin_linear=thin_linear,
@@ -239,9 +243,13 @@ def _mask_token_id(name: str, given: int | None, config, backend: PreTrainedToke
     return mask
 
 
-def _end_token_ids(model: PreTrainedModel, backend: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
+def _end_token_ids(name: str, model: PreTrainedModel, backend: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
     """Those of generation config, configuration and tokenizer, in that order, each once."""
     sources = (model.generation_config, model.config, backend)
     named = (getattr(source, "eos_token_id", None) for source in sources)
     lists = (ids if isinstance(ids, list | tuple) else [ids] for ids in named)
-    return tuple(dict.fromkeys(i for ids in lists for i in ids if i is not None))
+    end_ids = [i for ids in lists for i in ids if i is not None]
+    for i in end_ids:
+        if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < model.config.vocab_size:
+            raise SimsdError(f"{name}: eos_token_id must be ids from 0 to {model.config.vocab_size - 1}, got {i!r}")
+    return tuple(dict.fromkeys(end_ids))

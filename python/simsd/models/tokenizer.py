@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from simsd.errors import SimsdError
+from simsd.errors import SimsdError, one_line
 from simsd.values import is_integer, is_list, plain
 
 Prompt = str | Sequence[int] | Sequence[dict[str, str]]
 MASK = "<|MASK|>"
-_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
+_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json", "tokenizer.model")
+# Tokenizer -> its length and ids: to list 150,000 entries takes long, and every call of `hf_generate` asks.
+_ids: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, frozenset[int]]] = weakref.WeakKeyDictionary()
 
 
 class Tokenizer:
@@ -30,9 +33,10 @@ class Tokenizer:
         self.vocab_size = vocab_size
         self.mask_token_id = mask_token_id
 
-    def __len__(self) -> int:
-        """Number of ids that have a text: the model's further rows are padding."""
-        return len(self.backend)
+    @property
+    def ids(self) -> frozenset[int]:
+        """The ids that have an entry: not always 0 .. n - 1. The model's further rows are padding."""
+        return known_ids(self.backend)
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt.
@@ -60,7 +64,7 @@ class Tokenizer:
         try:
             text = self.backend.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=True)
         except Exception as error:  # templates raise what they like (jinja2, ValueError ...)
-            raise SimsdError(f"the chat template refuses the chat: {error}") from error
+            raise SimsdError(f"the chat template refuses the chat: {one_line(error)}") from error
         return self.backend.encode(text, add_special_tokens=False)
 
     def _checked(self, ids: list[int]) -> list[int]:
@@ -96,15 +100,48 @@ def _mask_message(token: str, token_id: int) -> str:
     return f"the prompt contains the mask token {token} (id {token_id}), which stands for what is to be generated"
 
 
+def known_ids(backend: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The ids that have an entry in a tokenizer."""
+    length, ids = _ids.get(backend, (None, frozenset()))
+    if length != len(backend):
+        ids = frozenset(backend.get_vocab().values())
+        _ids[backend] = (len(backend), ids)
+    return ids
+
+
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
-    """The folder's tokenizer; None if it has none. Raises SimsdError where its files are damaged."""
+    """The folder's tokenizer; None if it has none. Raises SimsdError where its files are damaged or disagree."""
     if not any((folder / name).exists() for name in _FILES):
         return None
     file = folder / "tokenizer.json"
     try:
         if file.exists():
             json.loads(file.read_text(encoding="utf-8"))
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        backend = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        vocabulary, listed = backend.get_vocab(), _listed_ids(folder)
     except Exception as error:  # the tokenizers library raises bare Exception
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise SimsdError(f"{file if file.exists() else folder}: the tokenizer cannot be read ({reason})") from error
+        where = file if file.exists() else folder
+        raise SimsdError(f"{where}: the tokenizer cannot be read ({one_line(error)})") from error
+    # transformers makes a tokenizer of the added tokens alone, and numbers them anew where it has no tokenizer.json.
+    if vocabulary.keys() == backend.get_added_vocab().keys():
+        raise SimsdError(f"{folder} holds no vocabulary: tokenizer.json, or vocab.json with merges.txt, is missing")
+    for token, token_id in listed.items():
+        if vocabulary.get(token) != token_id:
+            raise SimsdError(
+                f"{folder}: its files give the token {token} the id {token_id}, transformers reads"
+                f" {vocabulary.get(token)}: save the tokenizer again, with a tokenizer.json"
+            )
+    return backend
+
+
+def _listed_ids(folder: Path) -> dict[str, int]:
+    """Added tokens with the ids that the folder's own files give them."""
+    listed: dict[str, int] = {}
+    for name in ("added_tokens.json", "tokenizer_config.json"):
+        file = folder / name
+        fields = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        if name == "added_tokens.json":
+            listed |= fields
+        else:
+            listed |= {entry["content"]: int(i) for i, entry in fields.get("added_tokens_decoder", {}).items()}
+    return listed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Mapping
 
@@ -10,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from simsd.errors import SimsdError
+from simsd.errors import SimsdError, one_line
 from simsd.models.attention import NAME
 from simsd.models.configuration import SDARConfig, SDARMoeConfig
 from simsd.models.sdar import SDARForCausalLM, SDARMoeForCausalLM
+from simsd.models.supported import check_config
 
 Config = SDARConfig | SDARMoeConfig
 MODEL_CLASSES = {
@@ -26,11 +28,18 @@ _PACKED = re.compile(r".*\.mlp\.experts\.(gate_up_proj|down_proj)$")
 _DERIVED = re.compile(r".*rotary_emb\.inv_freq$")
 
 
-def skeleton(config: Config) -> PreTrainedModel:
-    """The model with every parameter on the meta device and with our attention, whatever `config` says of it."""
+def skeleton(source: str, config: Config) -> PreTrainedModel:
+    """The model with every parameter on the meta device and with our attention, whatever `config` says of it.
+
+    Raises SimsdError where transformers cannot build it.
+    """
     config._attn_implementation = NAME
-    with torch.device("meta"):
-        return MODEL_CLASSES[config.model_type][1](config)
+    try:
+        with torch.device("meta"):
+            return MODEL_CLASSES[config.model_type][1](config)
+    except Exception as error:  # whatever an odd value leads to in the modules' constructors
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise SimsdError(f"{source}: transformers cannot build its configuration ({reason})") from error
 
 
 def expected_shapes(model: PreTrainedModel, names: Mapping[str, object] | set[str]) -> dict[str, list[int]]:
@@ -58,12 +67,30 @@ def check_shapes(source: str, model: PreTrainedModel, given: Mapping[str, list[i
     given = {name: list(shape) for name, shape in given.items() if not _DERIVED.match(name)}
     expected = expected_shapes(model, given)
     if missing := [name for name in expected if name not in given]:
-        raise SimsdError(f"{source}: tensors are missing: {_listing(missing)}")
+        raise SimsdError(f"{source}: tensors are missing: {listing(missing)}")
     if surplus := [name for name in given if name not in expected]:
-        raise SimsdError(f"{source}: tensors that its configuration has no place for: {_listing(surplus)}")
+        raise SimsdError(f"{source}: tensors that its configuration has no place for: {listing(surplus)}")
     wrong = [f"{name} is {given[name]}, not {shape}" for name, shape in expected.items() if given[name] != shape]
     if wrong:
-        raise SimsdError(f"{source}: shapes differ from its configuration: {_listing(wrong)}")
+        raise SimsdError(f"{source}: shapes differ from its configuration: {listing(wrong)}")
+
+
+def check_values(source: str, model: PreTrainedModel) -> None:
+    """Raises SimsdError unless all weights have one dtype and they and the RoPE frequencies are finite.
+
+    A NaN in the head's row of one token would not be seen in a text: `sample_logits` takes it for a token to leave out.
+    """
+    parameters = dict(model.named_parameters())
+    odd = [f"{name} is {p.dtype}, not {model.dtype}" for name, p in parameters.items() if p.dtype != model.dtype]
+    if odd:
+        raise SimsdError(f"{source}: weights of several dtypes, give it one by dtype=: {listing(odd)}")
+    broken = []
+    for name, value in {**parameters, **dict(model.named_buffers())}.items():
+        # One pass, nothing allocated, no overflow; where there is a NaN both extremes are it.
+        if value.numel() and not all(math.isfinite(extreme.item()) for extreme in value.detach().aminmax()):
+            broken.append(name)
+    if broken:
+        raise SimsdError(f"{source}: not finite (NaN, or too large for {model.dtype}): {listing(broken)}")
 
 
 def assemble(model: PreTrainedModel, tensors: dict[str, Tensor]) -> PreTrainedModel:
@@ -117,7 +144,7 @@ def is_ready(module: nn.Module, config: Config, dtype: torch.dtype | None, devic
         and module.config._attn_implementation == NAME
         and module.config.block_length == config.block_length
         and module.config.mask_token_id == config.mask_token_id
-        and dtype in (None, module.dtype)
+        and (dtype is None or all(parameter.dtype == dtype for parameter in module.parameters()))
         and device in (None, module.device)
         and not any(parameter.is_meta for parameter in module.parameters())
     )
@@ -135,28 +162,35 @@ def module_config(module: nn.Module) -> Config:
     wanted = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
     wanted += ["num_experts", "num_experts_per_tok", "moe_intermediate_size"] if is_moe else []
     if missing := [field for field in wanted if getattr(given, field, None) is None]:
-        raise SimsdError(f"{source}: its config lacks {_listing(missing)}")
+        raise SimsdError(f"{source}: its config lacks {listing(missing)}")
     fields = given.to_dict() if hasattr(given, "to_dict") else dict(vars(given))
     fields = {field: value for field, value in fields.items() if not _NOT_FIELDS.fullmatch(field)}
     fields |= {field: getattr(given, field) for field in wanted}
     kind = MODEL_CLASSES["sdar_moe" if is_moe else "sdar"][0]
-    return kind.from_dict(fields, name_or_path=getattr(given, "_name_or_path", ""))
+    try:
+        config = kind.from_dict(fields, name_or_path=getattr(given, "_name_or_path", ""))
+    except Exception as error:  # transformers' validation has a type of its own for each kind of mistake
+        raise SimsdError(f"{source}: its config is not valid: {one_line(error)}") from error
+    check_config(source, config)
+    return config
 
 
 def from_module(module: nn.Module, config: Config) -> PreTrainedModel:
     """A model that shares the weights of `module`, which must have SDAR's parameter names."""
     source = type(module).__name__
     tensors: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
-    model = skeleton(config)
+    if integers := [f"{name} is {value.dtype}" for name, value in tensors.items() if not value.is_floating_point()]:
+        raise SimsdError(f"{source}: quantized or integer weights are not read: {listing(integers)}")
+    model = skeleton(source, config)
     check_shapes(source, model, {name: list(tensor.shape) for name, tensor in tensors.items()})
     if empty := [name for name, tensor in tensors.items() if tensor.device.type == "meta"]:
-        raise SimsdError(f"{source}: parameters without data (meta device): {_listing(empty)}")
+        raise SimsdError(f"{source}: parameters without data (meta device): {listing(empty)}")
     model = assemble(model, tensors)
     if isinstance(given := getattr(module, "generation_config", None), GenerationConfig):
         model.generation_config = copy.deepcopy(given)
     return model
 
 
-def _listing(items: list[str], most: int = 4) -> str:
+def listing(items: list[str], most: int = 4) -> str:
     rest = f" and {len(items) - most} more" if len(items) > most else ""
     return ", ".join(items[:most]) + rest

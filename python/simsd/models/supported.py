@@ -1,0 +1,78 @@
+"""What a configuration may hold: everything else is refused before the weights are read, not in the first forward."""
+
+from __future__ import annotations
+
+import math
+
+from transformers.activations import ACT2FN
+
+from simsd.errors import SimsdError
+from simsd.models.configuration import SDARConfig, SDARMoeConfig
+
+# Their frequencies follow from the configuration alone. Those of the others in transformers, "dynamic" and "longrope",
+# change with the highest position of a forward, so that a text would depend on those decoded beside it.
+ROPE_TYPES = ("default", "linear", "yarn", "llama3")
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
+
+
+def check_config(source: str, config: SDARConfig | SDARMoeConfig) -> None:
+    """Raises SimsdError, one line that begins with `source`, for a configuration that our models cannot honour."""
+    for name in ("quantization_config", "compression_config"):
+        if getattr(config, name, None):
+            raise SimsdError(f"{source}: quantized checkpoints are not supported, its configuration has {name}")
+    for name in _SIZES:
+        value = getattr(config, name, 1)
+        if value is not None and value < 1:
+            raise SimsdError(f"{source}: {name} must be at least 1, got {value}")
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    if heads % kv_heads:
+        raise SimsdError(f"{source}: {heads} attention heads cannot share {kv_heads} key/value heads evenly")
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    if head_dim % 2:
+        raise SimsdError(f"{source}: head_dim must be even for RoPE, got {head_dim}")
+    if config.hidden_act not in ACT2FN:
+        raise SimsdError(f"{source}: hidden_act {config.hidden_act!r} is not one that transformers knows")
+    _check_windows(source, config)
+    _check_rope(source, config.rope_parameters or {})
+    if isinstance(config, SDARMoeConfig) and config.num_experts:
+        chosen, experts = config.num_experts_per_tok, config.num_experts
+        if not 1 <= chosen <= experts:
+            raise SimsdError(f"{source}: num_experts_per_tok must be from 1 to num_experts {experts}, got {chosen}")
+
+
+def _check_windows(source: str, config: SDARConfig | SDARMoeConfig) -> None:
+    types = getattr(config, "layer_types", None)
+    if types is None:  # Qwen3-MoE: one window for all layers
+        types = ["full_attention" if config.sliding_window is None else "sliding_attention"] * config.num_hidden_layers
+    if len(types) != config.num_hidden_layers:
+        raise SimsdError(f"{source}: layer_types names {len(types)} layers of {config.num_hidden_layers}")
+    if other := [kind for kind in types if kind != "full_attention"]:
+        raise SimsdError(f"{source}: every layer must have full_attention, got {other[0]!r} in {len(other)} of them")
+
+
+def _check_rope(source: str, parameters: dict) -> None:
+    kind = parameters.get("rope_type")
+    if kind in ("dynamic", "longrope"):
+        raise SimsdError(
+            f"{source}: rope type {kind!r} is not supported, since its frequencies change with the longest text of a"
+            f" batch: {', '.join(ROPE_TYPES)} are"
+        )
+    if kind not in ROPE_TYPES:
+        raise SimsdError(f"{source}: rope type {kind!r} is not supported: {', '.join(ROPE_TYPES)} are")
+    for name, value in parameters.items():
+        if name in ("rope_type", "type") or value is None:
+            continue
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise SimsdError(f"{source}: {name} of the rope parameters must be a finite number, got {value!r}")
+    if parameters.get("partial_rotary_factor") not in (None, 1):
+        raise SimsdError(
+            f"{source}: RoPE turns whole heads, got partial_rotary_factor={parameters['partial_rotary_factor']}"
+        )
