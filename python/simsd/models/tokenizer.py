@@ -135,13 +135,15 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
 
 
 def _listed_ids(folder: Path) -> dict[str, int]:
-    """Added tokens with the ids that the folder's own files give them."""
-    listed: dict[str, int] = {}
-    for name in ("added_tokens.json", "tokenizer_config.json"):
+    """Added tokens with the ids that the folder's own files give them.
+
+    added_tokens.json only where nothing newer lists them: SDAR's published one is out of date (another mask token).
+    """
+
+    def fields(name: str) -> dict:
         file = folder / name
-        fields = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        if name == "added_tokens.json":
-            listed |= fields
-        else:
-            listed |= {entry["content"]: int(i) for i, entry in fields.get("added_tokens_decoder", {}).items()}
-    return listed
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+    if by_id := fields("tokenizer_config.json").get("added_tokens_decoder"):
+        return {entry["content"]: int(i) for i, entry in by_id.items()}
+    return {} if (folder / "tokenizer.json").exists() else dict(fields("added_tokens.json"))
