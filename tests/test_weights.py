@@ -56,6 +56,12 @@ def test_a_weight_that_is_not_finite_is_refused_by_name(module, value):
         simsd.load(module, mask_token_id=MASK_ID)
 
 
+def test_weights_that_were_sound_are_not_read_again_by_every_call(monkeypatch):
+    model = simsd.load(stock_model(), mask_token_id=MASK_ID).model
+    monkeypatch.setattr(torch.Tensor, "aminmax", None)
+    assert simsd.load(model).model is model
+
+
 def test_numbers_as_large_as_the_dtype_holds_are_finite():
     module = stock_model()
     with torch.no_grad():

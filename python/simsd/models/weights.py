@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import re
+import weakref
 from collections.abc import Mapping
 
 import torch
@@ -26,6 +27,9 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _PACKED = re.compile(r".*\.mlp\.experts\.(gate_up_proj|down_proj)$")
 # Older transformers saved the RoPE frequencies, which follow from the configuration.
 _DERIVED = re.compile(r".*rotary_emb\.inv_freq$")
+# Models whose values were checked, with where their tensors lay and how often they had been written: `hf_generate`
+# loads its model in every call.
+_sound: weakref.WeakKeyDictionary[nn.Module, list[tuple[int, int]]] = weakref.WeakKeyDictionary()
 
 
 def skeleton(source: str, config: Config) -> PreTrainedModel:
@@ -79,18 +83,24 @@ def check_values(source: str, model: PreTrainedModel) -> None:
     """Raises SimsdError unless all weights have one dtype and they and the RoPE frequencies are finite.
 
     A NaN in the head's row of one token would not be seen in a text: `sample_logits` takes it for a token to leave out.
+    Reads every weight, and a model that was sound again only where autograd's version counters tell that its weights
+    were written since.
     """
-    parameters = dict(model.named_parameters())
-    odd = [f"{name} is {p.dtype}, not {model.dtype}" for name, p in parameters.items() if p.dtype != model.dtype]
+    values = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    state = [(value.data_ptr(), 0 if value.is_inference() else value._version) for value in values.values()]
+    if _sound.get(model) == state:
+        return
+    odd = [f"{name} is {p.dtype}, not {model.dtype}" for name, p in model.named_parameters() if p.dtype != model.dtype]
     if odd:
         raise SimsdError(f"{source}: weights of several dtypes, give it one by dtype=: {listing(odd)}")
     broken = []
-    for name, value in {**parameters, **dict(model.named_buffers())}.items():
+    for name, value in values.items():
         # One pass, nothing allocated, no overflow; where there is a NaN both extremes are it.
         if value.numel() and not all(math.isfinite(extreme.item()) for extreme in value.detach().aminmax()):
             broken.append(name)
     if broken:
         raise SimsdError(f"{source}: not finite (NaN, or too large for {model.dtype}): {listing(broken)}")
+    _sound[model] = state
 
 
 def assemble(model: PreTrainedModel, tensors: dict[str, Tensor]) -> PreTrainedModel:
