@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from simsd.cli import threads
 from simsd.cli.audit import audit
 from simsd.cli.bench import bench
 from simsd.cli.generate import generate
@@ -63,6 +64,7 @@ def simsd(
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line and exits: 0 done, 1 an audit's required check failed, 2 wrong input, 130 interrupted."""
+    threads.start()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without UTF-8 gets question marks, not an error

@@ -100,7 +100,7 @@ def audit(
     from simsd import audit as auditing
 
     own = auditing.default_prompts(count) if own is None else own
-    target_model, draft_model = opt.load_models(target, opt.draft_name(target, draft), dtype, device)
+    target_model, draft_model = opt.load_models(target, opt.draft_name(target, draft), dtype, device, batch)
     stages = auditing.stages(target_model, draft_model, own, settings)
     checks: list[Check] = []
     complete = True

@@ -96,7 +96,7 @@ def bench(
         chosen = task_items(_names(families) or _families(), items)
     else:
         chosen = [Item("prompts", prompt) for prompt in own]
-    target_model, draft_model = opt.load_models(target, draft, dtype, device)
+    target_model, draft_model = opt.load_models(target, draft, dtype, device, max(batches))
 
     measured: list[Measurement | BatchMeasurement] = []
     interrupted = False

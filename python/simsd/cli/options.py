@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from simsd.cli import threads
 from simsd.config import DRAFTERS, MAX_LOOKAHEAD, REJECTED_TAILS, RULES, STRATEGIES, VERIFIERS, GenerationConfig
 from simsd.errors import SimsdError
 
@@ -97,8 +98,11 @@ def draft_name(target: str, draft: str | None) -> str | None:
     return None if draft.lower() == "none" else draft
 
 
-def load_models(target: str, draft: str | None, dtype: str, device: str) -> tuple[LoadedModel, LoadedModel | None]:
-    """Target and draft (None for none) on the device that `auto` means here."""
+def load_models(
+    target: str, draft: str | None, dtype: str, device: str, batch: int = 1
+) -> tuple[LoadedModel, LoadedModel | None]:
+    """Target and draft (None for none) on the device that `auto` means here, and the threads for `batch` sequences at a
+    time."""
     for option, value in (("target", target), ("draft", draft)):
         if value == "":
             raise SimsdError(f"--{option} is empty: give a built-in name ({TARGET}, {DRAFT}), a folder or a hub id")
@@ -112,4 +116,5 @@ def load_models(target: str, draft: str | None, dtype: str, device: str) -> tupl
     models = [None if name is None else load(name, dtype=dtype, device=device) for name in (target, draft)]
     if models[0].tokenizer is None:
         raise SimsdError(f"target {target} has no tokenizer: put its tokenizer.json and tokenizer_config.json there")
+    threads.choose(models[0], batch)
     return models[0], models[1]
