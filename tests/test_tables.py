@@ -40,7 +40,7 @@ def markdown_tables(text: str) -> list[list[list[str]]]:
 
 
 def shown(given: figures.Report, note: str | None = None) -> str:
-    console = Console(width=100, highlight=False)
+    console = Console(width=80, highlight=False)
     with console.capture() as capture:
         tables.show(given, console, note)
     return capture.get()
@@ -74,20 +74,32 @@ def test_mrs_is_labelled_where_it_is_match_and_only_there():
     assert "| temporal-mrs |" in sampled and "(1)" not in sampled
 
 
-def test_terminal_shows_every_group_in_100_columns():
-    text = shown(report(2, batch=8), "interrupted after 2 of 4 items")
-    assert "…" not in text and max(map(len, text.splitlines())) <= 100
+def test_terminal_shows_the_headline_first_and_every_group_in_80_columns():
+    given = report(2, batch=8)
+    text = shown(given, "interrupted after 2 of 4 items")
+    assert "…" not in text and max(map(len, text.splitlines())) <= 80
+    assert " ".join(text.split()).startswith(tables.upshot(given))
     for word in ("All items (2 items)", "Facts (1 items)", "Choice", "Mean of families", "Throughput", "interrupted"):
         assert word in text
     assert "All items" not in shown(report(1))
 
 
-def test_wide_figures_are_not_cut_in_100_columns():
+def test_terminal_has_a_table_per_batch_size_and_every_figure_but_the_bound():
+    given = report(2, batch=8)
+    batches = {batch: given.pooled.batches[8] for batch in (8, 16, 32)}
+    text = shown(dataclasses.replace(given, pooled=dataclasses.replace(given.pooled, batches=batches)))
+    assert "…" not in text and all(f"batch 1 batch {batch} " in text for batch in (8, 16, 32))
+    rows = [line.split() for line in text.splitlines() if line.startswith("exact-auto ")]
+    assert rows[1] == ["exact-auto", "8.0", "4.00x", "100.0%", "0.0%", "75.0%", "0.500", "0.500", "0.25", "50%"]
+    assert rows[-1] == ["exact-auto", "8.0", "16.0", "1.00x", "2.00x", "100.0%"]
+
+
+def test_wide_figures_are_not_cut_in_80_columns():
     given = report(1)
-    wide = {"accuracy": 1.0, "acceptance": 1.0, "bound_tokens_per_second": 12345.6, "tokens_per_second": 1234.5}
-    modes = {mode: dataclasses.replace(f, **wide, bound_share=1.0) for mode, f in given.families[0].modes.items()}
+    wide = {"accuracy": 1.0, "acceptance": 1.0, "tokens_per_second": 12345.6, "speedup": 12.34, "bound_share": 1.0}
+    modes = {mode: dataclasses.replace(f, **wide) for mode, f in given.families[0].modes.items()}
     text = shown(dataclasses.replace(given, families=[dataclasses.replace(given.families[0], modes=modes)]))
-    assert "1234.5" in text and "12346" in text and "…" not in text
+    assert "12346" in text and "12.34x" in text and "…" not in text and max(map(len, text.splitlines())) <= 80
 
 
 def test_upshot_is_about_the_default_mode_else_the_last():

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from simsd.cli import threads
+from simsd.cli import streams, threads
 from simsd.cli.audit import audit
 from simsd.cli.bench import bench
 from simsd.cli.generate import generate
@@ -19,9 +19,9 @@ from simsd.errors import SimsdError
 
 USER_ERRORS = (ValueError, TypeError, RuntimeError, OSError, NotImplementedError, ImportError)
 INTERRUPTED = 130
+READER_LEFT = 141  # what a shell shows for a program that SIGPIPE ended
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -63,12 +63,17 @@ def simsd(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs the command line and exits: 0 done, 1 an audit's required check failed, 2 wrong input, 130 interrupted."""
+    """Runs the command line and exits: 0 done, 1 an audit's required check failed, 2 wrong input, 130 interrupted, 141
+    the reader of its output left (as in `simsd ... | head -1`)."""
     threads.start()
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal without UTF-8 gets question marks, not an error
-    sys.exit(_run(arguments))
+    streams.prepare()
+    try:
+        code = _run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        code = READER_LEFT
+        streams.drop_unwritable()
+    sys.exit(code)
 
 
 def _run(arguments: list[str] | None) -> int:
@@ -79,6 +84,8 @@ def _run(arguments: list[str] | None) -> int:
         return INTERRUPTED
     except typer.Abort:
         return INTERRUPTED
+    except BrokenPipeError:
+        raise
     except Exception as error:
         if hasattr(error, "format_message"):  # typer's own: a wrong option, a missing argument
             if type(error).__name__ == "NoArgsIsHelpError":  # help is printed already

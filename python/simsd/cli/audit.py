@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from simsd.cli import options as opt
+from simsd.cli import streams
 from simsd.config import STRATEGIES
 from simsd.errors import SimsdError
 
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from simsd.audit import Check, Report, Stage
 
 FAILED, INTERRUPTED = 1, 130
+WIDTH = 120  # of the table where standard output is no terminal
 DIFFERENCES = 10  # shown in the terminal; --json and --markdown hold them all
 COLOURS = {"PASS": "green", "FAIL": "bold red", "REPORT": "cyan", "INCONCLUSIVE": "yellow"}
 QUICK = {"items": 1, "seeds": 600, "max_new_tokens": 16, "strategies": "sequential,low_confidence_static"}
@@ -110,14 +110,14 @@ def audit(
     except KeyboardInterrupt:
         complete = False
     report = auditing.finish(checks, target_model, draft_model, own, settings, complete)
-    if checks:
-        _show(report, _console())
     if markdown_file is not None:
         markdown_file.write_text(report.markdown(), encoding="utf-8")
     if json_file is not None:
         json_file.write_text(json.dumps(_finite(report.to_dict()), indent=2) + "\n", encoding="utf-8")
     if plot_file is not None:
         plot.save(report, plot_file)
+    if checks:
+        _show(report, streams.output(WIDTH))  # last: its reader may leave
     if not complete:
         return INTERRUPTED
     return 0 if report.passed else FAILED
@@ -138,10 +138,9 @@ def _settings(chosen: dict, verify: str, temperature: float, batch: int):
 
 def _with_progress(stages: list[Stage]) -> Iterator[list[Check]]:
     """Runs the stages; a bar on standard error, or a line per part where that is no terminal."""
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    console = Console(stderr=True, highlight=False)
+    console = streams.errors()
     if not console.is_terminal:
         for done, stage in enumerate(stages, start=1):
             yield stage.run()
@@ -155,13 +154,6 @@ def _with_progress(stages: list[Stage]) -> Iterator[list[Check]]:
         for done, stage in enumerate(stages):
             progress.update(bar, completed=done, description=stage.name)
             yield stage.run()
-
-
-def _console() -> Console:
-    """Standard output; 120 columns where it is no terminal and nobody says how wide it is."""
-    from rich.console import Console
-
-    return Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120)
 
 
 def _show(report: Report, console: Console) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,12 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from simsd.cli import options as opt
+from simsd.cli import streams
 from simsd.cli.prompts import read_prompts
 from simsd.errors import SimsdError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from simsd.benchmarking import BatchMeasurement, Item, Measurement
 
 INTERRUPTED = 130
@@ -111,12 +108,12 @@ def bench(
     report = summarise(measured, target_model, draft_model, config)
     done = sum(isinstance(measurement, Measurement) for measurement in measured)
     note = f"interrupted after {done} of {len(chosen)} items" if interrupted else None
-    tables.show(report, _console(), note)
     if markdown_file is not None:
         markdown_file.write_text(tables.markdown(report, note), encoding="utf-8")
     if json_file is not None:
         figures = {"interrupted": interrupted} | report.to_dict()
         json_file.write_text(json.dumps(figures, indent=2, default=list) + "\n", encoding="utf-8")
+    tables.show(report, streams.output(), note)  # last: its reader may leave
     return INTERRUPTED if interrupted else 0
 
 
@@ -138,23 +135,15 @@ def _families() -> list[str]:
     return list(FAMILIES)
 
 
-def _console() -> Console:
-    """Standard output; 100 columns where it is no terminal and nobody says how wide it is."""
-    from rich.console import Console
-
-    return Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 100)
-
-
 def _with_progress(
     measurements: Iterator[Measurement | BatchMeasurement], items: list[Item], batches: list[int]
 ) -> Iterator[Measurement | BatchMeasurement]:
     """Passes measurements on; a bar on standard error, or a line per family where that is no terminal."""
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from simsd.benchmarking import ROUNDS, Measurement
 
-    console = Console(stderr=True, highlight=False)
+    console = streams.errors()
     turns = 1 + ROUNDS * (len(batches) - 1)  # decodings of an item in each mode
     left = {item.family: 0 for item in items}
     for item in items:

@@ -24,6 +24,11 @@ def _share(value: float | None) -> str:
     return _percent(value, 0)
 
 
+def _speed_alone(value: float | None) -> str:
+    """In five characters, up to 99999."""
+    return _number(1 if value is not None and value < 100 else 0)(value)
+
+
 # A column's two-line header, its field of Figures, how to write it.
 COLUMNS = (
     ("accuracy", "", "accuracy", _percent),
@@ -35,6 +40,18 @@ COLUMNS = (
     ("tok/s", "", "tokens_per_second", _number(1)),
     ("over", "native", "speedup", _number(2, "x")),
     ("bound", "tok/s", "bound_tokens_per_second", _number(0)),
+    ("of", "bound", "bound_share", _share),
+)
+# The same for a terminal of 80 columns, speed first; the bound can be worked out from what is reached of it.
+NARROW_COLUMNS = (
+    ("tok/s", "", "tokens_per_second", _speed_alone),
+    ("over", "native", "speedup", _number(2, "x")),
+    ("same", "text", "same_text", _percent),
+    ("accuracy", "", "accuracy", _percent),
+    ("drafts", "accepted", "acceptance", _percent),
+    ("fwd", "/tok", "target_forwards_per_token", _number(3)),
+    ("over", "native", "forwards_ratio", _number(3)),
+    ("draft", "ratio", "draft_forwards_ratio", _number(2)),
     ("of", "bound", "bound_share", _share),
 )
 EXPLANATION = (
@@ -62,26 +79,29 @@ class Sheet:
 
 
 def show(report: Report, console: Console, note: str | None = None) -> None:
-    """Prints every mode on all items, on each family, the mean of families; the throughput at each batch size; what it
-    was measured with; the upshot."""
+    """Prints the upshot; every mode on all items, on each family, the mean of families; the throughput at each batch
+    size; what it was measured with."""
     from rich import box
     from rich.table import Table
 
+    if line := upshot(report):
+        console.print(line, style="bold", markup=False)
+        console.print()
     several = len(report.families) > 1
     groups = [report.pooled, *report.families, report.mean] if several else report.families
-    sheets = [_by_mode(report, group) for group in groups] + _batch_sheets(report)
+    sheets = [_by_mode(report, group, NARROW_COLUMNS) for group in groups]
+    sheets += [sheet for batch in report.pooled.batches for sheet in _batch_sheets(report, [batch])]
     for sheet in sheets:
-        look = {"title_justify": "left", "title_style": "bold", "box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0)}
-        table = Table(title=sheet.title, pad_edge=False, **look)
+        look = {"title_justify": "left", "title_style": "bold", "box": box.SIMPLE_HEAD, "padding": 0}
+        table = Table(title=sheet.title, show_edge=False, **look)
         for number, (above, below) in enumerate(sheet.header):
             table.add_column(f"{above}\n{below}", justify="right" if number else "left", no_wrap=True)
         for row in sheet.rows:
             table.add_row(*row)
         console.print(table)
+        console.print()
     for line in (*caption(report), *explanation(report)):
         console.print(line, style="dim", markup=False)
-    if line := upshot(report):
-        console.print(line, markup=False)
     if note is not None:
         console.print(note, style="bold yellow", markup=False)
 
@@ -96,7 +116,7 @@ def markdown(report: Report, note: str | None = None) -> str:
             _by_family(report, "Accuracy (items with native's text)", _quality),
         ]
     parts = []
-    for sheet in sheets + _batch_sheets(report):
+    for sheet in sheets + _batch_sheets(report, list(report.pooled.batches)):
         header = [f"{above} {below}".strip() for above, below in sheet.header]
         lines = [header, ["---", *["---:"] * (len(header) - 1)]]
         parts += [f"{sheet.title}:", "\n".join(f"| {' | '.join(line)} |" for line in lines + sheet.rows)]
@@ -108,13 +128,13 @@ def markdown(report: Report, note: str | None = None) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _by_mode(report: Report, group: Group) -> Sheet:
+def _by_mode(report: Report, group: Group, columns: tuple = COLUMNS) -> Sheet:
     rows = [
-        [_label(report, mode), *(write(getattr(figures, field)) for _, _, field, write in COLUMNS)]
+        [_label(report, mode), *(write(getattr(figures, field)) for _, _, field, write in columns)]
         for mode, figures in group.modes.items()
     ]
     title = f"{group.name[0].upper()}{group.name[1:]} ({group.items} items)"
-    return Sheet(title, [("mode", ""), *((above, below) for above, below, _, _ in COLUMNS)], rows)
+    return Sheet(title, [("mode", ""), *((above, below) for above, below, _, _ in columns)], rows)
 
 
 def _by_family(report: Report, title: str, write: Callable[[Figures], str]) -> Sheet:
@@ -135,19 +155,19 @@ def _quality(figures: Figures) -> str:
     return f"{_percent(figures.accuracy)} ({_percent(figures.same_text)})"
 
 
-def _batch_sheets(report: Report) -> list[Sheet]:
-    """One table for all batch sizes, none where only one prompt at a time was decoded."""
+def _batch_sheets(report: Report, batches: list[int]) -> list[Sheet]:
+    """One table for all of the batch sizes, none where there are none."""
     pooled = report.pooled
-    if not pooled.batches:
+    if not batches:
         return []
     header = [("mode", ""), ("batch 1", "tok/s")]
-    for batch in pooled.batches:
+    for batch in batches:
         header += [(f"batch {batch}", "tok/s"), ("over", "native"), ("over", "batch 1"), ("same", "text")]
     rows = []
     for mode, figures in pooled.modes.items():
         row = [_label(report, mode), _number(1)(figures.tokens_per_second)]
-        for measured in pooled.batches.values():
-            here = measured[mode]
+        for batch in batches:
+            here = pooled.batches[batch][mode]
             row += [_number(1)(here.tokens_per_second), _number(2, "x")(here.speedup), _number(2, "x")(here.over_one)]
             row.append(_percent(here.same_text))
         rows.append(row)

@@ -1,0 +1,70 @@
+"""Standard input, output and errors: UTF-8 where the locale has nothing to say, and readers that leave early."""
+
+from __future__ import annotations
+
+import codecs
+import io
+import json
+import os
+import sys
+from typing import Any
+
+from rich.console import Console
+
+from simsd.errors import SimsdError
+
+PLAIN_WIDTH = 80  # of tables where standard output is no terminal and nobody says how wide it is
+
+
+def prepare() -> None:
+    """Makes the standard streams UTF-8 under a locale that knows ASCII alone (C, POSIX), as most that is written and
+    read there is; another encoding stays, and what it lacks becomes question marks, not an error."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if not isinstance(stream, io.TextIOWrapper):
+            continue
+        is_ascii = codecs.lookup(stream.encoding).name == "ascii" and "PYTHONIOENCODING" not in os.environ
+        stream.reconfigure(
+            encoding="utf-8" if is_ascii else stream.encoding, errors="strict" if stream is sys.stdin else "replace"
+        )
+
+
+def text_argument(value: str, what: str) -> str:
+    """An argument as the UTF-8 text that it is, though the locale's encoding could not read it."""
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        try:
+            return os.fsencode(value).decode("utf-8")
+        except UnicodeError:
+            raise SimsdError(f"{what} is not valid UTF-8 text") from None
+    return value
+
+
+def json_line(value: Any) -> str:
+    """For standard output: characters that its encoding may lack are escaped."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return json.dumps(value, ensure_ascii=not codecs.lookup(encoding).name.startswith("utf"))
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError  # rich would exit with 1, as a failed audit does
+
+
+def output(plain_width: int = PLAIN_WIDTH) -> Console:
+    """Standard output, `plain_width` columns wide where it is no terminal and nobody says how wide it is."""
+    return _Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else plain_width)
+
+
+def errors() -> Console:
+    """Standard error."""
+    return _Console(stderr=True, highlight=False)
+
+
+def drop_unwritable() -> None:
+    """Sends what a stream still holds to nowhere where its reader has left, so that the interpreter ends quietly."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)

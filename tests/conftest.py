@@ -1,0 +1,61 @@
+"""What the tests of the command line share. Other tests need not have what it imports: each fixture does so itself."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory) -> list[str]:
+    """Options that name a target and a draft of bytes."""
+    import byte_pair
+
+    folder = tmp_path_factory.mktemp("pair")
+    target = byte_pair.write_model(folder / "target")
+    draft = byte_pair.write_model(folder / "draft", hidden_size=16)
+    return ["--target", str(target), "--draft", str(draft)]
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """run(*arguments, stdin=...) -> (exit code, stdout, stderr); standard input is a terminal unless given."""
+    from simsd.cli import main
+
+    def run_(*arguments: str, stdin: str | None = None) -> tuple[int, str, str]:
+        stream = io.StringIO(stdin or "")
+        stream.isatty = lambda: stdin is None
+        monkeypatch.setattr(sys, "stdin", stream)
+        capsys.readouterr()  # what the test's own preparations printed
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return ended.value.code, out, err
+
+    return run_
+
+
+@pytest.fixture
+def assert_one_line_error():
+    """assert_one_line_error(what run gave, *parts of the message)"""
+
+    def check(outcome: tuple[int, str, str], *parts: str) -> None:
+        code, out, err = outcome
+        assert (code, out) == (2, ""), err
+        assert err.startswith("simsd: error: ") and err.count("\n") == 1, err
+        for part in parts:
+            assert part in err
+
+    return check
