@@ -70,7 +70,10 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         code = _run(arguments)
         sys.stdout.flush()
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit) as ended:
+        # rich and typer answer a broken pipe with an exit of 1, which here means that an audit failed.
+        if not isinstance(ended, BrokenPipeError) and not isinstance(ended.__context__, BrokenPipeError):
+            raise
         code = READER_LEFT
         streams.drop_unwritable()
     sys.exit(code)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from typing import TYPE_CHECKING, Annotated
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from simsd.cli import options as opt
+from simsd.cli import streams
 from simsd.errors import SimsdError
 
 if TYPE_CHECKING:
@@ -86,9 +86,7 @@ def _prompt(given: str | None) -> str:
             raise SimsdError(f"standard input is not {error.encoding} text: {error.reason}") from error
         if given is None and not text:
             raise SimsdError('no prompt: standard input is empty (simsd generate "" generates from nothing)')
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise SimsdError("the prompt is not valid UTF-8 text")
-    return text
+    return streams.text_argument(text, "the prompt")
 
 
 def _decode(decoder: Decoder, stream: bool) -> bool:
@@ -116,20 +114,18 @@ def _before_end(block: list[int | None], end_ids: tuple[int, ...]) -> list[int |
 
 
 def _print(decoder: Decoder, prompt: str, as_json: bool, stream: bool, show_steps: bool) -> None:
-    from rich.console import Console
-
     from simsd.cli.steps import statistics, steps_view
 
     result = decoder.result()
     if as_json:
-        print(json.dumps({"prompt": prompt} | result.to_dict(), ensure_ascii=False))
+        print(streams.json_line({"prompt": prompt} | result.to_dict()))
         return
     if show_steps:
-        console = Console(highlight=False)
+        console = streams.output()
         for line in steps_view(result, decoder.target.tokenizer, console.width, decoder.config.verify):
             console.print(line, soft_wrap=True)
         console.print(statistics(result), soft_wrap=True, style="dim", markup=False)
         return
     if not stream:
         print(result.text, flush=True)
-    Console(stderr=True, highlight=False).print(statistics(result), soft_wrap=True, style="dim", markup=False)
+    streams.errors().print(statistics(result), soft_wrap=True, style="dim", markup=False)

@@ -52,15 +52,14 @@ def mask(
 
     try:
         visibility, labels = _build(kind, length, block_length, window, parents, steps, copies, prefix, pending)
-        if out is None:
-            typer.echo(drawing.terminal(visibility, labels))
-        else:
+        if out is not None:
             drawing.save(visibility, out, labels, title=kind.value)
-            typer.echo(f"wrote {out}")
+        shown = f"wrote {out}" if out is not None else drawing.terminal(visibility, labels)
     except OSError as error:
         raise SimsdError(f"cannot write {out}: {error.strerror}") from error
     except (ValueError, TypeError, ImportError) as error:
         raise SimsdError(str(error)) from error
+    typer.echo(shown)
 
 
 def _build(

@@ -44,24 +44,19 @@ def json_line(value: Any) -> str:
     return json.dumps(value, ensure_ascii=not codecs.lookup(encoding).name.startswith("utf"))
 
 
-class _Console(Console):
-    def on_broken_pipe(self) -> None:
-        raise BrokenPipeError  # rich would exit with 1, as a failed audit does
-
-
 def output(plain_width: int = PLAIN_WIDTH) -> Console:
     """Standard output, `plain_width` columns wide where it is no terminal and nobody says how wide it is."""
-    return _Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else plain_width)
+    return Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else plain_width)
 
 
 def errors() -> Console:
     """Standard error."""
-    return _Console(stderr=True, highlight=False)
+    return Console(stderr=True, highlight=False)
 
 
 def drop_unwritable() -> None:
     """Sends what a stream still holds to nowhere where its reader has left, so that the interpreter ends quietly."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.__stdout__, sys.__stderr__):
         try:
             stream.flush()
         except BrokenPipeError:
