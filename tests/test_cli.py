@@ -13,9 +13,6 @@ import torch
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-# info
-
-
 def test_info_shows_ops_versions_and_models(run):
     code, out, err = run("info")
     assert (code, err) == (0, "")
@@ -44,7 +41,7 @@ def test_info_tries_torchs_linear_layer(monkeypatch):
 def test_info_survives_broken_models(run, monkeypatch, tmp_path):
     (tmp_path / "tiny-target").mkdir()
     (tmp_path / "tiny-target" / "config.json").write_text("{")
-    monkeypatch.setattr("simsd.cli.info.PAIR", tmp_path)
+    monkeypatch.setattr("simsd.cli.models.PAIR", tmp_path)
     code, out, _ = run("info")
     assert code == 0 and out.count("missing or damaged") == 2
 
@@ -52,13 +49,45 @@ def test_info_survives_broken_models(run, monkeypatch, tmp_path):
 # The command
 
 
-def test_help_does_not_import_torch():
-    code = "import sys; sys.argv[0] = 'simsd'; from simsd.cli import main\n"
-    code += "try: main(['--help'])\nexcept SystemExit: pass\n"
-    code += "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | _path())
+NO_TORCH = """
+import sys
+sys.argv[0] = 'simsd'
+from simsd.cli import main
+for arguments in (['--help'], ['models'], ['--show-completion', 'bash']):
+    try:
+        main(arguments)
+    except SystemExit as ended:
+        assert not ended.code, (arguments, ended.code)
+sys.exit('torch' in sys.modules or 'transformers' in sys.modules)
+"""
+
+
+def test_help_models_and_completion_do_not_import_torch():
+    # Which shell it is would be looked up among the parent processes, which here are none.
+    environment = os.environ | _path() | {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    done = subprocess.run([sys.executable, "-c", NO_TORCH], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    assert "generate" in done.stdout and "bench" in done.stdout
+    assert "generate" in done.stdout and "bench" in done.stdout and "tiny-target" in done.stdout
+    assert "_SIMSD_COMPLETE=complete_bash" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("simsd", "ge"), ["generate"]),
+        (("simsd", "generate", "--verify", "t"), ["temporal"]),
+        (("simsd", "generate", "--target", ""), ["tiny-target", "tiny-draft"]),
+        (("simsd", "bench", "--strategy", "low"), ["low_confidence_static", "low_confidence_dynamic"]),
+        (("simsd", "mask", "slid"), ["sliding-window"]),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_a_shell_completes_commands_and_values(run, monkeypatch, words, expected):
+    monkeypatch.setenv("_SIMSD_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", " ".join(words))
+    monkeypatch.setenv("COMP_CWORD", str(len(words) - 1))
+    code, out, _ = run()
+    assert code == 0 and out.split() == expected
 
 
 def test_module_runs_as_a_command():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 
 import pytest
 
@@ -56,9 +57,9 @@ def test_stream_prints_the_same_text(run, pair, prompt):
 
 def test_show_steps_shows_every_token_and_a_legend_that_counts(run, pair):
     code, out, err = run("generate", "hello", "--max-new-tokens", 8, "--show-steps", "--verify", "none", *pair)
-    assert (code, err) == (0, "")
-    assert "text  " in out and "how   " in out and "step  " in out
-    assert "denoised by the target: 8" in out and "8 tokens (length)" in out
+    assert code == 0 and "8 tokens (length)" in err and "tokens (" not in out
+    assert "text  " in out and "how   " in out and "step  " in out and "│" in out
+    assert "denoised by the target: 8" in out
 
 
 def test_verify_none_needs_no_draft(run, pair):
@@ -139,6 +140,7 @@ def test_interrupt_prints_what_is_committed(run, pair, monkeypatch, verify, mode
 
     settings = ("--max-new-tokens", 40, "--verify", verify, "--max-rows", 0, *pair)
     _, whole, _ = run("generate", "hello", "--json", *settings)
+    monkeypatch.setattr("simsd.cli.generate._warm_up", lambda *_: None)
     monkeypatch.setattr(loop, "step", interrupted_later)
     code, out, err = run("generate", "hello", *settings, *([] if mode == "plain" else [mode]))
     assert code == 130 and "Traceback" not in err
@@ -150,6 +152,20 @@ def test_interrupt_prints_what_is_committed(run, pair, monkeypatch, verify, mode
     else:
         assert "(interrupted)" in err
         assert len(out) > 1 and json.loads(whole)["text"].startswith(out.rstrip("\n").rstrip("\ufffd"))
+
+
+def test_what_the_first_forward_costs_is_not_in_the_speed(run, pair, monkeypatch):
+    step, calls = exact.Exact.step, []
+
+    def slow_at_first(*arguments):
+        calls.append(1)
+        if len(calls) == 1:
+            time.sleep(5)
+        return step(*arguments)
+
+    monkeypatch.setattr(exact.Exact, "step", slow_at_first)
+    code, out, _ = run("generate", "hello", "--max-new-tokens", 4, "--json", *pair)
+    assert code == 0 and json.loads(out)["stats"]["total_seconds"] < 5
 
 
 def test_a_model_that_fails_is_an_error(run, tmp_path):

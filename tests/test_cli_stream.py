@@ -67,6 +67,7 @@ def test_an_interrupt_leaves_no_provisional_text(run_in, pair, monkeypatch):
             raise KeyboardInterrupt
         return step(*arguments)
 
+    monkeypatch.setattr("simsd.cli.generate._warm_up", lambda *_: None)
     monkeypatch.setattr(exact.Exact, "step", interrupted_later)
     terminal = Terminal(80, 10)
     code, _ = run_in(terminal, "generate", "hello", "--verify", "none", "--stream", "--max-new-tokens", 20, *pair)

@@ -136,8 +136,8 @@ def test_an_encoding_that_the_user_asks_for_stays(monkeypatch, encoding, written
     monkeypatch.setenv("PYTHONIOENCODING", encoding)
     monkeypatch.setattr(sys, "stdout", out)
     streams.prepare()
-    assert json.loads(streams.json_line("é漢")) == "é漢"
-    assert streams.json_line("é").encode(encoding)
+    assert json.loads(streams.json_line("é漢", out)) == "é漢"
+    assert streams.json_line("é", out).encode(encoding)
     out.write("é")
     out.flush()
     assert out.buffer.getvalue() == written

@@ -9,26 +9,16 @@ import pytest
 
 import byte_pair
 from simsd.cli.steps import ORIGINS, statistics, steps_view
-from simsd.cli.text import GrowingText, StreamedText, block_text, pieces
+from simsd.cli.text import StreamedText, block_text, pieces
 from simsd.results import Result, Stats
 from terminal import Terminal
 
 
-def test_growing_text_never_splits_a_character():
+def test_pieces_give_a_character_of_several_tokens_to_its_last_one():
     tokenizer = _Wrapper()
-    tokens = tokenizer.encode("naïve ✓ 漢字 🙂 end")
-    text = GrowingText(tokenizer)
-    parts = [text.push([token]) for token in tokens]
-    assert not any("\ufffd" in part for part in parts)
-    assert "".join(parts) + text.rest() == "naïve ✓ 漢字 🙂 end"
-    assert "".join(pieces(tokenizer, tokens)) == "naïve ✓ 漢字 🙂 end"
-
-
-def test_growing_text_shows_an_unfinished_character_at_the_end():
-    tokenizer = _Wrapper()
-    tokens = tokenizer.encode("ok 🙂")[:-1]
-    text = GrowingText(tokenizer)
-    assert text.push(tokens) == "ok " and text.rest() == "\ufffd"
+    parts = pieces(tokenizer, tokenizer.encode("é 🙂"))
+    assert parts == ["", "é", " ", "", "", "", "🙂"]
+    assert pieces(tokenizer, tokenizer.encode("ok 🙂")[:-1])[-1] == "\ufffd"
 
 
 def test_steps_view_keeps_marks_under_their_tokens_at_any_width():
@@ -38,7 +28,7 @@ def test_steps_view_keeps_marks_under_their_tokens_at_any_width():
     probs = [i % 10 / 10 for i in range(len(tokens))]
     result = Result(tokens, "", list(range(1, len(tokens) + 1)), probs, origins, "end", [], Stats())
     for width in (7, 12, 100):
-        lines = [line.plain for line in steps_view(result, tokenizer, width)]
+        lines = [line.plain for line in steps_view(result, tokenizer, width, 64)]
 
         def below(label: str, lines=lines) -> str:
             return "".join(line.removeprefix(label)[6 - len(label) :] for line in lines[:-2] if line.startswith(label))
@@ -56,7 +46,7 @@ def test_steps_view_keeps_marks_under_their_tokens_at_any_width():
 def test_steps_view_gives_digits_to_unsure_tokens_alone():
     tokenizer = _Wrapper()
     sure = Result(tokenizer.encode("abc"), "", [1, 2, 3], [0.9, 0.99, 1.0], ["drafted"] * 3, "length", [], Stats())
-    lines = [line.plain for line in steps_view(sure, tokenizer, 80)]
+    lines = [line.plain for line in steps_view(sure, tokenizer, 80, 4)]
     assert lines == [
         "text  abc",
         "how   ddd",
@@ -66,12 +56,22 @@ def test_steps_view_gives_digits_to_unsure_tokens_alone():
         "prob  all 0.9 or more",
     ]
     unsure = dataclasses.replace(sure, probs=[0.899, 0.95, 0.04], origins=["drafted", "bonus", "drafted"])
-    lines = [line.plain for line in steps_view(unsure, tokenizer, 80, "temporal")]
+    lines = [line.plain for line in steps_view(unsure, tokenizer, 80, 4, "temporal")]
     assert lines[3] == "prob  8 0"
     assert lines[-2:] == [
         "how   d drafted and accepted: 2   b bonus from the target: 1",
         "prob  tenths of the target's probability, shown below 0.9: 2",
     ]
+
+
+def test_steps_view_draws_borders_where_blocks_begin():
+    tokenizer = _Wrapper()
+    tokens = tokenizer.encode("abcdefg")
+    result = Result(tokens, "", [1, 2, 1, 2, 3, 4, 1], [1.0] * 6 + [0.5], ["drafted"] * 7, "length", [7, 7], Stats())
+    lines = [line.plain for line in steps_view(result, tokenizer, 80, 4)]
+    assert lines[:4] == ["text  ab│cdef│g", "how   dd│dddd│d", "step  12│1234│1", "prob    │    │5"]
+    narrow = [line.plain for line in steps_view(result, tokenizer, 6 + 4, 4)]
+    assert [line for line in narrow if line.startswith("text")] == ["text  ab│c", "text  def", "text  │g"]
 
 
 def test_block_text_is_one_line_and_marks_what_is_masked():
@@ -110,18 +110,15 @@ def test_streamed_text_erases_exactly_what_is_provisional(monkeypatch, width, he
     blocks = [[None, *tokenizer.encode(" 漢x\ny"), None], [None] * 4, [], [*tokenizer.encode("p" * 23), None]]
     terminal, plain = Terminal(width, height), Terminal(width, height)
     text = StreamedText(tokenizer, terminal, terminal=True)
-    everything: list[int] = []
     seen = set()
     for commit, block in zip(COMMITS * 4, itertools.cycle(blocks[:3] + blocks), strict=False):
-        tokens = tokenizer.encode(commit)
-        everything += tokens
-        text.push(tokens, block)
+        text.push(commit, block)
         plain.write(commit)
         assert terminal.text(dim=False) == plain.text()
         seen.add(terminal.text(dim=True).strip() != "")
     assert seen == {True, False}
-    text.end(everything)
-    plain.write("\n")
+    text.end("".join(COMMITS * 4) + "more")
+    plain.write("more\n")
     assert terminal.text() == plain.text() and (terminal.row, terminal.column) == (plain.row, plain.column)
 
 
@@ -130,7 +127,7 @@ def test_statistics_of_nothing_do_not_divide_by_zero():
 
 
 def test_steps_view_of_nothing_is_empty():
-    assert list(steps_view(Result([], "", [], [], [], "length", [], Stats()), _Wrapper(), 80)) == []
+    assert list(steps_view(Result([], "", [], [], [], "length", [], Stats()), _Wrapper(), 80, 4)) == []
 
 
 class _Wrapper:

@@ -33,7 +33,7 @@ def target_of(*shapes: tuple[int, ...], device: str = "cpu") -> SimpleNamespace:
 
 
 # The matrices of the built-in target, and one layer of SDAR-1.7B with its head.
-SMALL = [(1713, 128), (128,), *[(128, 128), (64, 128), (64, 128), (128, 128), *3 * [(384, 128)]] * 11]
+SMALL = [(1713, 128), (128,), *[(128, 128), (64, 128), (64, 128), (128, 128), *3 * [(384, 128)]] * 8]
 LARGE = [(151936, 2048), (2048,), (2048, 2048), (1024, 2048), (1024, 2048), (2048, 2048), *3 * [(6144, 2048)]]
 
 

@@ -1,4 +1,4 @@
-"""The `simsd` command: generate, bench, info, mask. Modules that need torch are imported inside the commands."""
+"""The `simsd` command: its commands import what needs torch when they run."""
 
 from simsd.cli.app import main
 

@@ -15,6 +15,7 @@ from simsd.cli.bench import bench
 from simsd.cli.generate import generate
 from simsd.cli.info import info
 from simsd.cli.mask import mask
+from simsd.cli.models import models
 from simsd.errors import SimsdError
 
 USER_ERRORS = (ValueError, TypeError, RuntimeError, OSError, NotImplementedError, ImportError)
@@ -30,6 +31,7 @@ app = typer.Typer(
 app.command()(generate)
 app.command()(bench)
 app.command()(audit)
+app.command()(models)
 app.command()(info)
 app.command()(mask)
 

@@ -1,25 +1,46 @@
-"""`simsd generate`: one prompt in, text out."""
+"""`simsd generate`: one prompt in, text out; or a file of prompts, and a JSON line for each text."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from simsd.cli import many, streams
 from simsd.cli import options as opt
-from simsd.cli import streams
+from simsd.cli.prompts import Request, read_requests
 from simsd.errors import SimsdError
 
 if TYPE_CHECKING:
+    from simsd.config import GenerationConfig
     from simsd.decoding import Decoder
+    from simsd.models.loading import LoadedModel
+    from simsd.results import Result
 
 INTERRUPTED = 130
 
 
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="The prompt; - or nothing reads it from standard input.")] = None,
+    system: Annotated[
+        str | None, typer.Option("--system", help="System turn before each prompt; needs a chat template.")
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            "--prompts",
+            help='A file of prompts instead: one per line, or JSON lines with "prompt" or "messages" and, if you like, '
+            '"id" (.jsonl). A JSON line for each text comes out.',
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="With --prompts: the file of the JSON lines, a new one.")
+    ] = None,
+    batch: Annotated[int, typer.Option("--batch", help="Texts to decode at a time, at most.")] = 8,
     target: opt.Target = opt.TARGET,
     draft: opt.Draft = None,
     dtype: opt.Dtype = "auto",
@@ -42,7 +63,15 @@ def generate(
     top_k: opt.TopK = opt.DEFAULTS.top_k,
     top_p: opt.TopP = opt.DEFAULTS.top_p,
     seed: opt.Seed = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    n: Annotated[
+        int,
+        typer.Option("-n", "--n", help="Texts per prompt, each with a seed of its own.", rich_help_panel="Sampling"),
+    ] = 1,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option("--stop", help="End the text before this string; may be given more than once."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per text.")] = False,
     stream: Annotated[
         bool, typer.Option("--stream", help="Print text as it comes, the unfinished block dim on a terminal.")
     ] = False,
@@ -54,23 +83,43 @@ def generate(
 
     Ctrl-C ends the generation and prints what is there.
     """
-    config = opt.config_from(locals())
-    if as_json and (stream or show_steps):
+    config = opt.config_from(
+        locals() | {"stop": [streams.text_argument(string, "a --stop string") for string in stop or ()]}
+    )
+    alone = stream or show_steps
+    if as_json and alone:
         raise SimsdError("--json prints one object at the end: leave out --stream and --show-steps")
-    prompt = _prompt(prompt)
+    if alone and (prompts is not None or n > 1):
+        raise SimsdError("--stream and --show-steps show one text: leave out --prompts and -n")
+    if output is not None and prompts is None:
+        raise SimsdError("--output goes with --prompts: the text of one prompt is standard output, as in > FILE")
+    if prompts is not None and prompt is not None:
+        raise SimsdError("--prompts replaces the prompt: give one of them")
+    if output is not None:
+        many.check_output(output)
+    requests = [Request(_prompt(prompt))] if prompts is None else read_requests(prompts)
+    system = None if system is None else streams.text_argument(system, "--system")
+    chats = [request.with_system(system) for request in requests]
     unneeded = config.verify == "none" or (config.verify == "exact" and config.drafter == "self")
     named = None if unneeded else opt.draft_name(target, draft)
-    target_model, draft_model = opt.load_models(target, named, dtype, device)
+    target_model, draft_model = opt.load_models(target, named, dtype, device, min(batch, n * len(requests)))
+    if system is not None and target_model.tokenizer.backend.chat_template is None:
+        raise SimsdError(f"--system needs a chat template, and the tokenizer of {target} has none")
 
     from simsd.decoding import Decoder
+    from simsd.prompts import encode_prompts
 
-    decoder = Decoder(target_model, [target_model.encode_prompt(prompt)], draft_model, config)
+    tokens = encode_prompts(target_model, chats)
+    decoder = Decoder(target_model, tokens, draft_model, config, max_batch=batch)
     if named is None and draft is None and not unneeded:
         instead = "it drafts for itself" if config.verify == "exact" else "native decoding"
         print(f"no --draft for {target}: {instead}", file=sys.stderr)
+    _warm_up(target_model, draft_model, config, tokens[0])
+    if prompts is not None:
+        return INTERRUPTED if many.decode(decoder, requests, output) else 0
     interrupted = _decode(decoder, stream)
-    _print(decoder, prompt, as_json, stream, show_steps)
-    if decoder.result().finish_reason == "failed":
+    _print(decoder, requests[0].prompt, as_json, stream, show_steps)
+    if any(result.finish_reason == "failed" for result in decoder.results()):
         raise SimsdError(f"the logits of {target} are not finite numbers: try --dtype float32, or check its weights")
     return INTERRUPTED if interrupted else 0
 
@@ -89,6 +138,16 @@ def _prompt(given: str | None) -> str:
     return streams.text_argument(text, "the prompt")
 
 
+def _warm_up(target: LoadedModel, draft: LoadedModel | None, config: GenerationConfig, prompt: list[int]) -> None:
+    """Decodes a block and throws it away: what libraries do at their first call is not the model's speed."""
+    from simsd.decoding import Decoder, block_length
+
+    length = block_length(target, draft, config)
+    short = dataclasses.replace(config, max_new_tokens=min(config.max_new_tokens, length), n=1, stop=())
+    for _ in Decoder(target, [prompt[:length]], draft, short):
+        pass
+
+
 def _decode(decoder: Decoder, stream: bool) -> bool:
     """Runs the decoder, printing text as it comes where asked; returns whether Ctrl-C ended it."""
     from simsd.cli.text import StreamedText
@@ -98,13 +157,13 @@ def _decode(decoder: Decoder, stream: bool) -> bool:
     try:
         for update in decoder:
             if text is not None:
-                text.push(update.tokens, _before_end(update.provisional, decoder.end_ids))
+                text.push(update.text, _before_end(update.provisional, decoder.end_ids))
     except KeyboardInterrupt:
         return True
     finally:
         # An interrupt may have come between a commit and its printing: what is committed is shown.
         if text is not None:
-            text.end(decoder.result().tokens)
+            text.end(decoder.result().text)
     return False
 
 
@@ -116,16 +175,28 @@ def _before_end(block: list[int | None], end_ids: tuple[int, ...]) -> list[int |
 def _print(decoder: Decoder, prompt: str, as_json: bool, stream: bool, show_steps: bool) -> None:
     from simsd.cli.steps import statistics, steps_view
 
-    result = decoder.result()
+    results = decoder.results()
     if as_json:
-        print(streams.json_line({"prompt": prompt} | result.to_dict()))
+        for result in results:
+            print(streams.json_line({"prompt": prompt} | result.to_dict(), sys.stdout), flush=True)
         return
     if show_steps:
         console = streams.output()
-        for line in steps_view(result, decoder.target.tokenizer, console.width, decoder.config.verify):
+        view = steps_view(
+            results[0], decoder.target.tokenizer, console.width, decoder.block_length, decoder.config.verify
+        )
+        for line in view:
             console.print(line, soft_wrap=True)
+    elif not stream:
+        print("\n".join(_titled(results)), flush=True)
+    console = streams.errors()
+    for result in results:
         console.print(statistics(result), soft_wrap=True, style="dim", markup=False)
-        return
-    if not stream:
-        print(result.text, flush=True)
-    streams.errors().print(statistics(result), soft_wrap=True, style="dim", markup=False)
+
+
+def _titled(results: list[Result]) -> list[str]:
+    """Texts; with a line before each where there are several."""
+    if len(results) == 1:
+        return [results[0].text]
+    count = len(results)
+    return [f"--- {i} of {count}, seed {result.seed}\n{result.text}" for i, result in enumerate(results, start=1)]

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-PAIR = Path(__file__).parents[1] / "pair"
+from simsd.cli.models import built_in_models, show
 
 
 def info(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
@@ -27,8 +26,7 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON ob
     for operation, answer in mine["batch_invariance"].items():
         print(f"  {operation.ljust(width)}  {answer}")
     print("\nbuilt-in models")
-    for model in mine["models"]:
-        print(f"  {model['name']:12} {model['summary']}")
+    show(mine["models"])
 
 
 def versions() -> dict[str, str]:
@@ -86,33 +84,3 @@ def _torch_linear(dtype: str) -> str:
     if not differing:
         return "yes at 1 to 16 rows (tried now)"
     return f"no: {', '.join(map(str, sorted(differing)))} of 1 to 16 rows differ from 64 (tried now)"
-
-
-def built_in_models() -> list[dict[str, Any]]:
-    """Each built-in model with its size, read without loading it; never raises."""
-    from simsd.cli.options import DRAFT, TARGET
-
-    models = []
-    for name in (TARGET, DRAFT):
-        try:
-            models.append({"name": name} | _describe(PAIR / name))
-        except Exception as error:  # info reports what is broken, it does not break
-            models.append({"name": name, "summary": f"missing or damaged: {error}"})
-    return models
-
-
-def _describe(folder: Path) -> dict[str, Any]:
-    import math
-
-    from safetensors import safe_open
-
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    file = folder / "model.safetensors"
-    with safe_open(file, framework="pt") as opened:
-        parameters = sum(math.prod(opened.get_slice(key).get_shape()) for key in opened.keys())  # noqa: SIM118
-    size = file.stat().st_size
-    summary = (
-        f"{parameters / 1e6:.2f} M parameters, {config['num_hidden_layers']} layers of {config['hidden_size']}, "
-        f"vocabulary {config['vocab_size']}, block length {config.get('block_length')}, {size / 1e6:.1f} MB"
-    )
-    return {"summary": summary, "parameters": parameters, "bytes": size, "folder": str(folder)}

@@ -15,15 +15,18 @@ if TYPE_CHECKING:
     from simsd.models.loading import LoadedModel
 
 TARGET, DRAFT = "tiny-target", "tiny-draft"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULTS = GenerationConfig()
 
 
-def _option(name: str, help: str, panel: str, **more):
-    return typer.Option(f"--{name}", help=help, rich_help_panel=panel, **more)
+def _option(name: str, help: str, panel: str, values=(), **more):
+    """`values`: what a shell completes it with."""
+    complete = (lambda: list(values)) if values else None
+    return typer.Option(f"--{name}", help=help, rich_help_panel=panel, autocompletion=complete, **more)
 
 
-def _choice(values) -> str:
-    return "[" + "|".join(values) + "]"
+def _choice(name: str, help: str, values, metavar: str | None = None):
+    return _option(name, help, "Decoding", values, metavar=metavar or "[" + "|".join(values) + "]")
 
 
 def _loop(name: str, help: str, **more):
@@ -34,39 +37,50 @@ def _draw(name: str, help: str, **more):
     return _option(name, help, "Sampling", **more)
 
 
-Target = Annotated[str, _option("target", "Built-in name, checkpoint folder or hub id.", "Models")]
+Target = Annotated[
+    str, _option("target", "Built-in name, checkpoint folder or hub id (see simsd models).", "Models", (TARGET, DRAFT))
+]
 Draft = Annotated[
     str | None,
-    _option("draft", f"The same for the draft, or none; {DRAFT} goes with {TARGET}, else none.", "Models"),
+    _option(
+        "draft",
+        f"The same for the draft, or none; {DRAFT} goes with {TARGET}, else none.",
+        "Models",
+        (DRAFT, "none"),
+    ),
 ]
-Dtype = Annotated[str, _option("dtype", "auto (as stored), float32, bfloat16 or float16.", "Models")]
+Dtype = Annotated[str, _option("dtype", "auto (as stored), float32, bfloat16 or float16.", "Models", DTYPES)]
 Device = Annotated[str, _option("device", "auto (cuda if there is one), cpu, cuda ...", "Models")]
 
 MaxNewTokens = Annotated[int, _loop("max-new-tokens", "Tokens to generate at most.")]
 Verify = Annotated[
     str,
-    _loop(
+    _choice(
         "verify",
         "exact: native decoding's text in fewer forwards. temporal: SimSD as published, an approximation. "
         "none: native decoding.",
-        metavar=_choice(VERIFIERS),
+        VERIFIERS,
     ),
 ]
 Drafter = Annotated[
-    str,
-    _loop("drafter", "Who drafts for exact; auto: whichever pays. The text is the same.", metavar=_choice(DRAFTERS)),
+    str, _choice("drafter", "Who drafts for exact; auto: whichever pays. The text is the same.", DRAFTERS)
 ]
 Lookahead = Annotated[int, _loop("lookahead", f"Blocks that one exact verification may span, 1 to {MAX_LOOKAHEAD}.")]
 MaxRows = Annotated[
     int | None, _loop("max-rows", "Rows of drafted states per exact verification; by timing if not given.")
 ]
-Accept = Annotated[str, _loop("accept", "temporal: rule that accepts a drafted token.", metavar=_choice(RULES))]
+Accept = Annotated[str, _choice("accept", "temporal: rule that accepts a drafted token.", RULES)]
 RejectedTail = Annotated[
     str,
-    _loop("rejected-tail", f"temporal: what follows a rejected token: {', '.join(REJECTED_TAILS)}.", metavar="POLICY"),
+    _choice(
+        "rejected-tail",
+        f"temporal: what follows a rejected token: {', '.join(REJECTED_TAILS)}.",
+        REJECTED_TAILS,
+        "POLICY",
+    ),
 ]
 Strategy = Annotated[
-    str, _loop("strategy", f"What a denoising step reveals: {', '.join(STRATEGIES)}.", metavar="STRATEGY")
+    str, _choice("strategy", f"What a denoising step reveals: {', '.join(STRATEGIES)}.", STRATEGIES, "STRATEGY")
 ]
 Steps = Annotated[int | None, _loop("steps", "Denoising steps per block; the block length if not given.")]
 BlockLength = Annotated[int | None, _loop("block-length", "Tokens per block; the target's if not given.")]

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from rich.cells import cell_len
 from rich.text import Text
 
-from simsd.cli.text import HIDDEN, REPLACEMENT, pieces, visible
+from simsd.cli.text import HIDDEN, pieces, visible
+from simsd.text import REPLACEMENT
 
 if TYPE_CHECKING:
     from simsd.results import Result
@@ -25,6 +26,7 @@ ORIGINS = {
 }
 AHEAD = "revealed ahead on a draft"  # what "drafted" means where every action is the target's own
 GUTTER = 6
+BORDER = "│"
 SURE = 0.9  # probabilities from here on are not worth a digit
 
 
@@ -35,19 +37,22 @@ class Cell:
     step: int
     prob: float
     ends_row: bool
+    border: str  # before it, where it is the first token of a block
 
     @property
     def width(self) -> int:
         return cell_len(self.text)
 
 
-def steps_view(result: Result, tokenizer, width: int, verify: str = "exact") -> Iterator[Text]:
-    """Lines of text, each with lines below: how a token came, at which denoising step, and, where the target was not
-    sure, the tenths of its probability; then the legend."""
-    for row in _rows(_cells(result, tokenizer), width - GUTTER):
+def steps_view(result: Result, tokenizer, width: int, block_length: int, verify: str = "exact") -> Iterator[Text]:
+    """Lines of text with borders between blocks, each with lines below: how a token came, at which denoising step, and,
+    where the target was not sure, the tenths of its probability; then the legend."""
+    for row in _rows(_cells(result, tokenizer, block_length), width - GUTTER):
         text, how, step, prob = (Text(label.ljust(GUTTER), style="dim") for label in ("text", "how", "step", "prob"))
         for cell in row:
             mark, style, _ = ORIGINS[cell.origin]
+            for line in (text, how, step, prob):
+                line.append(cell.border, style="dim")
             text.append(cell.text, style=f"not dim {style}")
             how.append(mark.ljust(cell.width), style=f"not dim {style}")
             number = str(cell.step) if len(str(cell.step)) <= cell.width else "+"
@@ -76,12 +81,15 @@ def _legend(result: Result, verify: str) -> Iterator[Text]:
     yield Text("prob".ljust(GUTTER) + shown, style="dim")
 
 
-def _cells(result: Result, tokenizer) -> list[Cell]:
+def _cells(result: Result, tokenizer, block_length: int) -> list[Cell]:
     cells = []
     columns = (result.tokens, pieces(tokenizer, result.tokens), result.origins, result.step_map, result.probs)
-    for token, piece, origin, step, prob in zip(*columns, strict=True):
+    for position, (token, piece, origin, step, prob) in enumerate(
+        zip(*columns, strict=True), start=len(result.prompt_tokens)
+    ):
+        border = BORDER if cells and position % block_length == 0 else ""
         shown = "".join(map(visible, piece)) or _special(tokenizer, token)
-        cells.append(Cell(shown, origin, step, prob, ends_row=piece.endswith("\n")))
+        cells.append(Cell(shown, origin, step, prob, piece.endswith("\n"), border))
     return cells
 
 
@@ -95,11 +103,11 @@ def _rows(cells: list[Cell], width: int) -> Iterator[list[Cell]]:
     row: list[Cell] = []
     used = 0
     for cell in cells:
-        if row and used + cell.width > width:
+        if row and used + len(cell.border) + cell.width > width:
             yield row
             row, used = [], 0
         row.append(cell)
-        used += cell.width
+        used += len(cell.border) + cell.width
         if cell.ends_row:
             yield row
             row, used = [], 0

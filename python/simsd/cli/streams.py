@@ -7,12 +7,13 @@ import io
 import json
 import os
 import sys
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 
 from simsd.errors import SimsdError
 
+LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\u0085\u2028\u2029"}  # of str.splitlines, raw in JSON
 PLAIN_WIDTH = 80  # of tables where standard output is no terminal and nobody says how wide it is
 
 
@@ -38,10 +39,12 @@ def text_argument(value: str, what: str) -> str:
     return value
 
 
-def json_line(value: Any) -> str:
-    """For standard output: characters that its encoding may lack are escaped."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    return json.dumps(value, ensure_ascii=not codecs.lookup(encoding).name.startswith("utf"))
+def json_line(value: Any, out: TextIO) -> str:
+    """One line for `out`: characters that its encoding may lack, or that some readers take for line ends, are
+    escaped."""
+    encoding = getattr(out, "encoding", None) or "utf-8"
+    text = json.dumps(value, ensure_ascii=not codecs.lookup(encoding).name.startswith("utf"))
+    return text.translate(LINE_ENDS)
 
 
 def output(plain_width: int = PLAIN_WIDTH) -> Console:

@@ -1,4 +1,4 @@
-"""Text of tokens that arrive bit by bit, and how it is shown while it does."""
+"""How text is shown while it grows, and which text each token adds."""
 
 from __future__ import annotations
 
@@ -9,38 +9,12 @@ from typing import TextIO
 
 from rich.cells import cell_len
 
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what decoders give for the bytes of an unfinished character
+from simsd.text import REPLACEMENT, GrowingText
+
 HIDDEN = "·"  # a masked position, part of a character, a character that cannot be shown
 CONTROLS = {"\n": "↵", "\r": "␍", "\t": "→"}
 DIM, PLAIN, ERASE_BELOW = "\x1b[2m", "\x1b[0m", "\x1b[J"
 TAB = 8
-
-
-class GrowingText:
-    """Decodes a growing list of tokens; every `push` returns the text that it added.
-
-    The last characters are held back while their bytes are incomplete, and all new text while the tokenizer still
-    rewrites what is already out. `rest()` ends it: all returned pieces together are the text of all tokens.
-    """
-
-    def __init__(self, tokenizer) -> None:
-        self.tokenizer = tokenizer
-        self.tokens: list[int] = []
-        self._out = ""
-
-    def push(self, tokens: Sequence[int]) -> str:
-        self.tokens += tokens
-        return self._take(self.tokenizer.decode(self.tokens).rstrip(REPLACEMENT))
-
-    def rest(self) -> str:
-        return self._take(self.tokenizer.decode(self.tokens))
-
-    def _take(self, text: str) -> str:
-        if not text.startswith(self._out):
-            return ""
-        new = text[len(self._out) :]
-        self._out = text
-        return new
 
 
 class StreamedText:
@@ -51,18 +25,15 @@ class StreamedText:
     """
 
     def __init__(self, tokenizer, out: TextIO, terminal: bool) -> None:
-        self._text = GrowingText(tokenizer)
+        self._tokenizer = tokenizer
         self._out, self._terminal = out, terminal
+        self._text = ""  # committed
         self._column = 0  # where the committed text ends; the terminal's width where it fills its line
         self._erase = ""  # from behind the provisional block
 
-    @property
-    def tokens(self) -> list[int]:
-        return self._text.tokens
-
-    def push(self, tokens: Sequence[int], provisional: Sequence[int | None] = ()) -> None:
-        """Newly committed ids, and the block behind them, None where masked."""
-        new = self._text.push(tokens)
+    def push(self, new: str, provisional: Sequence[int | None] = ()) -> None:
+        """Newly committed text, and the ids of the block behind it, None where masked."""
+        self._text += new
         written, self._erase = self._erase + new, ""
         if self._terminal:
             width, height = shutil.get_terminal_size()
@@ -70,15 +41,15 @@ class StreamedText:
             written += self._provisional(provisional, width, height)
         self._write(written)
 
-    def end(self, tokens: Sequence[int]) -> None:
-        """Ends the text with all of its ids, of which some may not have been pushed: an interrupt came between."""
-        self._write(self._erase + self._text.push(tokens[len(self.tokens) :]) + self._text.rest() + "\n")
+    def end(self, text: str) -> None:
+        """Ends with the whole text, of which some may not have been pushed: an interrupt came between."""
+        self._write(self._erase + (text[len(self._text) :] if text.startswith(self._text) else "") + "\n")
         self._erase = ""
 
     def _provisional(self, provisional: Sequence[int | None], width: int, height: int) -> str:
         """The block and, in `_erase`, the way back; nothing while the cursor hangs at the end of a full line, since no
         movement leads back there."""
-        shown = block_text(self._text.tokenizer, provisional)
+        shown = block_text(self._tokenizer, provisional)
         while shown and advance(shown, self._column, width)[0] > height - 2:
             shown = shown[:-1]  # what has left the screen cannot be erased
         if not shown or self._column >= width:

@@ -1,0 +1,68 @@
+"""simsd models: the built-in pair and what the Hugging Face cache holds."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from huggingface_hub import constants
+
+import byte_pair
+from simsd.cli import models
+from simsd.models import weights
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def cached(cache, name: str, revision: str = "abc", **changes):
+    """A checkpoint where the hub's client would put it; `changes` go to its config.json."""
+    folder = cache / f"models--{name.replace('/', '--')}"
+    snapshot = folder / "snapshots" / revision
+    shutil.copytree(byte_pair.write_model(cache / "model", tokenizer=False), snapshot)
+    config = json.loads((snapshot / "config.json").read_text())
+    (snapshot / "config.json").write_text(json.dumps(config | changes))
+    return folder
+
+
+def test_the_kinds_are_those_that_load():
+    assert set(models.MODEL_TYPES) == set(weights.MODEL_CLASSES)
+
+
+def test_built_in_and_cached_models_are_listed_with_their_sizes(run, cache):
+    cached(cache, "JetLM/SDAR-1.7B-Chat", block_length=None, block_size=8)
+    cached(cache, "org/other", model_type="llama")
+    (cache / "models--org--empty").mkdir()
+    code, out, err = run("models")
+    assert (code, err) == (0, "")
+    lines = {line.split()[0]: line for line in out.splitlines() if line.startswith("  ")}
+    assert list(lines) == ["tiny-target", "tiny-draft", "JetLM/SDAR-1.7B-Chat"]
+    assert "2.01 M parameters, 8 layers of 128, vocabulary 1713, block length 4, 8.1 MB" in lines["tiny-target"]
+    assert "2 layers of 32, vocabulary 258, block length 8" in lines["JetLM/SDAR-1.7B-Chat"]
+
+
+def test_the_revision_is_the_one_that_loads(run, cache):
+    folder = cached(cache, "org/two", "old", block_length=4)
+    cached(cache, "org/two", "new", block_length=16)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("old")
+    _, out, _ = run("models", "--json")
+    assert json.loads(out)["cached"][0]["folder"] == str(folder / "snapshots" / "old")
+
+
+def test_a_checkpoint_without_all_of_its_weights_says_so(run, cache):
+    snapshot = cached(cache, "org/half") / "snapshots" / "abc"
+    (snapshot / "model.safetensors").rename(snapshot / "model-00001-of-00002.safetensors")
+    shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    code, out, _ = run("models")
+    assert code == 0 and "1 of 2 weight files are not there, model-00002-of-00002.safetensors" in out
+
+
+def test_an_empty_cache_says_what_would_be_there(run, cache):
+    code, out, _ = run("models")
+    assert code == 0 and f"cached in {cache}\n  none of model_type sdar or sdar_moe\n" in out
