@@ -7,6 +7,7 @@ import re
 import time
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import byte_pair
 from simsd import exact, temporal
@@ -169,6 +170,9 @@ def test_what_the_first_forward_costs_is_not_in_the_speed(run, pair, monkeypatch
 
 
 def test_a_model_that_fails_is_an_error(run, tmp_path):
-    broken = byte_pair.write_model(tmp_path / "broken", sharpness=float("nan"))
+    broken = byte_pair.write_model(tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.weight"].fill_(3e38)  # finite, but no sum of it is
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     code, _, err = run("generate", "hello", "--target", broken, "--draft", "none")
     assert code == 2 and "(failed)" in err and "not finite" in err and "--dtype float32" in err
