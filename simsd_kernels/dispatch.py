@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import logging
@@ -98,6 +99,11 @@ def operator(op: str, backend: str) -> torch._ops.OpOverload:
 def compiled_obstacle(op: str, key: str) -> str | None:
     """None where the compiled library implements `op` for dispatch key `key` ("CPU" or "CUDA"), else why not."""
     return _compiled_obstacles[op, key]
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """Inside, torch computes in the dtypes of what it is given, whatever `torch.autocast` surrounds the call."""
+    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None

@@ -68,21 +68,32 @@ dispatch.probe(SCHEMAS)
 
 
 def implement(
-    op: str, reference: Callable, triton: Callable | None = None, triton_obstacle: Callable | None = None
+    op: str,
+    reference: Callable,
+    triton: Callable | None = None,
+    triton_obstacle: Callable | None = None,
+    gradients: tuple[Callable, Callable] | None = None,
 ) -> None:
-    """Registers what serves `torch.ops.simsd.<op>` where the compiled library does not.
+    """Registers what serves `torch.ops.simsd.<op>` where the compiled library does not, and its gradients.
 
     Args:
         op: a name of SCHEMAS.
         reference: checks its arguments and serves any device.
         triton: the same by Triton, on CUDA tensors.
         triton_obstacle: called with the op's arguments; why `triton` cannot serve them, or None.
+        gradients: setup_context and backward of `torch.library.register_autograd`, whichever backend serves. None: an
+            argument that requires grad is refused (see `refuse_gradients`).
     """
-
     def on_any_device(first, *others):
         dispatch.note_reference(first.device)
         return reference(first, *others)
 
+    for library in (LIBRARY, dispatch.EMULATED) if dispatch.EMULATION else (LIBRARY,):
+        if gradients is None:
+            library.impl(op, _without_gradients(library.ns, op), "Autograd", with_keyset=True)
+        else:
+            save, backward = gradients
+            torch.library.register_autograd(f"{library.ns}::{op}", backward, setup_context=save, lib=library)
     LIBRARY.impl(op, on_any_device if dispatch.load_library() else reference, "CompositeExplicitAutograd")
     if triton is None or dispatch.compiled_obstacle(op, "CUDA") is None:
         return
@@ -93,6 +104,40 @@ def implement(
         return triton(*arguments)
 
     LIBRARY.impl(op, on_cuda, "CUDA")
+
+
+def refuse_gradients(op: str, *arguments: object) -> None:
+    """Raises RuntimeError where autograd would expect gradients of `op`, which has none.
+
+    `arguments`: the op's own, in their order."""
+    if not torch.is_grad_enabled():
+        return
+    for number, value in enumerate(arguments):
+        if isinstance(value, Tensor) and value.requires_grad:
+            name = dispatch.overload("simsd", op)._schema.arguments[number].name
+            raise RuntimeError(
+                f"{op}: has no backward, but {name} requires grad: call it under torch.no_grad(), or give it"
+                f" {name}.detach()"
+            )
+
+
+def _without_gradients(namespace: str, op: str) -> Callable:
+    """What autograd runs for an op without gradients. Under torch.inference_mode() the dispatcher skips it."""
+    overload = dispatch.overload(namespace, op)
+    written = [n for n, argument in enumerate(overload._schema.arguments) if argument.is_write]
+
+    def autograd(keyset, *arguments):
+        refuse_gradients(op, *arguments)
+        # As torch.library.register_autograd does, which takes no op that writes in place.
+        with torch._C._AutoDispatchBelowAutograd():
+            out = overload.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+        # A backward that had saved the old contents must notice, as with torch's own in-place operations.
+        for number in written:
+            if not arguments[number].is_inference():
+                torch.autograd.graph.increment_version(arguments[number])
+        return out
+
+    return autograd
 
 
 def fake(op: str) -> Callable:

@@ -203,6 +203,21 @@ def test_training_gradients_equal_those_of_eager_attention(checkpoints, tokens, 
         )
 
 
+@KINDS
+def test_training_under_autocast_goes_as_with_torchs_attention(checkpoints, tokens, moe):
+    found = []
+    for implementation in ("simsd", "sdpa"):
+        model = AutoModelForCausalLM.from_pretrained(checkpoints[moe][0], attn_implementation=implementation)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(tokens, labels=tokens, use_cache=False).loss
+        loss.backward()
+        found.append((loss.detach(), model.model.layers[0].self_attn.k_proj.weight.grad))
+    (loss, gradient), (expected_loss, expected_gradient) = found
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-3, atol=0)
+    assert gradient.dtype == torch.float32
+    assert float((gradient - expected_gradient).norm()) < 0.05 * float(expected_gradient.norm())
+
+
 def test_the_router_loss_counts_the_tokens_that_the_mask_counts(checkpoints, tokens):
     model = simsd.load(checkpoints[True][0], mask_token_id=MASK_ID).model
     padded = torch.cat([torch.full((2, 3), 2), tokens], 1)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from simsd_kernels import dispatch, validate
 from simsd_kernels.block_verify import reference
-from simsd_kernels.ops import implement
+from simsd_kernels.ops import implement, refuse_gradients
 from simsd_kernels.sample_logits.api import check_banned, check_sampling
 
 OP = "block_verify"
@@ -84,7 +84,7 @@ def block_verify(
     Raises:
         TypeError, ValueError: a wrong dtype, shape, device, rule or value, or an argument that the rule needs and
             lacks, naming it. On CUDA tensors values are trusted.
-        RuntimeError: an explicit backend cannot serve the call.
+        RuntimeError: an explicit backend cannot serve the call, or an argument requires grad: there is no backward.
 
     Source: rule mrs: Leviathan et al. (arXiv 2211.17192, Algorithm 1), Chen et al. (arXiv 2302.01318, Algorithm 2);
     position-order acceptance in a block: SimSD (arXiv 2606.02544).
@@ -94,6 +94,7 @@ def block_verify(
         *(draft_logits, coin, residual, banned_ids, rule),
     )
     check(*arguments)
+    refuse_gradients(OP, *arguments)
     match dispatch.choose(OP, backend, target_logits.device, lambda name: obstacle(name, target_logits, draft_logits)):
         case "reference":
             out = reference.block_verify(*arguments)
@@ -185,7 +186,7 @@ def _check_mrs(draft_ids, known, drafted, vocabulary, draft_logits, coin, residu
     validate.within(OP, "coin", coin, 0.0, BELOW_ONE, "in [0, 1)")
     validate.within(OP, "residual", residual, 0.0, BELOW_ONE, "in [0, 1)")
     if draft_ids.device.type == "cpu" and not torch.compiler.is_compiling():
-        index = torch.arange(draft_ids.shape[1])
+        index = torch.arange(draft_ids.shape[1], device=draft_ids.device)
         judged = (index >= known[:, None]) & ((drafted[:, None] >> index) & 1 == 1)
         validate.within(OP, "draft_ids", draft_ids[judged], 0, vocabulary - 1, f"in [0, {vocabulary}) where drafted")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from simsd_kernels import dispatch, validate
 from simsd_kernels.block_verify import graph_reference
 from simsd_kernels.block_verify.graph_reference import DENOISED, DRAFTED
-from simsd_kernels.ops import implement
+from simsd_kernels.ops import implement, refuse_gradients
 from simsd_kernels.reveal.api import MAX_LENGTH, STRATEGIES
 from simsd_kernels.sample_logits.api import check_banned, check_sampling
 
@@ -91,13 +91,14 @@ def block_verify_graph(
 
     Raises:
         TypeError, ValueError: a wrong dtype, shape, device or value, naming what was given.
-        RuntimeError: an explicit backend cannot serve the call.
+        RuntimeError: an explicit backend cannot serve the call, or an argument requires grad: there is no backward.
     """
     arguments = (
         *(target_logits, rows, states, revealed, block, clean, cleaned, depth, start, step, step_map, prob, origin),
         *(temperature, top_k, top_p, seed, banned_ids, schedule, strategy, threshold),
     )
     check(*arguments)
+    refuse_gradients(OP, *arguments)
     match dispatch.choose(OP, backend, target_logits.device, lambda name: obstacle(name, target_logits)):
         case "reference":
             out = graph_reference.block_verify_graph(*arguments)

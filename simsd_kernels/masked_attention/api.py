@@ -30,6 +30,9 @@ def masked_attention(
     With a `block_table` keys and values lie in pages: key j of batch element b is row `j % page_size` of page
     `block_table[b, j // page_size]`. The result has the bits that the same keys give where they lie in order.
 
+    Differentiable in q, k and v on every backend. The backward computes the attention again, in plain torch, and takes
+    memory for all of its scores: float32 [B, Hq, Lq, Lk], several times.
+
     Args:
         q: [B, Hq, Lq, D], float32, bfloat16 or float16 (`reference` also takes float64); any strides.
         k, v: [B, Hkv, Lk, D], the dtype of q; Hq is a multiple of Hkv (grouped-query attention). With a block_table
@@ -57,9 +60,7 @@ def masked_attention(
         case "reference":
             return reference.masked_attention(q, k, v, clock, birth, death, kv_len, scale, block_table)
         case "triton":
-            from simsd_kernels.masked_attention import triton
-
-            return triton.masked_attention(q, k, v, clock, birth, death, kv_len, scale, block_table)
+            return _Triton.apply(q, k, v, clock, birth, death, kv_len, scale, block_table)
         case compiled:
             operator = dispatch.operator(OP, compiled)
             return operator(q, k, v, clock, birth, death, kv_len, scale, block_table)
@@ -132,4 +133,35 @@ def _why_not_triton(q, *_) -> str | None:
     return obstacle("triton", q)
 
 
-implement(OP, _reference, _triton, _why_not_triton)
+def _save(ctx, inputs, output) -> None:
+    q, k, v, clock, birth, death, kv_len, ctx.scale, block_table = inputs
+    ctx.save_for_backward(q, k, v, clock, birth, death, kv_len, block_table)
+
+
+def _gradients(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    """Of q, k and v: those of the reference, computed again from what was saved, so that they can be differentiated."""
+    *qkv, clock, birth, death, kv_len, block_table = ctx.saved_tensors
+    wanted = ctx.needs_input_grad[:3]
+    with torch.enable_grad():
+        qkv = [x.view_as(x) if needed else x for x, needed in zip(qkv, wanted, strict=True)]
+        out = reference.masked_attention(*qkv, clock, birth, death, kv_len, ctx.scale, block_table)
+    inputs = [x for x, needed in zip(qkv, wanted, strict=True) if needed]
+    with dispatch.without_autocast(gradient.device):
+        found = iter(torch.autograd.grad(out, inputs, gradient, create_graph=torch.is_grad_enabled()))
+    return (*(next(found) if needed else None for needed in wanted), *(None,) * 6)
+
+
+class _Triton(torch.autograd.Function):
+    """Triton asked for by name, with the gradients that the op has."""
+
+    @staticmethod
+    def forward(*arguments):
+        from simsd_kernels.masked_attention import triton
+
+        return triton.masked_attention(*arguments)
+
+    setup_context = staticmethod(_save)
+    backward = staticmethod(_gradients)
+
+
+implement(OP, _reference, _triton, _why_not_triton, (_save, _gradients))

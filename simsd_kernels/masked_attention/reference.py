@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from simsd_kernels import dispatch
+
 
 def visible(clock: Tensor, birth: Tensor, death: Tensor, kv_len: Tensor | None = None) -> Tensor:
     """Boolean [B, Lq, Lk]: query i sees key j where birth[j] <= clock[i] <= death[j] and j < kv_len."""
@@ -55,16 +57,19 @@ def masked_attention(
     scale = max(dim, 1) ** -0.5 if scale is None else scale
 
     seen = visible(clock, birth, death, kv_len)  # [B, Lq, Lk]
-    # A key that nobody sees may hold NaN: 0 * NaN is NaN, so its K and V are blanked rather than weighted with 0.
+    # A key that nobody sees may hold NaN, and so may a query that sees nothing: 0 * NaN is NaN, so they are blanked
+    # rather than weighted with 0. The same holds for the gradient of such a query's output.
     live = seen.any(dim=1)[:, None, :, None]  # [B, 1, Lk, 1]
+    blind = ~seen.any(dim=2)[:, None, :, None]  # [B, 1, Lq, 1]
     k = torch.where(live, k, 0).to(accumulate)
     v = torch.where(live, v, 0).to(accumulate)
+    q = torch.where(blind, 0, q)
 
     group = q_heads // max(kv_heads, 1)
     grouped = q.to(accumulate).reshape(batch, kv_heads, group * q_rows, dim)
-    scores = (grouped * scale) @ k.transpose(-1, -2)  # [B, Hkv, G * Lq, Lk]
-    scores = scores.view(batch, kv_heads, group, q_rows, k.shape[2]).masked_fill(~seen[:, None, None], -torch.inf)
-    blind = ~seen.any(dim=-1)[:, None, None, :, None]  # [B, 1, 1, Lq, 1]
-    weights = torch.softmax(scores.masked_fill(blind, 0.0), dim=-1).masked_fill(blind, 0.0)
-    out = weights.view(batch, kv_heads, group * q_rows, k.shape[2]) @ v
-    return out.view(q.shape).to(q.dtype)
+    with dispatch.without_autocast(q.device):
+        scores = (grouped * scale) @ k.transpose(-1, -2)  # [B, Hkv, G * Lq, Lk]
+        scores = scores.view(batch, kv_heads, group, q_rows, k.shape[2]).masked_fill(~seen[:, None, None], -torch.inf)
+        weights = torch.softmax(scores.masked_fill(blind[:, :, None], 0.0), dim=-1)
+        out = weights.view(batch, kv_heads, group * q_rows, k.shape[2]) @ v
+    return out.view(q.shape).masked_fill(blind, 0.0).to(q.dtype)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from simsd_kernels import dispatch, validate
-from simsd_kernels.ops import implement
+from simsd_kernels.ops import implement, refuse_gradients
 from simsd_kernels.plan_block import reference
 from simsd_kernels.plan_block.reference import copy_stride
 from simsd_kernels.reveal.api import MAX_LENGTH, STRATEGIES
@@ -114,7 +114,7 @@ def plan_block(
     Raises:
         TypeError, ValueError: a wrong dtype, shape, device or value, naming what was given. On CUDA tensors values are
             trusted (looking at them would make the host wait).
-        RuntimeError: an explicit backend cannot serve the call.
+        RuntimeError: an explicit backend cannot serve the call, or an argument requires grad: there is no backward.
     """
     tensors = (
         *(tokens, revealed, start, step, blocks_left, clean, depth, prob, log_odds, entropy, trust, power),
@@ -122,6 +122,7 @@ def plan_block(
     )
     numbers = (strategy, threshold, floor, mask_id, max_copies, max_rows, scratch, slots, stride)
     check(*tensors, *numbers)
+    refuse_gradients(OP, *tensors)
     match dispatch.choose(OP, backend, tokens.device, lambda name: obstacle(name, draft_logits)):
         case "reference":
             return Plan(*reference.plan_block(*tensors, *numbers))

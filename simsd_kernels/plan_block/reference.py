@@ -62,7 +62,7 @@ def plan_block(
     batch, length = tokens.shape
     counts = schedule.tolist()
     if strategy == "low_confidence_dynamic":  # the bar that `reveal` compares float32 probabilities with
-        threshold = torch.tensor(threshold, dtype=torch.float32).item()
+        threshold = torch.tensor(threshold, dtype=torch.float32, device="cpu").item()
     graphs: list[list[State]] = []
     for lane in range(batch):
         if int(start[lane]) < 0:
@@ -76,7 +76,9 @@ def plan_block(
         limits = int(depth[lane]), int(blocks_left[lane]), float(trust[lane])
         graphs.append(_grow(root, draft, *limits, counts, strategy, threshold, floor, max_copies))
     _fit(graphs, max_rows // length if length else 0)
-    return _lay_out(graphs, start, clean, length, mask_id, max_copies, scratch, slots, stride)
+    with torch.device("cpu"):  # whatever torch.set_default_device says
+        laid_out = _lay_out(graphs, start, clean, length, mask_id, max_copies, scratch, slots, stride)
+    return tuple(x.to(clean.device) for x in laid_out)
 
 
 @dataclass
@@ -269,8 +271,8 @@ def _lay_out(
     slots: int,
     stride: int,
 ) -> tuple[Tensor, ...]:
-    """The graphs as rows: K finished blocks as drafted, then the copies; dead rows where a lane has fewer."""
-    device, batch, ahead = clean.device, clean.shape[0], clean.shape[1]
+    """The graphs as rows (on the CPU): finished blocks as drafted, then copies; dead rows where a lane has fewer."""
+    batch, ahead = clean.shape[:2]
     shape = (batch, ahead + max_copies, length)
     token = torch.zeros(shape, dtype=torch.int64)
     position, clock, born, dies = (torch.zeros(shape, dtype=torch.int32) for _ in range(4))
@@ -313,7 +315,7 @@ def _lay_out(
     lane = torch.arange(batch)[:, None, None].expand(shape)[live]
     birth[lane, slot[live].long()], death[lane, slot[live].long()] = born[live], dies[live]
     flat = (x.flatten(1) for x in (token, position, slot, clock))
-    return tuple(x.to(device) for x in (*flat, birth, death, states, sets, block, cleaned, reach))
+    return (*flat, birth, death, states, sets, block, cleaned, reach)
 
 
 def copy_stride(length: int) -> int:

@@ -61,7 +61,7 @@ def plan_block(
     batch, ahead, length = clean.shape
     device = clean.device
     if strategy == "low_confidence_dynamic":  # the bar that `reveal` compares float32 probabilities with
-        threshold = torch.tensor(threshold, dtype=torch.float32).item()
+        threshold = torch.tensor(threshold, dtype=torch.float32, device="cpu").item()
     constants, options = configuration(length)
     room = 1 + constants["CHILDREN"] * (max_copies - 1)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from simsd_kernels import dispatch, validate
-from simsd_kernels.ops import implement
+from simsd_kernels.ops import implement, refuse_gradients
 from simsd_kernels.qk_norm_rope_store import reference
 
 OP = "qk_norm_rope_store"
@@ -54,10 +54,11 @@ def qk_norm_rope_store(
     Raises:
         TypeError, ValueError: a wrong dtype, shape, device or slot, naming what was given; nothing is written then.
             On CUDA tensors slots are trusted (looking at them would make the host wait).
-        RuntimeError: an explicit backend cannot serve the call.
+        RuntimeError: an explicit backend cannot serve the call, or an argument requires grad: there is no backward.
     """
     arguments = (q, k, v, q_weight, k_weight, cos, sin, k_cache, v_cache, slots)
     check(*arguments)
+    refuse_gradients(OP, *arguments)
     match dispatch.choose(OP, backend, q.device, lambda name: obstacle(name, q)):
         case "reference":
             return reference.qk_norm_rope_store(*arguments, eps)

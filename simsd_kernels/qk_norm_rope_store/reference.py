@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from simsd_kernels import dispatch
 from simsd_kernels.store_kv import reference as store_kv
 
 
@@ -39,6 +40,7 @@ def qk_norm_rope_store(
     eps: float,
 ) -> Tensor:
     """See `api.qk_norm_rope_store`."""
-    keys = rotate(rms_norm(k, k_weight, eps), cos, sin)
-    store_kv.store_kv(keys.transpose(1, 2), v.transpose(1, 2), k_cache, v_cache, slots)
-    return rotate(rms_norm(q, q_weight, eps), cos, sin).transpose(1, 2).contiguous()
+    with dispatch.without_autocast(q.device):
+        keys = rotate(rms_norm(k, k_weight, eps), cos, sin)
+        store_kv.store_kv(keys.transpose(1, 2), v.transpose(1, 2), k_cache, v_cache, slots)
+        return rotate(rms_norm(q, q_weight, eps), cos, sin).transpose(1, 2).contiguous()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from simsd_kernels import dispatch, validate
-from simsd_kernels.ops import implement
+from simsd_kernels.ops import implement, refuse_gradients
 from simsd_kernels.reveal import reference
 
 OP = "reveal"
@@ -60,13 +60,14 @@ def reveal(
     Raises:
         TypeError, ValueError: a wrong dtype, shape, device, strategy or value, naming what was given; nothing is
             written then.
-        RuntimeError: an explicit backend cannot serve the call.
+        RuntimeError: an explicit backend cannot serve the call, or an argument requires grad: there is no backward.
 
     Source: the reveal strategies of SDAR's generate.py, ranked by log-odds instead of probability: the same order in
     exact arithmetic, and still one where probabilities round to 1.
     """
     arguments = (tokens, revealed, step_map, proposal, prob, log_odds, entropy, step, schedule, strategy, threshold)
     check(*arguments)
+    refuse_gradients(OP, *arguments)
     match dispatch.choose(OP, backend, tokens.device, lambda _: None):
         case "reference":
             return reference.reveal(*arguments)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from simsd_kernels import dispatch, validate
-from simsd_kernels.ops import implement
+from simsd_kernels.ops import implement, refuse_gradients
 from simsd_kernels.sample_logits import reference
 
 OP = "sample_logits"
@@ -65,13 +65,14 @@ def sample_logits(
     Raises:
         TypeError, ValueError: a wrong dtype, shape, device or value, naming what was given. On CUDA tensors values are
             trusted: negative temperature is 0, top_k < 0 and top_p > 1 are off, banned ids outside [0, V) are ignored.
-        RuntimeError: an explicit backend cannot serve the call.
+        RuntimeError: an explicit backend cannot serve the call, or an argument requires grad: there is no backward.
 
     Source: Gumbel-max: Gumbel 1954; Philox: Salmon et al., SC 2011. Confidence before filtering as in SDAR's
     evaluation code.
     """
     arguments = (logits, temperature, top_k, top_p, seed, position, revealed, banned_ids)
     check(*arguments)
+    refuse_gradients(OP, *arguments)
     match dispatch.choose(OP, backend, logits.device, lambda name: obstacle(name, logits)):
         case "reference":
             out = reference.sample_logits(*arguments)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from simsd_kernels import dispatch, validate
-from simsd_kernels.ops import implement
+from simsd_kernels.ops import implement, refuse_gradients
 from simsd_kernels.store_kv import reference
 
 OP = "store_kv"
@@ -27,9 +27,10 @@ def store_kv(
     Raises:
         TypeError, ValueError: a wrong dtype, shape, device or slot, naming what was given; nothing is written then.
             On CUDA tensors slots are trusted (looking at them would make the host wait).
-        RuntimeError: an explicit backend cannot serve the call.
+        RuntimeError: an explicit backend cannot serve the call, or an argument requires grad: there is no backward.
     """
     check(k, v, k_cache, v_cache, slots)
+    refuse_gradients(OP, k, v, k_cache, v_cache, slots)
     match dispatch.choose(OP, backend, k.device, lambda name: obstacle(name, k)):
         case "reference":
             reference.store_kv(k, v, k_cache, v_cache, slots)

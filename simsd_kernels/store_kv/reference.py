@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from simsd_kernels import dispatch
+
 
 def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
     """See `api.store_kv`."""
@@ -18,6 +20,7 @@ def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tens
     row = torch.where(valid, rows, valid.int().argmax(dim=1, keepdim=True))
     slot = slots.gather(1, row).clamp(min=0).long()
     any_valid = valid.any(dim=1)[:, None, None, None]
-    for new, cache in ((k, k_cache), (v, v_cache)):
-        held = cache[batch, :, slot]  # [B, R, Hkv, D]
-        cache[batch, :, slot] = torch.where(any_valid, new[batch, :, row], held)
+    with dispatch.without_autocast(k.device):  # CUDA's refuses to assign bfloat16 while it casts to float16
+        for new, cache in ((k, k_cache), (v, v_cache)):
+            held = cache[batch, :, slot]  # [B, R, Hkv, D]
+            cache[batch, :, slot] = torch.where(any_valid, new[batch, :, row], held)

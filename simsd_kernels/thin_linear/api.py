@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from simsd_kernels import dispatch, validate
-from simsd_kernels.ops import LIBRARY, implement
+from simsd_kernels.ops import implement
 from simsd_kernels.thin_linear import reference
 
 OP = "thin_linear"
@@ -18,7 +18,7 @@ def thin_linear(x: Tensor, weight: Tensor, *, backend: str | None = None) -> Ten
     A BLAS promises no such thing: it picks kernels, and with them the order of summation, by the number of rows, so a
     token's logits may change in the last bit when another token joins its forward. Here an output's sum runs over K in
     one fixed order, which threads, strides and the weight's other rows do not change either. The bits may differ
-    between backends and instruction sets. Differentiable, but not twice.
+    between backends and instruction sets. Differentiable on every backend.
 
     Args:
         x: [..., K], float32, bfloat16 or float16 (`reference` also takes float64); any strides.
@@ -79,10 +79,12 @@ def _save(ctx, inputs, output) -> None:
 def _gradients(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Of x and weight, by torch's own products: training needs no bits to repeat."""
     x, weight = ctx.saved_tensors
-    for_x = gradient @ weight if ctx.needs_input_grad[0] else None
-    for_weight = None
-    if ctx.needs_input_grad[1]:
-        for_weight = gradient.reshape(-1, weight.shape[0]).T @ x.reshape(-1, weight.shape[1])
+    for_x = for_weight = None
+    with dispatch.without_autocast(x.device):
+        if ctx.needs_input_grad[0]:
+            for_x = gradient @ weight
+        if ctx.needs_input_grad[1]:
+            for_weight = gradient.reshape(-1, weight.shape[0]).T @ x.reshape(-1, weight.shape[1])
     return for_x, for_weight
 
 
@@ -99,7 +101,4 @@ class _Triton(torch.autograd.Function):
     backward = staticmethod(_gradients)
 
 
-implement(OP, _reference, _triton, lambda x, weight: obstacle("triton", x))
-torch.library.register_autograd(f"simsd::{OP}", _gradients, setup_context=_save, lib=LIBRARY)
-if dispatch.EMULATION:
-    torch.library.register_autograd(f"simsd_emulated::{OP}", _gradients, setup_context=_save, lib=dispatch.EMULATED)
+implement(OP, _reference, _triton, lambda x, weight: obstacle("triton", x), (_save, _gradients))

@@ -327,3 +327,16 @@ def test_pages_give_the_bits_of_keys_in_order(run, case, hole_rate):
 def test_a_table_of_holes_sees_nothing(run):
     call = make(torch.float16, 2, (2, 1), 3, 64, 32)
     assert (run(of_pages(call, 16, torch.ones(2, 4).bool())) == 0).all()
+
+
+def test_gradients_are_those_of_the_reference():
+    generator = torch.Generator().manual_seed(0)
+    ours = [torch.randn(1, heads, 20, 16, generator=generator).requires_grad_() for heads in (4, 2, 2)]
+    theirs = [x.detach().clone().requires_grad_() for x in ours]
+    clock = torch.arange(20, dtype=torch.int32)[None] - 3
+    for qkv, backend in ((ours, "triton"), (theirs, "reference")):
+        out = simsd_kernels.masked_attention(*qkv, clock, clock + 3, torch.full_like(clock, INF), backend=backend)
+        out.square().sum().backward()
+    for mine, expected in zip(ours, theirs, strict=True):
+        assert mine.grad is not None
+        torch.testing.assert_close(mine.grad, expected.grad)

@@ -47,7 +47,7 @@ def attention(
 
     `clock` int32 [B, R], `birth` and `death` int32 [B, K] and `kv_len` int32 [B] (see
     `simsd_kernels.masked_attention`) arrive as keyword arguments of `model(...)`; `attention_mask` is not looked at.
-    Where gradients flow, the differentiable `reference` backend serves. `kernel` replaces `masked_attention`.
+    `kernel` replaces `masked_attention`. Under `torch.autocast` attention computes in its dtype.
 
     Raises:
         SimsdError: no clocks, attention dropout, or a sliding window.
@@ -65,11 +65,10 @@ def attention(
         )
     if kernel is not None:
         return kernel(query, key, value, clock, birth, death, kv_len, scaling).transpose(1, 2), None
-    differentiable = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    out = masked_attention(
-        query, key, value, clock, birth, death, kv_len, scaling, backend="reference" if differentiable else None
-    )
-    return out.transpose(1, 2), None
+    if torch.is_autocast_enabled(query.device.type):  # the three may differ; torch's own attention casts them, too
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    return masked_attention(query, key, value, clock, birth, death, kv_len, scaling).transpose(1, 2), None
 
 
 def no_mask(*args, **kwargs) -> None:
