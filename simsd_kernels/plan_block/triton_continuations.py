@@ -21,7 +21,9 @@ def weight_of(b_exponent):
 def finite(b_value):
     """As double, so that differences are numbers; NaN ranks last."""
     b_value = b_value.to(tl.float64)
-    return tl.where(b_value != b_value, -1e30, tl.minimum(tl.maximum(b_value, -1e30), 1e30))
+    largest = tl.full((), 1e30, tl.float64)  # Triton before 3.9 rounds a bare literal to float32
+    b_value = tl.where(b_value != b_value, -largest, b_value)
+    return tl.minimum(tl.maximum(b_value, -largest), largest)
 
 
 @triton.jit

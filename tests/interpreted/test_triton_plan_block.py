@@ -78,6 +78,15 @@ def test_entropies_are_added_one_by_one():
         assert_same_plan(made | {"entropy": torch.tensor([[entropies]])})
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES[1:])
+def test_nan_scores_tie_with_the_worst_that_are_not_nan(strategy):
+    """Triton before 3.9 takes a literal such as -1e30 as float32, which is another number in double."""
+    nan, inf = math.nan, math.inf
+    scores = torch.tensor([[[-inf, nan, inf, 0.5]], [[nan, -inf, 0.5, inf]], [[nan, nan, -inf, -inf]]])
+    made = arguments(3, strategy=strategy, max_copies=5, log_odds=scores, entropy=-scores)
+    assert_same_plan(made | {"power": torch.tensor([[1.0], [1.0], [1e-30]])})  # the last makes 1e30 odds that one sees
+
+
 def test_a_row_budget_is_shared_by_the_batch():
     made = arguments(3, 1, 4, max_copies=10, max_rows=4 * 7, start=ints(8, -1, 4))
     out = assert_same_plan(made)
