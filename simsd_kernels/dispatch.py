@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.metadata
 import importlib.util
 import logging
 import os
@@ -131,6 +132,32 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def interpreter_obstacle(triton: str, numpy: str | None) -> str | None:
+    """What keeps Triton's interpreter of these versions from running kernels, None if nothing does."""
+    if numpy is None:
+        return "Triton's interpreter needs numpy (pip install numpy)"
+    if _release(triton) < (3, 7) and _release(numpy) >= (2, 4):
+        return f"the interpreter of Triton {triton} needs numpy < 2.4, got {numpy}: pip install 'numpy<2.4'"
+    return None
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in version.split(".")[:2])
+
+
+def _installed_interpreter_obstacle() -> str | None:
+    if not (_HAS_TRITON and interpreting()):
+        return None
+    import triton
+
+    has_numpy = importlib.util.find_spec("numpy") is not None
+    return interpreter_obstacle(triton.__version__, importlib.metadata.version("numpy") if has_numpy else None)
+
+
+# Asked at import, like what is compiled.
+INTERPRETER_OBSTACLE = _installed_interpreter_obstacle()
+
+
 def device_obstacle(backend: str, op: str, device: torch.device) -> str | None:
     """What keeps `backend` from serving `op` on `device`, whatever the arguments; None if nothing does."""
     match backend:
@@ -144,7 +171,7 @@ def device_obstacle(backend: str, op: str, device: torch.device) -> str | None:
             if obstacle := triton_obstacle():
                 return obstacle
             if device.type == "cuda" or (device.type == "cpu" and interpreting()):
-                return capability_obstacle(device)
+                return INTERPRETER_OBSTACLE or capability_obstacle(device)
             return f"needs cuda tensors (or TRITON_INTERPRET=1 set before import), got {device.type}"
     raise AssertionError(backend)
 

@@ -143,3 +143,23 @@ def test_nothing_is_said_at_import_nor_where_the_reference_was_asked_for(without
 @pytest.mark.skipif(dispatch.load_library() is not None, reason="needs the compiled ops")
 def test_nothing_is_said_where_the_compiled_ops_pass_over_a_call():
     assert stderr_of(IMPORT, "simsd_kernels.thin_linear(x.double(), x.double())") == []
+
+
+@pytest.mark.parametrize(
+    "triton, numpy, obstacle",
+    [
+        ("3.6.0", "2.4.6", "the interpreter of Triton 3.6.0 needs numpy < 2.4, got 2.4.6: pip install 'numpy<2.4'"),
+        ("3.6.0+git1a2b", "2.10.0", "the interpreter of Triton 3.6.0+git1a2b needs numpy < 2.4, got 2.10.0"),
+        ("3.6.0", "2.3.5", None),
+        ("3.7.1", "2.4.6", None),
+        ("3.10.0", "3.0.0rc1", None),
+        ("3.9.0", None, "Triton's interpreter needs numpy (pip install numpy)"),
+    ],
+)
+def test_an_interpreter_that_cannot_run_says_in_one_line_what_it_needs(monkeypatch, triton, numpy, obstacle):
+    found = dispatch.interpreter_obstacle(triton, numpy)
+    assert found is None if obstacle is None else found.startswith(obstacle) and "\n" not in found
+    monkeypatch.setattr(dispatch, "INTERPRETER_OBSTACLE", found)
+    monkeypatch.setattr(dispatch, "_HAS_TRITON", True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert dispatch.device_obstacle("triton", OP, torch.device("cpu")) == found
