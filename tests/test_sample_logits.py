@@ -85,6 +85,21 @@ def test_confident_rows_still_rank_by_log_odds(backend):
 
 
 @each_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [-INF, -3.4e38, -65504.0, 0.0, 65504.0, 3.4e38, INF], ids=str)
+def test_equal_logits_of_any_size_are_equally_likely(backend, dtype, value):
+    largest = torch.finfo(dtype).max
+    finite = max(-largest, min(value, largest))
+    rows = [[finite if value < 0 else value] * 7, [-INF, math.nan, finite, *[-INF] * 3, finite]]
+    out = sample(torch.tensor(rows, dtype=dtype), temperature=0.0, backend=backend)
+    close = {"rtol": 1e-6, "atol": 1e-6}
+    assert out.token.tolist() == [0, 2]
+    torch.testing.assert_close(out.log_odds, torch.tensor([-math.log(6), 0.0]), **close)
+    torch.testing.assert_close(out.prob, torch.tensor([1 / 7, 1 / 2]), **close)
+    torch.testing.assert_close(out.entropy, torch.tensor([math.log(7), math.log(2)]), **close)
+
+
+@each_backend
 def test_sampled_runner_up_has_its_own_log_odds(backend):
     logits = torch.tensor([[5.0, 4.5, -3.0, 4.0]]).repeat(200, 1)
     out = sample(logits, backend=backend)

@@ -108,8 +108,10 @@ def statistics(x: Tensor, token: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor
 
     chosen = x.gather(1, token[:, None])
     prob = ((chosen - top).squeeze(1).exp() / (1 + rest)).to(torch.float32)
-    without = torch.logsumexp(x.scatter(1, token[:, None], -torch.inf), dim=1)
-    log_odds = torch.where(chosen.squeeze(1) > -torch.inf, chosen.squeeze(1) - without, -torch.inf)
+    possible = chosen > -torch.inf
+    # Relative to the token: beside large logits, the logarithm of how many others there are would round away.
+    against = x.scatter(1, token[:, None], -torch.inf) - torch.where(possible, chosen, 0.0)
+    log_odds = torch.where(possible.squeeze(1), -torch.logsumexp(against, dim=1), -torch.inf)
     return prob, log_odds.to(torch.float32), entropy.to(torch.float32), logsumexp.to(torch.float32)
 
 

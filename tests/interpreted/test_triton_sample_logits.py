@@ -232,3 +232,10 @@ def test_no_rows_are_fine():
 def test_float64_is_refused_by_name():
     with pytest.raises(RuntimeError, match="triton: supports float32, bfloat16 and float16, got torch.float64"):
         simsd_kernels.sample_logits(*arguments(torch.zeros(1, 3).double()), backend="triton")
+
+
+@pytest.mark.parametrize("value", [-3.4e38, 65504.0, 3.4e38], ids=str)
+def test_equal_logits_of_any_size_are_equally_likely(value):
+    out = sample(torch.full((1, 7), value), temperature=0.0, backend="triton")
+    torch.testing.assert_close(out.log_odds, torch.tensor([-math.log(6)]), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(out.entropy, torch.tensor([math.log(7)]), rtol=1e-6, atol=1e-6)
