@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cuda/architectures.h"
 #include "cuda/device.h"
 #include "cuda/stream.h"
 
@@ -26,8 +27,8 @@ inline void check_cuda(const char* op, cudaError_t error) {
     if (error == cudaSuccess) return;
     std::string message = std::string(op) + ": " + cudaGetErrorString(error);
     if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
-        message += "; the cuda backend was built for compute capability 8.0, 9.0, 10.0, 12.0 (and newer through PTX):";
-        message += " rebuild with SIMSD_CUDA_ARCHS, or use backend=\"triton\" or \"reference\"";
+        message += "; the cuda backend was built for compute capability " + architectures({__CUDA_ARCH_LIST__});
+        message += ": rebuild with SIMSD_CUDA_ARCHS, or use backend=\"triton\" or \"reference\"";
     }
     throw std::runtime_error(message);
 }

@@ -46,13 +46,15 @@ Stream current_stream(int device) {
 }  // namespace
 
 OnDevice::OnDevice(const Tensor& tensor) {
+    // What throws comes before the switch: a constructor that throws has no destructor to switch back.
     const int device = tensor.get_device_index();
-    require(cudaGetDevice(&previous_));
-    if (previous_ != device) {
-        require(cudaSetDevice(device));
-        switched_ = true;
-    }
     stream_ = current_stream(device);
+    require(cudaGetDevice(&previous_));
+    if (previous_ == device) return;
+    const cudaError_t error = cudaSetDevice(device);
+    if (error != cudaSuccess) cudaSetDevice(previous_);  // it may have switched and failed to initialise
+    require(error);
+    switched_ = true;
 }
 
 OnDevice::~OnDevice() {
