@@ -84,6 +84,7 @@ def implement(
         gradients: setup_context and backward of `torch.library.register_autograd`, whichever backend serves. None: an
             argument that requires grad is refused (see `refuse_gradients`).
     """
+
     def on_any_device(first, *others):
         dispatch.note_reference(first.device)
         return reference(first, *others)

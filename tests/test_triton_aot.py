@@ -1,4 +1,5 @@
-"""Every Triton kernel compiles for every supported GPU, without spilled registers, within the GPU's shared memory."""
+"""Every Triton kernel compiles for every supported GPU, within the GPU's shared memory: without spilled registers by
+the Triton that constraints.txt pins, with few by another."""
 
 from __future__ import annotations
 
@@ -11,6 +12,8 @@ import pytest
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     raise pytest.UsageError("kernels cannot be compiled with TRITON_INTERPRET=1: run this file without it")
+
+import triton
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "benchmarks"))
 import triton_resources  # noqa: E402
@@ -27,6 +30,13 @@ CASES = [
     or variant.label in ("fp32, linear", "L 64, graph")
     or re.match("(entropy|low_confidence_dynamic).* L (16|64), graph", variant.label)
 ]
+
+
+ROOT = pathlib.Path(__file__).parents[1]
+PINNED = re.search(r"^triton==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE).group(1)
+# Per thread, by a Triton that the kernels were not fitted to: 3.6.0 spills most (66 instructions, 136 bytes), 3.8.0
+# less (6, 16). What goes beyond is not a compiler's choice of registers but a tile that does not fit.
+SPILLS_ELSEWHERE, STACK_BYTES_ELSEWHERE = 100, 256
 
 
 @pytest.fixture(scope="module")
@@ -58,5 +68,7 @@ def test_no_kernel_is_left_out():
 @pytest.mark.parametrize("number, variant", CASES, ids=[f"{v.kernel}-{v.label}".replace(", ", "-") for _, v in CASES])
 def test_compiles_without_spills_within_shared_memory(resources, number, variant, capability):
     found = resources[number, capability]
-    assert found.spills == 0 and found.stack_bytes == 0, found
+    pinned = triton.__version__ == PINNED
+    assert found.spills <= (0 if pinned else SPILLS_ELSEWHERE), found
+    assert found.stack_bytes <= (0 if pinned else STACK_BYTES_ELSEWHERE), found
     assert found.shared_bytes <= triton_resources.TARGETS[capability], found
