@@ -1,12 +1,10 @@
-"""benchmarks/gpu, run dry on the CPU: every section, a machine without a GPU, merging, rendering."""
+"""benchmarks/gpu on the CPU: every section, what a contestant may do, timing, results."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import json
-import os
-import subprocess
 import sys
 import time
 import types
@@ -19,8 +17,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 
-from gpu import __main__ as command  # noqa: E402
-from gpu import build_and_test, contest, environment, processes, report, timing  # noqa: E402
+from gpu import contest, report, sections, timing  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -37,15 +34,15 @@ def bench(seconds=60.0, **given):
     return contest.Bench(CPU, tiny=True, deadline=time.monotonic() + seconds, **given)
 
 
-MEASURED = [name for name in command.SECTIONS if name not in ("build", "test")]
+MEASURED = ("ceilings", "verification", "attention", "sampling", "linear", "end_to_end", "store")
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("name", MEASURED)
 def test_section_runs_dry_and_finds_everything_right(name):
     made = bench()
-    command.run_in_process(name, made)
-    assert made.rows and made.left_over == 0
+    sections.run_here(name, made)
+    assert made.rows and not made.not_run
     for row in made.rows:
         assert "contestants" in row or "cells" in row
         for contestant, figures in row.get("contestants", {}).items():
@@ -60,14 +57,18 @@ def test_section_runs_dry_and_finds_everything_right(name):
 
 def test_section_out_of_time_begins_nothing_and_says_how_much_is_missing():
     made = bench(seconds=-1.0)
-    command.run_in_process("store", made)
-    assert not made.rows and made.left_over == 4
-    assert "time for 4 more cases was missing" in report.markdown(whole({"store": section(made)}))
+    sections.run_here("store", made)
+    assert not made.rows and len(made.not_run) == 4
+    text = report.markdown(whole({"store": section(made)}))
+    assert (
+        "4 not run, out of time" in text
+        and "not run, out of time: store_kv, batch 1, 4 rows; store_kv, batch 2" in text
+    )
 
 
 def test_section_taken_up_again_keeps_what_it_has():
     made = bench(rows=[{"case": "store_kv, batch 1, 4 rows", "contestants": {}, "kept": True}])
-    command.run_in_process("store", made)
+    sections.run_here("store", made)
     assert len(made.rows) == 4 and made.rows[0]["kept"]
 
 
@@ -83,12 +84,12 @@ def timed(us):
     return {"verdict": "ok", "us": us, "low_us": us, "high_us": us, "method": "graph replay"}
 
 
-def whole(sections, dry=True):
+def whole(parts, rehearsal=True):
     made = {"sections": {}}
     machine = {"gpu": "Some GPU 80GB", "date": "2026-01-02", "commit": "abc", "dirty": False}
-    for name, one in sections.items():
+    for name, one in parts.items():
         made = report.merge(made, machine, name, one)
-    return made | ({"dry_run": True} if dry else {})
+    return made | {"rehearsal": rehearsal}
 
 
 # What a contestant may do
@@ -121,7 +122,7 @@ def test_wrong_result_is_reported_in_the_place_of_its_time():
     assert found["simsd a"]["verdict"] == contest.RIGHT and found["simsd a"]["us"] > 0
     for name in ("simsd b", "simsd c", "simsd d"):
         assert found[name]["verdict"].startswith("WRONG: ") and "us" not in found[name]
-    made = whole({"linear": done([{"case": "case", "contestants": found}])}, dry=False)
+    made = whole({"linear": done([{"case": "case", "contestants": found}])}, rehearsal=False)
     assert len(report.wrong(made)) == 3
     assert "WRONG: " in report.markdown(made) and "! linear: case" in report.summary(made)
 
@@ -265,6 +266,15 @@ def test_input_sets_are_larger_than_the_cache_together(monkeypatch):
     assert timing.input_sets(1.0, CPU) == 1
 
 
+def test_case_whose_inputs_fail_costs_itself_alone_and_counts_as_a_problem():
+    made = bench()
+    made.attempt("one", raising(MemoryError("no room")))
+    made.attempt("two", lambda: made.add({"case": "two", "cells": {"us": "1"}}))
+    assert [row["case"] for row in made.rows] == ["one", "two"]
+    kept = whole({"linear": section(made)}, rehearsal=False)
+    assert report.wrong(kept) == ["linear: one: inputs: failed: MemoryError: no room"]
+
+
 # Results
 
 
@@ -292,7 +302,7 @@ def test_section_run_again_takes_its_own_place_only(tmp_path):
     text = path.with_suffix(".md").read_text()
     assert "| a | simsd cuda | 1.0 (1.0-1.0) | 1000 | 50 % |" in text and "commit second (with local changes)" in text
     assert "50 % at worst (a), 50 % at best | met in 0 of 1 |" in text
-    assert text.count("not measured") == 3 and "DRY RUN" not in text
+    assert text.count("| not measured |") >= 3 and "REHEARSAL" not in text
 
 
 def test_target_that_a_case_lacks_counts_as_not_met():
@@ -300,73 +310,5 @@ def test_target_that_a_case_lacks_counts_as_not_met():
         {"case": "a", "target": "thin", "contestants": {"simsd cuda": timed(2.0), "cublas": timed(3.0)}},
         {"case": "b", "target": "thin", "contestants": {"simsd cuda": {"verdict": "WRONG: x"}, "cublas": timed(2.0)}},
     ]
-    made = whole({"linear": done(rows)}, dry=False)
+    made = whole({"linear": done(rows)}, rehearsal=False)
     assert ("1.50x at worst (a), 1.50x at best", "met in 1 of 2") in [line[1:] for line in report.targets(made)]
-
-
-def test_dry_run_is_labelled_everywhere(tmp_path):
-    made = whole({"ceilings": done([])})
-    assert report.DRY_RUN in report.markdown(made) and report.DRY_RUN in report.summary(made)
-
-
-# The command
-
-
-def run(*options, python=sys.executable):
-    paths = os.pathsep.join([str(ROOT / "benchmarks"), str(ROOT), str(ROOT / "python")])
-    variables = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([python, "-m", "gpu", *options], cwd=ROOT, env=variables, capture_output=True, text=True)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_without_a_gpu_it_says_at_once_what_is_missing():
-    ran = run()
-    assert ran.returncode == 2 and not ran.stdout
-    (line,) = ran.stderr.strip().splitlines()
-    assert line.startswith("make gpu needs what this machine lacks: ") and ("CPU build" in line or "CUDA GPU" in line)
-
-
-@pytest.mark.parametrize("options", [["--tiny-cpu"], ["--tiny-cpu", "--output", str(environment.RESULTS)]])
-def test_dry_run_never_writes_among_the_results(options, capsys):
-    before = sorted(environment.RESULTS.iterdir())
-    assert command.main(options) == 2
-    assert "dry run" in capsys.readouterr().err
-    assert sorted(environment.RESULTS.iterdir()) == before
-
-
-def test_unknown_section_is_refused_by_name(capsys):
-    with pytest.raises(SystemExit):
-        command.main(["--section", "build,attentoin"])
-    assert "unknown attentoin: choose from build, test" in capsys.readouterr().err
-
-
-def test_sections_run_in_processes_of_their_own_and_end_in_a_table(tmp_path):
-    ran = run("--tiny-cpu", "--output", str(tmp_path), "--section", "ceilings")
-    assert ran.returncode == 0, ran.stderr
-    written = json.loads(next(tmp_path.glob("gpu_*.json")).read_text())
-    assert written["dry_run"] and written["sections"]["ceilings"]["status"] == "done"
-    assert report.DRY_RUN in ran.stdout and "target: " in ran.stdout
-    assert report.DRY_RUN in next(tmp_path.glob("gpu_*.md")).read_text()
-
-
-def test_ended_says_how():
-    assert command.ended(0, {"without": []}) == "done"
-    assert command.ended(0, {"without": ["simsd cuda"]}) == "done without simsd cuda"
-    assert command.ended(-11, {}) == "failed: ended by signal 11"
-    assert command.ended(1, {"error": "ValueError: x"}) == "failed: ValueError: x"
-    assert command.ended(124, {}).startswith("failed: out of time")
-
-
-def test_budget_of_all_sections_is_under_nine_minutes():
-    assert sum(seconds for seconds, _ in command.SECTIONS.values()) <= command.DEFAULT_BUDGET < 540
-    assert list(command.SECTIONS) == list(report.SECTIONS)
-
-
-def test_command_out_of_time_is_ended_with_all_that_it_started():
-    seconds, code, _ = processes.execute([sys.executable, "-c", "import time; time.sleep(60)"], {}, 0.5)
-    assert code == 124 and seconds < 20
-
-
-def test_tests_of_an_op_run_dry_in_a_process_of_their_own():
-    cells, right = build_and_test.tests_of(bench(), "reveal", "cpu")
-    assert right and int(cells["passed"]) >= 5 and cells["failed"] == "0", cells

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import timing
+from . import environment, timing
+from .report import SETUP
 
 RIGHT, UNCHECKED = "ok", "not compared"
 
@@ -30,11 +31,14 @@ class Bench:
     """What a section works with.
 
     Attributes:
-        tiny: a dry run: small shapes, few repeats, figures that mean nothing.
+        tiny: a rehearsal: small shapes, few repeats, figures that mean nothing.
         deadline: of time.monotonic(), after which no further case is begun.
         path: where the section's state is kept while it runs, None for nowhere.
         without: contestants that broke the device before and are left out.
         rows, notes: the section's results so far.
+        not_run: cases and jobs that time was too short for.
+        now: the case that it is at.
+        machine: what it found out of the machine (see environment.machine).
     """
 
     device: torch.device
@@ -44,7 +48,9 @@ class Bench:
     without: list[str] = dataclasses.field(default_factory=list)
     rows: list[dict] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
-    left_over: int = 0
+    not_run: list[str] = dataclasses.field(default_factory=list)
+    now: str = ""
+    machine: dict = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # Its own: a capture that fails may leave the default generator unusable.
@@ -55,6 +61,11 @@ class Bench:
         return ("cuda", "triton") if self.device.type == "cuda" else ("cpu",)
 
     @property
+    def logs(self) -> Path:
+        """The folder of the section's logs."""
+        return self.path.parent if self.path is not None else environment.WORK
+
+    @property
     def seconds(self) -> float:
         """Of measuring per contestant and case."""
         return 0.002 if self.tiny else 0.06
@@ -63,13 +74,30 @@ class Bench:
         return self.deadline - time.monotonic()
 
     def open(self, case: str) -> bool:
-        """Whether to run a case: not done before, and time is left. Counts what time was too short for."""
+        """Whether to run a case: not done before, and time is left. Keeps the names of those that it is short for."""
         if any(row["case"] == case for row in self.rows):
             return False
         if self.time_left() <= 0:
-            self.left_over += 1
+            self.not_run.append(case)
             return False
+        self.now = case
+        self.save()
         return True
+
+    def attempt(self, case: str, work: Callable[[], object]) -> None:
+        """Runs a case that is open; what fails before its contestants are at it costs that case alone."""
+        if not self.open(case):
+            return
+        try:
+            work()
+        except DeviceLost:
+            raise
+        except Exception as error:
+            self.add({"case": case, "contestants": {SETUP: {"verdict": f"failed: {in_one_line(error)}"}}})
+            if not alive(self.device):
+                raise DeviceLost(f"making the inputs of {case}: {in_one_line(error)}") from error
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
 
     def add(self, row: dict) -> None:
         self.rows = [other for other in self.rows if other["case"] != row["case"]] + [row]
@@ -80,7 +108,8 @@ class Bench:
             self.notes.append(text)
 
     def state(self) -> dict:
-        return {"rows": self.rows, "notes": self.notes, "without": self.without, "left_over": self.left_over}
+        kept = ("rows", "notes", "without", "not_run", "now", "machine")
+        return {name: getattr(self, name) for name in kept}
 
     def save(self) -> None:
         if self.path is not None:

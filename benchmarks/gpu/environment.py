@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -18,7 +19,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 WORK = ROOT / "build" / "gpu"  # logs and what a section has so far; not kept by git
-MINIMUM = {"torch": (2, 11), "triton": (3, 6), "transformers": (5, 17)}
+PACKAGES = {  # what is imported, and the least version where one is asked for
+    "torch": (2, 11),
+    "triton": (3, 6),
+    "transformers": (5, 17),
+    "safetensors": None,
+    "tokenizers": None,
+    "numpy": None,
+    "pytest": None,
+    "hypothesis": None,
+}
 MINIMUM_CAPABILITY = (8, 0)
 
 
@@ -33,35 +43,63 @@ def toolkit() -> str | None:
 
 
 def build_variables() -> dict[str, str]:
-    """Environment for setup.py; nvcc on PATH is left for it to find (it may be a wrapper script)."""
-    variables = {"SIMSD_BUILD_CUDA": "1", "SIMSD_CUDA_ARCHS": "native"}
+    """Environment for setup.py; nvcc on PATH is left for it to find (it may be a wrapper script).
+
+    The GPU is named: nvcc's own `-arch=native` falls back to an old one where it cannot ask the driver.
+    """
+    import torch
+
+    major, minor = torch.cuda.get_device_capability()
+    variables = {"SIMSD_BUILD_CUDA": "1", "SIMSD_CUDA_ARCHS": f"{major}{minor}"}
     if shutil.which("nvcc") is None and (home := toolkit()):
         variables["CUDA_HOME"] = home
     return variables
 
 
 def versions() -> dict[str, str | None]:
-    return {name: _version(name) for name in MINIMUM}
+    """Package to version, None where it is not installed."""
+    return {name: _version(name) for name in PACKAGES}
 
 
 def _version(name: str) -> str | None:
+    if importlib.util.find_spec(name) is None:
+        return None
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return None
+        return "unknown"
 
 
-def missing() -> list[str]:
-    """What keeps `make gpu` from running here, one line each; empty where nothing does."""
+def missing(gpu: bool = True) -> list[str]:
+    """What keeps a run (without `gpu`: a rehearsal) from running here, a few words each; empty where nothing does."""
     found = []
     for name, given in versions().items():
-        wanted = ".".join(map(str, MINIMUM[name]))
+        if name == "triton" and not gpu:
+            continue
+        least = PACKAGES[name]
+        wanted = f"{name} >= {'.'.join(map(str, least))}" if least else name
         if given is None:
-            found.append(f"{name} >= {wanted} (not installed)")
-        elif tuple(int(n) for n in re.findall(r"\d+", given)[:2]) < MINIMUM[name]:
-            found.append(f"{name} >= {wanted} (found {given})")
-    if versions()["torch"] is not None:
+            found.append(f"{wanted} (not installed)")
+        elif least and given != "unknown" and tuple(int(n) for n in re.findall(r"\d+", given)[:2]) < least:
+            found.append(f"{wanted} (found {given})")
+    if gpu and versions()["torch"] is not None:
         found += _missing_device()
+    if gpu and not has_library():
+        found += missing_for_build()
+    return found
+
+
+def has_library() -> bool:
+    """Whether compiled ops lie in the tree; whether they serve here, the section `build` finds out."""
+    return any((ROOT / "simsd_kernels").glob("_C*.so"))
+
+
+def missing_for_build() -> list[str]:
+    found = [] if importlib.util.find_spec("setuptools") else ["setuptools (not installed)"]
+    if importlib.util.find_spec("ninja") is None and shutil.which("ninja") is None:
+        found.append("ninja (not installed)")
+    if shutil.which(os.environ.get("CXX", "c++").split()[0]) is None and shutil.which("g++") is None:
+        found.append("a C++ compiler (g++, or CXX)")
     if toolkit() is None:
         found.append("nvcc, the CUDA toolkit's compiler (looked on PATH, under CUDA_HOME and in /usr/local/cuda)")
     return found
@@ -84,30 +122,28 @@ def today() -> str:
     return datetime.datetime.now(datetime.UTC).date().isoformat()
 
 
-def commit() -> dict[str, object]:
-    """The commit and whether anything that git tracks differs from it; "unknown" without git or its folder."""
+def commit(told: str | None = None) -> dict[str, object]:
+    """The commit and whether anything that git tracks differs from it; what is `told`, without git or its folder."""
 
     def git(*words: str) -> str:
         done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=20)
         return done.stdout.strip() if done.returncode == 0 else "unknown"
 
+    unknown = {"commit": told or "unknown", "dirty": "unknown"}
     try:
-        changes = git("status", "--porcelain", "--untracked-files=no")
-        return {
-            "commit": git("rev-parse", "--short=12", "HEAD"),
-            "dirty": changes if changes == "unknown" else bool(changes),
-        }
+        changes, head = git("status", "--porcelain", "--untracked-files=no"), git("rev-parse", "--short=12", "HEAD")
+        return unknown if "unknown" in (changes, head) else {"commit": head, "dirty": bool(changes)}
     except (OSError, subprocess.SubprocessError):
-        return {"commit": "unknown", "dirty": "unknown"}
+        return unknown
 
 
-def machine() -> dict[str, object]:
+def machine(told_commit: str | None = None) -> dict[str, object]:
     """GPU, driver, versions and build, as plain JSON types."""
     import torch
 
     described: dict[str, object] = {
         "date": today(),
-        **commit(),
+        **commit(told_commit),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda or "none (CPU build)",
@@ -115,7 +151,7 @@ def machine() -> dict[str, object]:
         "nvcc": _nvcc_release(),
         "driver": "none",
         "gpu": "none (CPU)",
-        "kernels": _kernels(),
+        "kernels": kernels(),
     }
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
@@ -155,7 +191,7 @@ def _driver() -> str:
         return "unknown"
 
 
-def _kernels() -> object:
+def kernels() -> object:
     """What the compiled library says of itself, or why there is none."""
     try:
         import torch

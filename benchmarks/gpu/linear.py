@@ -33,10 +33,11 @@ def run(bench: Bench) -> None:
     matrices = {"tiny": {"q_proj": (48, 64)}} if bench.tiny else MATRICES
     for model, shapes in matrices.items():
         for name, (n, k) in shapes.items():
+            title = f"{model} {name} {n} x {k}"
             if bench.time_left() > 0:
-                matrix(bench, f"{model} {name} {n} x {k}", n, k)
+                matrix(bench, title, n, k)
             else:
-                bench.left_over += len(ROWS)
+                bench.not_run += [f"{title}, {rows} rows" for rows in ROWS]
     bench.note("bytes: weight, input and output once; one bf16 weight per input set, together larger than the L2 cache")
 
 
@@ -44,27 +45,29 @@ def matrix(bench: Bench, title: str, n: int, k: int) -> None:
     count = bench.sets(2 * n * k)
     weights = [bench.random(n, k, scale=k**-0.5) for _ in range(count)]
     for rows in ROWS:
-        case = f"{title}, {rows} rows"
-        if not bench.open(case):
-            continue
-        sets = [(bench.random(rows, k), weight) for weight in weights]
-        x, weight = sets[0]
-        # In float32 without reduced precision, a slice of the weight at a time: a vocabulary's is large.
-        expected = torch.cat([x.float() @ part.float().T for part in weight.split(16384)], dim=1)
-        check = near(expected, 1e-2)
+        bench.attempt(f"{title}, {rows} rows", lambda rows=rows: compete(bench, f"{title}, {rows} rows", weights, rows))
 
-        def by(backend: str, sets=sets) -> list:
-            return [lambda s=s: simsd_kernels.thin_linear(*s, backend=backend) for s in sets]
 
-        def cublas(sets=sets) -> list:
-            return [lambda s=s: torch.nn.functional.linear(*s) for s in sets]
+def compete(bench: Bench, case: str, weights: list[torch.Tensor], rows: int) -> None:
+    n, k = weights[0].shape
+    sets = [(bench.random(rows, k), weight) for weight in weights]
+    x, weight = sets[0]
+    # In float32 without reduced precision, a slice of the weight at a time: a vocabulary's is large.
+    expected = torch.cat([x.float() @ part.float().T for part in weight.split(16384)], dim=1)
+    check = near(expected, 1e-2)
 
-        contestants = [Contestant(f"simsd {b}", lambda b=b, by=by: by(b), check) for b in bench.backends]
-        contest(
-            *(bench, case, [*contestants, Contestant("cublas", cublas, check)]),
-            bytes_moved=2.0 * (n * k + rows * (n + k)),
-            flops=2.0 * rows * n * k,
-            output_bytes=2 * rows * n,
-            target="thin" if rows <= THIN else None,
-            input_sets=count,
-        )
+    def by(backend: str) -> list:
+        return [lambda s=s: simsd_kernels.thin_linear(*s, backend=backend) for s in sets]
+
+    def cublas() -> list:
+        return [lambda s=s: torch.nn.functional.linear(*s) for s in sets]
+
+    ours = [Contestant(f"simsd {b}", lambda b=b: by(b), check) for b in bench.backends]
+    contest(
+        *(bench, case, [*ours, Contestant("cublas", cublas, check)]),
+        bytes_moved=2.0 * (n * k + rows * (n + k)),
+        flops=2.0 * rows * n * k,
+        output_bytes=2 * rows * n,
+        target="thin" if rows <= THIN else None,
+        input_sets=len(sets),
+    )

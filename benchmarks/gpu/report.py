@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
-from . import environment
+from . import environment, predictions
+from .sections import SECTIONS
 
-OURS = "simsd "
-DRY_RUN = "DRY RUN on the CPU with tiny shapes: every figure below is meaningless."
+OURS, SETUP = "simsd ", "inputs"  # contestants: our backends; what a case needs before any of them
+REHEARSAL = "REHEARSAL on the CPU with tiny shapes: every figure below is meaningless."
 
 
-def result_path(folder: Path, machine: dict) -> Path:
+def result_path(folder: Path, machine: dict, rehearsal: bool = False) -> Path:
     """The JSON file of this device and day; the Markdown file lies beside it."""
-    return folder / f"gpu_{environment.slug(str(machine['gpu']))}_{machine['date']}.json"
+    kind = "rehearsal" if rehearsal else "gpu"
+    return folder / f"{kind}_{environment.slug(str(machine['gpu']))}_{machine['date']}.json"
 
 
 def load(path: Path) -> dict:
@@ -32,17 +35,21 @@ def merge(report: dict, machine: dict, name: str, section: dict) -> dict:
     return {**report, "machine": machine, "sections": dict(sorted(sections.items(), key=lambda item: _order(item[0])))}
 
 
-SECTIONS = ("build", "test", "ceilings", "attention", "store", "sampling", "verification", "linear", "end_to_end")
-
-
 def _order(name: str) -> int:
-    return SECTIONS.index(name) if name in SECTIONS else len(SECTIONS)
+    return list(SECTIONS).index(name) if name in SECTIONS else len(SECTIONS)
 
 
 def save(path: Path, report: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(with_shares(report), indent=1) + "\n")
     path.with_suffix(".md").write_text(markdown(report))
+
+
+def pack(logs: Path, archive: Path) -> None:
+    """The folder of logs as one file."""
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(archive, "w:gz") as packed:
+        packed.add(logs, arcname=logs.name)
 
 
 def ceilings(report: dict) -> dict[str, float]:
@@ -79,13 +86,14 @@ def ours(row: dict) -> tuple[str, dict] | None:
 def wrong(report: dict) -> list[str]:
     """What of ours gave a wrong result or none: contestants of a contest, and texts of end_to_end."""
     found = []
-    for name, section in report["sections"].items():
+    for part, section in report["sections"].items():
         for row in section.get("rows", []):
-            verdicts = {c: f["verdict"] for c, f in row.get("contestants", {}).items() if c.startswith(OURS)}
-            if name == "end_to_end" and "sdpa" not in row["case"]:
+            contestants = row.get("contestants", {}).items()
+            verdicts = {name: f["verdict"] for name, f in contestants if name.startswith(OURS) or name == SETUP}
+            if part == "end_to_end" and "sdpa" not in row["case"]:
                 verdicts["text"] = row.get("cells", {}).get("result", "")
             found += [
-                f"{name}: {row['case']}: {who}: {verdict}"
+                f"{part}: {row['case']}: {who}: {verdict}"
                 for who, verdict in verdicts.items()
                 if verdict.startswith(("WRONG", "failed"))
             ]
@@ -133,10 +141,9 @@ def targets(report: dict) -> list[tuple[str, str, str]]:
 def markdown(report: dict) -> str:
     with_shares(report)
     machine = report["machine"]
-    dry = bool(report.get("dry_run"))
     lines = [f"# {machine['gpu']}, {machine['date']}", ""]
-    if dry:
-        lines += [f"**{DRY_RUN}**", ""]
+    if report.get("rehearsal"):
+        lines += [f"**{REHEARSAL}**", ""]
     facts = ((key.replace("_", " "), value) for key, value in machine.items() if key not in ("gpu", "date", "kernels"))
     lines += ["Made by `make gpu`: " + ", ".join(f"{key} {value}" for key, value in facts) + ".", ""]
     lines += [f"Compiled library: {_in_words(machine.get('kernels'))}.", ""]
@@ -146,11 +153,16 @@ def markdown(report: dict) -> str:
         "fastest of ours; above 1, ours is faster. A wrong result is reported in the place of its time."
     ]
     lines += ["", "## Targets", "", *table(("target", "measured", "met"), targets(report)), ""]
+    lines += ["## Predictions", "", "Predicted for an H100 from the kernels' code; floor: the bytes at 3.35 TB/s.", ""]
+    lines += [*table(("case", "predicted", "floor", "measured", ""), predictions.compared(report)), ""]
     for name, section in report["sections"].items():
         lines += [f"## {name}", "", status_line(section), ""]
         lines += section_tables(section)
-        lines += [f"- {note}" for note in section.get("notes", [])]
-        if section.get("notes"):
+        notes = list(section.get("notes", []))
+        if not_run := section.get("not_run"):
+            notes.append(f"not run, out of time: {'; '.join(not_run)}")
+        lines += [f"- {note}" for note in notes]
+        if notes:
             lines.append("")
     return "\n".join(lines).rstrip() + "\n"
 
@@ -163,8 +175,8 @@ def _in_words(value: object) -> str:
 
 def status_line(section: dict) -> str:
     said = f"{section['status']}, {section.get('seconds', 0):.0f} s"
-    if section.get("left_over"):
-        said += f"; cut short: time for {section['left_over']} more cases was missing"
+    if section.get("not_run"):
+        said += f"; {len(section['not_run'])} not run, out of time"
     dirty = " (with local changes)" if section.get("dirty") is True else ""
     return said + f"; commit {section.get('commit', 'unknown')}{dirty}."
 
@@ -211,13 +223,20 @@ def contest_cells(row: dict):
 
 
 def summary(report: dict) -> str:
-    """The short table that ends a run."""
-    lines = [DRY_RUN] if report.get("dry_run") else []
+    """The short table that ends a run: a terminal's worth, since the end of the output is what is kept of it."""
+    lines = [REHEARSAL] if report.get("rehearsal") else []
     for name, section in report["sections"].items():
-        cut = f", {section['left_over']} cases cut" if section.get("left_over") else ""
-        lines.append(f"{name:14}{section['status'][:90]:<24}{section.get('seconds', 0):6.0f} s{cut}")
+        not_run = f"; {len(section['not_run'])} not run, out of time" if section.get("not_run") else ""
+        lines.append(f"{name:14}{section.get('seconds', 0):5.0f} s  {section['status'][:200]}{not_run}")
     for name, measured, met in targets(report):
         lines.append(f"target: {name}: {measured}{'; ' + met if met else ''}")
+    compared = predictions.compared(report)
+    for case, predicted, floor, measured, verdict in compared:
+        if verdict:
+            floor = f", floor {floor}" if floor else ""
+            lines.append(f"predicted: {case}: {predicted}{floor}; measured {measured} ({verdict})")
+    if unmeasured := sum(not verdict for *_, verdict in compared):
+        lines.append(f"predicted, not measured: {unmeasured} of {len(compared)}")
     problems = wrong(report)
     lines += [f"! {problem}"[:240] for problem in problems[:12]]
     if len(problems) > 12:

@@ -18,12 +18,10 @@ def run(bench: Bench) -> None:
     sizes = [(1, 4), (2, 8)] if bench.tiny else [(batch, rows) for batch in (1, 8) for rows in (4, 16, 64, 128, 256)]
     for batch, rows in sizes:
         case = f"store_kv, batch {batch}, {rows} rows"
-        if bench.open(case):
-            store(bench, case, batch, rows)
+        bench.attempt(case, lambda c=case, b=batch, n=rows: store(bench, c, b, n))
     for batch, rows in sizes:
         case = f"qk_norm_rope_store, batch {batch}, {rows} rows"
-        if bench.open(case):
-            norm_rope_store(bench, case, batch, rows)
+        bench.attempt(case, lambda c=case, b=batch, n=rows: norm_rope_store(bench, c, b, n))
     bench.note("bytes: every input and output once, of the caches what is written")
 
 

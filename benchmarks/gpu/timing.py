@@ -132,7 +132,7 @@ def _elapsed_ms(work: Call) -> float:
 
 
 def _on_cpu(calls: Sequence[Call], seconds: float) -> Timing:
-    """For dry runs: the same shape of a result."""
+    """For rehearsals: the same shape of a result."""
     samples = []
     deadline = time.perf_counter() + seconds
     while len(samples) < 2 or (len(samples) < 20 and time.perf_counter() < deadline):

@@ -1,7 +1,7 @@
 """The kernels on a GPU. Without one, every test here is skipped, which is not the same as passed.
 
-SIMSD_GPU_DRY_RUN=1 runs what can be run of them on the CPU, with its backend: a test of these tests, not of a kernel.
-`--op NAME` runs the tests of one op, `--backend NAME` those of one backend ("none": those that name none).
+SIMSD_GPU_REHEARSAL=1 runs what can be run of them on the CPU, with its backend: a test of these tests, not of a kernel.
+`--op NAME` runs the tests of one op, `--backend NAME,...` those of these backends ("none": those that name none).
 """
 
 from __future__ import annotations
@@ -10,29 +10,30 @@ import pathlib
 
 import pytest
 import torch
-from gpu_cases import DRY_RUN, HAS_GPU
+from gpu_cases import HAS_GPU, REHEARSAL
 
 HERE = pathlib.Path(__file__).parent
 
 
 def pytest_addoption(parser):
     parser.addoption("--op", help="only the tests of this op (or 'loops')")
-    parser.addoption("--backend", help="only the tests of this backend, or those of none")
+    parser.addoption("--backend", help="only the tests of these backends, or those of none")
 
 
 def pytest_collection_modifyitems(config, items):
     wanted, served = config.getoption("--op", None), config.getoption("--backend", None)
+    served = served.split(",") if served else None
     kept, dropped = [], []
     for item in items:
         if HERE not in item.path.parents:
             kept.append(item)
             continue
         item.add_marker(pytest.mark.gpu)
-        if not HAS_GPU and not DRY_RUN:
+        if not HAS_GPU and not REHEARSAL:
             item.add_marker(pytest.mark.skip(reason="not run: no CUDA GPU here"))
         settings = item.callspec.params if hasattr(item, "callspec") else {}
         name = settings["op"].name if "op" in settings else item.path.stem.removeprefix("test_gpu_")
-        is_asked = wanted in (None, name) and served in (None, settings.get("backend", "none"))
+        is_asked = wanted in (None, name) and (served is None or settings.get("backend", "none") in served)
         (kept if is_asked else dropped).append(item)
     if dropped:
         config.hook.pytest_deselected(items=dropped)

@@ -26,11 +26,12 @@ from simsd_kernels import dispatch
 from simsd_kernels.masked_attention import reference as attention_reference
 
 HAS_GPU = torch.cuda.is_available()
-DRY_RUN = os.environ.get("SIMSD_GPU_DRY_RUN") == "1" and not HAS_GPU
-DEVICE = torch.device("cpu" if DRY_RUN else "cuda")
-BACKENDS = ("cuda" if dispatch.EMULATION else "cpu",) if DRY_RUN else ("cuda", "triton")
+REHEARSAL = os.environ.get("SIMSD_GPU_REHEARSAL") == "1" and not HAS_GPU
+DEVICE = torch.device("cpu" if REHEARSAL else "cuda")
+ON_CPU = "cuda" if dispatch.EMULATION else "triton" if dispatch.interpreting() else "cpu"
+BACKENDS = (ON_CPU,) if REHEARSAL else ("cuda", "triton")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-SEEDS = range(3 if DRY_RUN else 24)
+SEEDS = range(3 if REHEARSAL else 24)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -389,4 +390,4 @@ OPS_BY_NAME = {op.name: op for op in OPS}
 
 each_op = pytest.mark.parametrize("op", OPS, ids=str)
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
-needs_gpu = pytest.mark.skipif(DRY_RUN, reason="not run: a dry run has no GPU")
+needs_gpu = pytest.mark.skipif(REHEARSAL, reason="not run: a rehearsal has no GPU")
