@@ -20,7 +20,6 @@ ASKING = 60.0  # seconds: torch is imported, and a kernel runs
 
 def build(bench: Bench) -> None:
     """The section: the device and the library as they are, then a build if that is needed."""
-    describe_device(bench)
     found = ask(bench)
     if found["obstacle"] is None:
         cells = {"result": "loads and runs a kernel here, nothing was built", "seconds": ""}
@@ -34,6 +33,7 @@ def build(bench: Bench) -> None:
         if found["obstacle"]:
             raise RuntimeError(f"built, but {found['obstacle']}")
     bench.machine = {"kernels": found["kernels"]}
+    describe_device(bench)
 
 
 def describe_device(bench: Bench) -> None:

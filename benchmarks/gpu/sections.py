@@ -30,8 +30,8 @@ SECTIONS = {
 # Seconds that each section should have. What one leaves is shared among those behind it, so that a build, which is
 # rarely needed, takes nothing from the others.
 PLAN = {
-    "build": 60, "test": 95, "sanitize": 35, "ceilings": 10, "verification": 20, "attention": 60, "sampling": 30,
-    "linear": 25, "end_to_end": 60, "store": 10, "counters": 15, "test_triton": 30,
+    "build": 110, "test": 85, "sanitize": 30, "ceilings": 10, "verification": 20, "attention": 50, "sampling": 25,
+    "linear": 20, "end_to_end": 50, "store": 10, "counters": 15, "test_triton": 25,
 }  # fmt: skip
 DEFAULT_BUDGET = 450.0
 
@@ -42,7 +42,7 @@ CALLS = {
         "build": 90, "test": 115, "sanitize": 60, "ceilings": 12, "verification": 25, "attention": 80, "sampling": 40,
         "linear": 30,
     }),
-    2: (300.0, {"build": 10, "end_to_end": 135, "store": 12, "counters": 35, "test_triton": 100}),
+    2: (300.0, {"build": 30, "end_to_end": 120, "store": 15, "counters": 35, "test_triton": 97}),
 }  # fmt: skip
 
 REHEARSAL_BUDGETS = {1: 380.0, 2: 200.0}
