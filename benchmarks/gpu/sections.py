@@ -56,10 +56,10 @@ INTERRUPTED = "interrupted"
 def allotment(name: str, plan: dict[str, float], seconds_left: float, rehearsal: bool = False) -> float:
     """Seconds that a section of `plan` may take, its start and end included: its share of what is left.
 
-    In a rehearsal half of it: there other sections take the time than on a GPU, and on a busy machine any may.
+    In a rehearsal two thirds of it: there the tests take most of the time, and on a busy machine any section may.
     """
     if rehearsal:
-        return seconds_left / 2
+        return seconds_left * 2 / 3
     names = list(plan)
     behind = names[names.index(name) :]
     return seconds_left * plan[name] / sum(plan[other] for other in behind)
