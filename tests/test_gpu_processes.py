@@ -156,9 +156,19 @@ def test_sanitizer_says_how_far_it_came(tmp_path, lines, then, ended, said):
     assert (outcome.ended, outcome["said"]) == (ended, said)
 
 
-def test_tests_of_an_op_run_in_a_process_of_their_own(tmp_path):
-    outcome = correctness.tests_of(bench(tmp_path, seconds=400.0), "reveal", "cpu,none")
-    assert outcome.ended == "ok" and int(outcome["passed"]) >= 9 and outcome["failed"] == "0", outcome
+def test_tests_of_ops_run_in_a_process_of_their_own(tmp_path):
+    outcome = correctness.tests_of(bench(tmp_path, seconds=400.0), "reveal,store_kv", "cpu,none")
+    assert outcome.ended == "ok" and int(outcome["passed"]) >= 18 and outcome["failed"] == "0", outcome
+    assert (tmp_path / "tests_reveal_cpu.log").exists()
+
+
+@pytest.mark.parametrize("rehearsal", [True, False])
+def test_every_op_is_tested_on_a_gpu_alone(tmp_path, monkeypatch, rehearsal):
+    asked = []
+    monkeypatch.setattr(correctness, "settle", lambda bench, jobs: asked.extend(jobs))
+    correctness.test(bench(tmp_path, tiny=rehearsal))
+    assert sorted(",".join(asked).split(",")) == sorted((correctness.LOOPS, *correctness.ops()))
+    assert rehearsal or len(asked) == 1 + len(correctness.ops())
 
 
 COUNTED = """==PROF== Profiling "decode" - 0

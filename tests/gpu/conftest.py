@@ -1,7 +1,7 @@
 """The kernels on a GPU. Without one, every test here is skipped, which is not the same as passed.
 
 SIMSD_GPU_REHEARSAL=1 runs what can be run of them on the CPU, with its backend: a test of these tests, not of a kernel.
-`--op NAME` runs the tests of one op, `--backend NAME,...` those of these backends ("none": those that name none).
+`--op NAME,...` runs the tests of these ops, `--backend NAME,...` those of these backends ("none": that name none).
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import torch
 from gpu_cases import HAS_GPU, REHEARSAL
 
 HERE = pathlib.Path(__file__).parent
+ASKED = ("--op", "--backend")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--op", help="only the tests of this op (or 'loops')")
+    parser.addoption("--op", help="only the tests of these ops (or 'loops')")
     parser.addoption("--backend", help="only the tests of these backends, or those of none")
 
 
 def pytest_collection_modifyitems(config, items):
-    wanted, served = config.getoption("--op", None), config.getoption("--backend", None)
-    served = served.split(",") if served else None
+    wanted, served = (given.split(",") if (given := config.getoption(name, None)) else None for name in ASKED)
     kept, dropped = [], []
     for item in items:
         if HERE not in item.path.parents:
@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="not run: no CUDA GPU here"))
         settings = item.callspec.params if hasattr(item, "callspec") else {}
         name = settings["op"].name if "op" in settings else item.path.stem.removeprefix("test_gpu_")
-        is_asked = wanted in (None, name) and (served is None or settings.get("backend", "none") in served)
+        is_asked = (not wanted or name in wanted) and (not served or settings.get("backend", "none") in served)
         (kept if is_asked else dropped).append(item)
     if dropped:
         config.hook.pytest_deselected(items=dropped)
