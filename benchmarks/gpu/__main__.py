@@ -111,22 +111,27 @@ def run(plan: dict[str, float], budget: float, folder: Path, given: argparse.Nam
     archive = path.with_name(f"{path.stem}_{part}_logs.tar.gz")
     whole = report.load(path) | {"rehearsal": given.rehearse}
     statuses = []
+
+    def keep(name: str, section: dict) -> None:
+        nonlocal whole
+        found["machine"] |= section.pop("machine", {})
+        whole = report.merge(whole, found["machine"], name, section)
+        report.save(path, whole)
+        report.pack(logs, archive)
+        statuses.append(section["status"])
+        print(f"{name}: {report.status_line(whole['sections'][name])}", flush=True)
+
     with processes.Copied(logs / "console.log"):
-        try:
-            for name in plan:
-                seconds = sections.allotment(name, plan, deadline - time.monotonic(), given.rehearse)
+        for name in plan:
+            began = time.monotonic()
+            seconds = sections.allotment(name, plan, deadline - began, given.rehearse)
+            try:
                 print(f"{name} ({seconds:.0f} s at most) ...", flush=True)
-                section = sections.run_section(name, seconds, logs, given.rehearse)
-                statuses.append(section["status"])
-                whole = report.merge(whole, found["machine"] | section.pop("machine", {}), name, section)
-                found["machine"] = whole["machine"]
-                report.save(path, whole)
-                print(f"{name}: {report.status_line(whole['sections'][name])}", flush=True)
-                report.pack(logs, archive)
-                if section["status"] == sections.INTERRUPTED:
-                    break
-        except (KeyboardInterrupt, SystemExit):
-            statuses.append(sections.INTERRUPTED)
+                keep(name, sections.run_section(name, seconds, logs, given.rehearse))
+            except (KeyboardInterrupt, SystemExit):
+                seconds = time.monotonic() - began
+                keep(name, sections.collected(logs / f"{name}.json", sections.INTERRUPTED, seconds))
+                break
         print(f"\n{report.summary(whole)}\n\n{path}\n{path.with_suffix('.md')}\n{archive}")
     report.pack(logs, archive)
     return 0 if all(status.startswith("done") for status in statuses) and not report.wrong(whole) else 1

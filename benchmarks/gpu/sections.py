@@ -75,27 +75,29 @@ def run_section(name: str, seconds: float, logs: Path, rehearsal: bool) -> dict:
 
     It is over after `seconds`, whatever it does.
     """
-    if seconds < LEAST:
-        return {"rows": [], "notes": [], "status": "not run: out of time", "seconds": 0.0, "date": environment.today()}
     state = logs / f"{name}.json"
     state.unlink(missing_ok=True)
     began = time.monotonic()
     until = began + seconds
-    status = INTERRUPTED
-    try:
-        for attempt in range(ATTEMPTS):
-            command = [sys.executable, "-m", "gpu", "--child", name, "--state", str(state)]
-            command += ["--until", f"{until - margin(seconds):.1f}"] + (["--rehearse"] if rehearsal else [])
-            log = logs / f"section_{name}{f'_{attempt + 1}' if attempt else ''}.log"
-            ran = processes.run(command, until - time.monotonic(), log, echo=True)
-            status = ended(ran.code, read(state))
-            if ran.code != DEVICE_LOST or until - time.monotonic() < LEAST:
-                break
-    except (KeyboardInterrupt, SystemExit):
-        status = INTERRUPTED
-    section = {"rows": [], "notes": [], **read(state)}
-    section = {key: value for key, value in section.items() if key not in ("error", "incomplete", "now")}
-    return section | {"status": status, "seconds": time.monotonic() - began, "date": environment.today()}
+    status = "not run: out of time"
+    for attempt in range(ATTEMPTS):
+        if until - time.monotonic() < LEAST:
+            break
+        command = [sys.executable, "-m", "gpu", "--child", name, "--state", str(state)]
+        command += ["--until", f"{until - margin(seconds):.1f}"] + (["--rehearse"] if rehearsal else [])
+        log = logs / f"section_{name}{f'_{attempt + 1}' if attempt else ''}.log"
+        ran = processes.run(command, until - time.monotonic(), log, echo=True)
+        status = ended(ran.code, read(state))
+        if ran.code != DEVICE_LOST:
+            break
+    return collected(state, status, time.monotonic() - began)
+
+
+def collected(state: Path, status: str, seconds: float) -> dict:
+    """A section's result from what it kept."""
+    kept = {"rows": [], "notes": [], **read(state)}
+    kept = {key: value for key, value in kept.items() if key not in ("error", "incomplete", "now")}
+    return kept | {"status": status, "seconds": seconds, "date": environment.today()}
 
 
 def read(state: Path) -> dict:
