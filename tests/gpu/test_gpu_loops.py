@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from gpu_cases import DEVICE
+from gpu_cases import DEVICE, needs_gpu
 
 import simsd
 from simsd import tasks
@@ -44,6 +44,7 @@ def test_sampling_repeats_with_its_seed(pair):
     assert [result.tokens for result in first] == [result.tokens for result in second]
 
 
+@needs_gpu
 def test_a_stopwatch_measures_the_work_and_not_its_launch():
     x = torch.randn(4096, 4096, device=DEVICE)
     torch.cuda.synchronize()
