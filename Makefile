@@ -29,11 +29,13 @@ $(VENV)/.installed-test: $(VENV)/.installed
 demo: $(VENV)/.installed
 	$(BIN)/simsd generate "Tom has 23 apples. Tom buys 45 more. How many apples does Tom have now?" --show-steps
 	$(BIN)/simsd bench --items 25 --modes native,temporal,exact-model,exact-auto
-	@echo "The command line is $(BIN)/simsd: try $(BIN)/simsd --help, or . $(BIN)/activate and then simsd."
+	@echo "simsd is $(BIN)/simsd: try $(BIN)/simsd generate \"What is the capital of Japan?\", or first . $(BIN)/activate"
 
-# The tests of each op, which also run on its CUDA kernel.
-OP_TESTS := $(patsubst simsd_kernels/%/api.py,tests/test_%.py,$(wildcard simsd_kernels/*/api.py)) tests/test_graph_verify.py
-TRANSFORMERS_TESTS := $(wildcard tests/test_models*.py tests/test_loading*.py tests/test_published*.py tests/test_cache.py tests/test_decoding.py tests/test_hf*.py)
+# The tests of ops, which also run on their CUDA kernels.
+OP_TESTS := $(patsubst simsd_kernels/%/api.py,tests/test_%.py,$(wildcard simsd_kernels/*/api.py)) \
+	tests/test_graph_verify.py tests/test_gradients.py tests/test_ambient_state.py
+TRANSFORMERS_TESTS := $(foreach what,models published configuration loading checkpoint supported weights tokenizer cache \
+	decoding hf,$(wildcard tests/test_$(what).py tests/test_$(what)_*.py)) tests/test_ambient.py
 IN_PARALLEL := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 test: test-python test-interpreted test-emulated test-sanitized test-transformers
@@ -82,6 +84,7 @@ bench: $(VENV)/.installed-test
 	$(BIN)/python -m pytest benchmarks
 	$(BIN)/python benchmarks/graph_shapes.py
 	$(BIN)/python benchmarks/useless_draft.py
+	$(BIN)/python benchmarks/busy.py
 	$(BIN)/python benchmarks/batch_invariance.py
 	$(BIN)/python benchmarks/exactness.py
 	$(BIN)/simsd audit --json benchmarks/results/audit.json --markdown benchmarks/results/audit.md

@@ -12,7 +12,7 @@ import simsd
 target, draft = simsd.load("tiny-target"), simsd.load("tiny-draft")
 tokenizer = target.tokenizer.backend
 # With an SDAR checkpoint, AutoModelForCausalLM and AutoTokenizer give the same three objects (after `import simsd`).
-simsd_settings = {"custom_generate": simsd.hf_generate, "assistant_model": draft.model, "tokenizer": tokenizer}
+simsd_settings = {"assistant_model": draft.model, "tokenizer": tokenizer}
 
 prompts = sys.argv[1:] or ["What is the capital of France?", "Let x=[5,8,3]. What is max(x)?"]
 chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
