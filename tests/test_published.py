@@ -81,18 +81,20 @@ try:
 except ValueError as error:
     refusal = str(error)
 import simsd
+pipe = pipeline("text-generation", folder, dtype="float32")
 models = {
     "auto": AutoModelForCausalLM.from_pretrained(folder, dtype="float32"),
-    "pipeline": pipeline("text-generation", folder, dtype="float32").model,
+    "pipeline": pipe.model,
     "stored": AutoModelForCausalLM.from_pretrained(folder),
 }
 with torch.no_grad():
     logits = {name: model(tokens).logits for name, model in models.items()}
-torch.save({"refusal": refusal, "logits": logits}, out)
+[answer] = pipe("a the", max_new_tokens=12, do_sample=False, return_tensors=True)
+torch.save({"refusal": refusal, "logits": logits, "text": answer["generated_token_ids"]}, out)
 """
 
 
-def test_another_process_gets_the_same_logits_from_transformers(folder, tokens, tmp_path):
+def test_another_process_gets_the_same_logits_and_text_from_transformers(folder, tokens, tmp_path):
     """Before `import simsd`, transformers alone refuses the folder: it knows no SDAR."""
     file = tmp_path / "exchange.pt"
     torch.save(tokens, file)
@@ -100,8 +102,12 @@ def test_another_process_gets_the_same_logits_from_transformers(folder, tokens, 
     subprocess.run([sys.executable, "-c", _ELSEWHERE, str(folder), str(file)], check=True, env=environment)
     given = torch.load(file)
     assert "sdar" in given["refusal"] or "custom code" in given["refusal"]
+    loaded = simsd.load(folder, dtype="float32")
+    prompt = loaded.tokenizer.backend.encode("a the")
+    [result] = simsd.generate(loaded, [prompt], config=simsd.GenerationConfig(max_new_tokens=12))
+    assert given["text"] == prompt + result.tokens
     with torch.no_grad():
-        expected = {"float32": simsd.load(folder, dtype="float32").model(tokens).logits}
+        expected = {"float32": loaded.model(tokens).logits}
         expected["stored"] = simsd.load(folder, thin_linear=False).model(tokens).logits
     assert expected["stored"].dtype == torch.bfloat16
     assert torch.equal(given["logits"].pop("stored"), expected["stored"])
