@@ -81,7 +81,7 @@ def _script(plan: Plan, length: int, target: LoadedModel) -> Script:
 def random_model(name: str, shape: dict, bench: Bench) -> LoadedModel:
     """Made on the device in bf16 (float32 in a rehearsal): matrices of variance 1 / fan-in, norms of ones."""
     dtype = torch.float32 if bench.tiny else torch.bfloat16
-    model = skeleton(SDARConfig(**shape, max_position_embeddings=32768, block_length=4))
+    model = skeleton(name, SDARConfig(**shape, max_position_embeddings=32768, block_length=4))
     tensors: dict[str, Tensor] = {}
     for key, value in model.state_dict().items():
         if key == "lm_head.weight" and model.config.tie_word_embeddings:
