@@ -30,7 +30,7 @@ def chunks_of(tokens: list[int], sizes: list[int]) -> list[list[int]]:
 
 
 def ids(kind: str):
-    return st.lists(st.integers(0, len(tokenizer_of(kind)) - 1), max_size=40)
+    return st.lists(st.integers(0, max(tokenizer_of(kind).ids)), max_size=40)
 
 
 @st.composite
