@@ -105,7 +105,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("prompts", "message"), REFUSED, ids=[repr(prompts)[:40] for prompts, _ in REFUSED])
+@pytest.mark.parametrize(("prompts", "message"), REFUSED, ids=map(str, range(len(REFUSED))))
 def test_anything_else_is_refused_in_one_line(model, prompts, message):
     with pytest.raises(SimsdError, match=message) as error:
         simsd.generate(model, prompts, max_new_tokens=1)

@@ -109,13 +109,19 @@ def paged(call, page_size, generator):
 
 
 def plain(call):
-    """What a user would write: dense mask, weights rounded to the dtype of V before the second product."""
+    """What a user would write: dense mask, weights rounded to the dtype of V before the second product.
+
+    A score adds one product after the other: how a BLAS cuts its sums, and so how it rounds, goes by the machine.
+    """
     seen = reference.visible(call.clock, call.birth, call.death, call.kv_len)
     live = seen.any(1)[:, None, :, None]
     group = call.q.shape[1] // call.k.shape[1]
     k, v = (torch.where(live, part, 0).repeat_interleave(group, 1).float() for part in (call.k, call.v))
     scale = call.q.shape[-1] ** -0.5 if call.scale is None else call.scale
-    scores = (call.q.float() @ k.transpose(2, 3) * scale).masked_fill(~seen[:, None], -torch.inf)
+    scores = torch.zeros(*call.q.shape[:3], k.shape[2])
+    for q_d, k_d in zip(call.q.float().unbind(3), k.unbind(3), strict=True):
+        scores += q_d[:, :, :, None] * k_d[:, :, None]
+    scores = (scores * scale).masked_fill(~seen[:, None], -torch.inf)
     weights = scores.softmax(-1).nan_to_num(0.0).to(call.q.dtype)
     return (weights.float() @ v).to(call.q.dtype)
 
