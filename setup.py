@@ -20,11 +20,11 @@ NEEDS_TORCH = (
 )
 try:
     import torch
-    from torch.utils import cpp_extension
 except ImportError as error:
     raise SystemExit(NEEDS_TORCH.format(f"which cannot import it ({error})")) from None
 if torch.__version__ < (2, 11):
     raise SystemExit(NEEDS_TORCH.format(f"which has {torch.__version__}"))
+from torch.utils import cpp_extension  # noqa: E402 (a CUDA build of torch speaks up here where there is no GPU)
 
 ROOT = pathlib.Path(__file__).parent
 WARNINGS = ["-Wno-maybe-uninitialized"]  # gcc 12 raises it inside its own AVX-512 header
