@@ -41,14 +41,21 @@ def calls() -> Iterator[tuple]:
                 yield kernels.masked_attention, attention(dtype, dim, queries)
         for dim, rotary in ((128, 128), (256, 64), (255, 128)):
             yield kernels.qk_norm_rope_store, norm(dtype, dim, rotary)
+        for dim in (160, 1024, 4096, 8192, 16384):
+            for odd in (0, 1):
+                yield kernels.add_rms_norm, add_norm(dtype, dim - odd)
         for rows in (1, 2, 4, 8, 16, 32, 64):
             for columns in (1024, 12288):
                 weight = torch.zeros(columns, 4096, dtype=dtype)
                 yield kernels.thin_linear, {"x": torch.zeros(rows, 4096, dtype=dtype), "weight": weight}
                 yield kernels.thin_linear, {"x": torch.zeros(rows, 4095, dtype=dtype), "weight": weight[:, 1:]}
-    for length, copies in ((4, 31), (16, 9), (16, 31), (64, 63)):
+        for rows in (2, 4, 8, 16, 32, 64, 128):
+            for columns in (256, 2048):
+                yield kernels.grouped_linear, grouped(dtype, rows, columns, 768)
+                yield kernels.grouped_linear, grouped(dtype, rows, columns, 767)
+    for length, states in ((4, 31), (16, 9), (16, 31), (64, 63)):
         for sampled in (False, True):
-            yield kernels.plan_block, plan(length, copies, sampled)
+            yield kernels.plan_block, plan(length, states, sampled)
 
 
 def attention(dtype: torch.dtype, dim: int, queries: int) -> dict:
@@ -57,6 +64,17 @@ def attention(dtype: torch.dtype, dim: int, queries: int) -> dict:
     clock = torch.zeros(1, queries, dtype=torch.int32)
     q = torch.zeros(1, 4, queries, dim, dtype=dtype)
     return {"q": q, "k": k, "v": k, "clock": clock, "birth": lives, "death": lives}
+
+
+def add_norm(dtype: torch.dtype, dim: int) -> dict:
+    x, residual, weight = (torch.zeros(*shape, dim, dtype=dtype) for shape in ((4,), (4,), ()))
+    return {"x": x, "residual": residual, "weight": weight, "eps": 1e-6}
+
+
+def grouped(dtype: torch.dtype, rows: int, columns: int, size: int) -> dict:
+    weight = torch.zeros(4, columns, size, dtype=dtype)
+    offsets = torch.tensor([0, 0, rows, rows, rows], dtype=torch.int32)
+    return {"x": torch.zeros(rows, size, dtype=dtype), "weight": weight, "offsets": offsets}
 
 
 def norm(dtype: torch.dtype, dim: int, rotary: int) -> dict:
@@ -69,12 +87,12 @@ def norm(dtype: torch.dtype, dim: int, rotary: int) -> dict:
     }  # fmt: skip
 
 
-def plan(length: int, copies: int, sampled: bool) -> dict:
+def plan(length: int, states: int, sampled: bool) -> dict:
     drawn = {}
     if sampled:
         logits = torch.zeros(1, 1, length, plans.VOCABULARY)
         drawn = {"draft_logits": logits, "temperature": torch.ones(1), "seed": torch.zeros(1, dtype=torch.int64)}
-    return plans.arguments(length=length, max_copies=copies, **drawn)
+    return plans.arguments(length=length, max_states=states, **drawn)
 
 
 def measure() -> dict[str, int]:

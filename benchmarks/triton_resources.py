@@ -27,14 +27,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from simsd_kernels import dispatch
-from simsd_kernels.block_verify import graph_triton as graph
+from simsd_kernels.add_rms_norm import triton as norm
 from simsd_kernels.block_verify import triton as verify
+from simsd_kernels.combine_experts import triton as combine
+from simsd_kernels.grouped_linear import triton as grouped
 from simsd_kernels.masked_attention import triton as attention
-from simsd_kernels.plan_block import triton as plan
 from simsd_kernels.qk_norm_rope_store import triton as rope
-from simsd_kernels.reveal import triton as reveal
-from simsd_kernels.reveal.api import STRATEGIES
 from simsd_kernels.sample_logits import triton as sample
+from simsd_kernels.silu_mul import triton as silu
+from simsd_kernels.sort_by_expert import triton as sort
 from simsd_kernels.store_kv import triton as store
 from simsd_kernels.thin_linear import triton as thin
 
@@ -44,6 +45,8 @@ TOOLS = pathlib.Path(nvidia.__file__).parent / "bin"
 TARGETS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 HEAD_SIZES = (64, 128, 256)
+HIDDEN_SIZES = (160, 1024, 4096, 5120)  # a row in one warp, in some, in the most; in two passes
+EXPERTS = 128
 PAGE = 16  # keys per page: the least, which no tile of keys fits in
 
 
@@ -83,9 +86,11 @@ def variants() -> Iterator[Variant]:
         yield from sample_variants(name)
         yield from verify_variants(name)
         pointers = dict.fromkeys(("p_x", "p_weight", "p_out"), name)
+        yield from layer_variants(name)
         yield Variant(f"{name}, linear", thin, "multiply", pointers, *thin.configuration(dtype))
-    yield from graph_variants()
-    yield from plan_variants()
+        yield from expert_variants(dtype, name)
+    pointers = {"p_experts": "i64", **dict.fromkeys(("p_offsets", "p_rows", "p_places"), "i32")}
+    yield Variant("experts", sort, "place_choices", pointers, {"BLOCK": sort.BLOCK}, sort.OPTIONS)
 
 
 def attention_variants(dtype: torch.dtype, name: str, dim: int) -> Iterator[Variant]:
@@ -112,6 +117,23 @@ def cache_variants(name: str, dim: int) -> Iterator[Variant]:
     pointers = caches | dict.fromkeys(("p_q", "p_q_weight", "p_k_weight", "p_cos", "p_sin", "p_out"), name)
     sizes = {**rope.configuration(dim), "n_dim": dim, "n_rotary": dim}
     yield Variant(f"{name}, D {dim}", rope, "norm_rope_store", pointers, sizes, rope.OPTIONS)
+
+
+def layer_variants(name: str) -> Iterator[Variant]:
+    pointers = dict.fromkeys(("p_x", "p_residual", "p_weight", "p_out"), name)
+    for dim in HIDDEN_SIZES:
+        constants, options = norm.configuration(dim)
+        yield Variant(f"{name}, D {dim}", norm, "add_norm", pointers, {**constants, "n_dim": dim}, options)
+    pointers = dict.fromkeys(("p_gate_up", "p_out"), name)
+    yield Variant(f"{name}, layer", silu, "silu_times", pointers, {"BLOCK": silu.BLOCK}, silu.OPTIONS)
+
+
+def expert_variants(dtype: torch.dtype, name: str) -> Iterator[Variant]:
+    pointers = {**dict.fromkeys(("p_x", "p_weight", "p_out"), name), "p_offsets": "i32"}
+    tiles, options = thin.configuration(dtype)
+    yield Variant(f"{name}, experts", grouped, "multiply_groups", pointers, {**tiles, "EXPERTS": EXPERTS}, options)
+    pointers = {**dict.fromkeys(("p_y", "p_weights", "p_out"), name), "p_places": "i32"}
+    yield Variant(f"{name}, experts", combine, "add_choices", pointers, {"BLOCK": combine.BLOCK}, combine.OPTIONS)
 
 
 def sample_variants(name: str) -> Iterator[Variant]:
@@ -147,49 +169,14 @@ def verify_variants(name: str) -> Iterator[Variant]:
             yield Variant(f"{name}, {rule}", verify, kernel, pointers, sizes, verify.OPTIONS)
 
 
-def graph_variants() -> Iterator[Variant]:
-    """Steps and walks do not read logits, so there is nothing to them but the strategy and the length of a block."""
-    long = ("p_drawn", "p_states", "p_revealed", "p_clean", "p_out_revealed", "p_out_tokens")
-    floats = ("p_drawn_prob", "p_log_odds", "p_entropy", "p_prob", "p_out_prob")
-    counts = ("block", "cleaned", "depth", "step", "step_map", "origin", "schedule")
-    counts += ("out_progress", "out_step_map", "out_origin")
-    pointers = dict.fromkeys(long, "i64") | dict.fromkeys(floats, "fp32")
-    pointers |= dict.fromkeys((f"p_{name}" for name in counts), "i32")
-    pointers |= dict.fromkeys(("p_tokens", "p_proposal", "p_newly"), "i64")
-    for strategy in STRATEGIES:
-        pointers["p_bound"] = "fp64" if strategy == "entropy_bounded" else None
-        for length in (4, 16, 64):
-            for module, kernel in ((reveal, "reveal_step"), (graph, "walk")):
-                constants, options = module.configuration(length)
-                constants = {**constants, "STRATEGY": strategy}
-                yield Variant(f"{strategy}, L {length}", module, kernel, dict(pointers), constants, options)
-
-
-def plan_variants() -> Iterator[Variant]:
-    """Draft logits are drawn from outside of these kernels."""
-    types = {
-        "i64": "token clean long tokens proposed set seen mask out_tokens out_states out_revealed",
-        "i32": "depth blocks_left schedule progress int taken order pick start kept cleaned out_positions out_slots"
-        " out_clock out_birth out_death out_block",
-        "fp32": "prob log_odds entropy power trust out_reach",
-        "fp64": "threshold bar floor reach score sorted weight",
-    }
-    pointers = {f"p_{name}": dtype for dtype, names in types.items() for name in names.split()}
-    for length in (4, 16, 64):
-        constants, options = plan.configuration(length)
-        for strategy in STRATEGIES:
-            grown = {**constants, "STRATEGY": strategy}
-            yield Variant(f"{strategy}, L {length}, graph", plan, "grow", pointers, grown, options)
-        laid_out = {"LENGTH": constants["LENGTH"]}
-        yield Variant(f"L {length}, graph", plan, "lay_out", pointers, laid_out, plan.LAYOUT_OPTIONS)
-
-
 def source(variant: Variant) -> ASTSource:
     """The kernel specialised as for contiguous tensors: unit inner strides, everything else a multiple of 16."""
     kernel = getattr(variant.module, variant.kernel)
     signature, constants, attributes = {}, {}, {}
     sizes = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
-    inner = re.compile(r"stride_(\w+_d|\w+_v|clock_q|birth_k|death_k|kv_len|weight_k|tokens_l|step_map_l|revealed_b)$")
+    inner = re.compile(
+        r"stride_(\w+_d|\w+_v|clock_q|birth_k|death_k|kv_len|weight_k|offsets_e|experts_c|y_n|weights_c|places_c)$"
+    )
     for i, name in enumerate(kernel.arg_names):
         if name in variant.constants or name.startswith("p_") and variant.pointers[name] is None:
             signature[name], constants[i,] = "constexpr", variant.constants.get(name)
@@ -197,7 +184,7 @@ def source(variant: Variant) -> ASTSource:
             signature[name], attributes[i,] = "*" + variant.pointers[name], [["tt.divisibility", 16]]
         elif inner.match(name):
             signature[name], constants[i,] = "constexpr", 1
-        elif name in ("scale", "eps", "threshold"):
+        elif name in ("scale", "eps"):
             signature[name] = "fp32"
         else:
             signature[name] = "i32"

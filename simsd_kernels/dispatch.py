@@ -9,7 +9,7 @@ import importlib.util
 import logging
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -64,10 +64,12 @@ EMULATION = os.environ.get("SIMSD_CUDA_EMULATION") or None
 # dict look-up, but none of the questions asked to fill it.
 _compiled_obstacles: dict[tuple[str, str], str | None] = {}
 _operators: dict[tuple[str, str], torch._ops.OpOverload] = {}
+_in_triton: set[str] = set()  # ops that have a Triton kernel
 
 
 def probe(schemas: dict[str, str]) -> None:
-    """Loads the compiled ops and notes what they implement."""
+    """Loads the compiled ops and notes what they and Triton implement."""
+    _in_triton.update(op for op in schemas if (pathlib.Path(__file__).parent / op / "triton.py").exists())
     missing = load_library()
     for op in schemas:
         for key in ("CPU", "CUDA"):
@@ -88,8 +90,7 @@ EMULATED = torch.library.Library("simsd_emulated", "FRAGMENT")
 
 
 def overload(namespace: str, op: str) -> torch._ops.OpOverload:
-    packet, _, name = op.partition(".")
-    return getattr(getattr(getattr(torch.ops, namespace), packet), name or "default")
+    return getattr(getattr(torch.ops, namespace), op).default
 
 
 def operator(op: str, backend: str) -> torch._ops.OpOverload:
@@ -100,6 +101,11 @@ def operator(op: str, backend: str) -> torch._ops.OpOverload:
 def compiled_obstacle(op: str, key: str) -> str | None:
     """None where the compiled library implements `op` for dispatch key `key` ("CPU" or "CUDA"), else why not."""
     return _compiled_obstacles[op, key]
+
+
+def has_triton(op: str) -> bool:
+    """Whether there is a Triton kernel for `op`."""
+    return op in _in_triton
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
@@ -168,12 +174,29 @@ def device_obstacle(backend: str, op: str, device: torch.device) -> str | None:
                 return f"needs {backend} tensors, got {device.type}"
             return compiled_obstacle(op, backend.upper()) or capability_obstacle(device)
         case "triton":
+            if not has_triton(op):
+                return "this op has no triton kernel"
             if obstacle := triton_obstacle():
                 return obstacle
             if device.type == "cuda" or (device.type == "cpu" and interpreting()):
                 return INTERPRETER_OBSTACLE or capability_obstacle(device)
             return f"needs cuda tensors (or TRITON_INTERPRET=1 set before import), got {device.type}"
     raise AssertionError(backend)
+
+
+_assumed: str | None = None
+
+
+@contextlib.contextmanager
+def assume(backend: str) -> Iterator[None]:
+    """Inside, `choose` takes `backend` for every op and asks nothing: for programs that are traced on fake tensors,
+    where nothing runs."""
+    global _assumed
+    before, _assumed = _assumed, backend
+    try:
+        yield
+    finally:
+        _assumed = before
 
 
 def choose(op: str, backend: str | None, device: torch.device, obstacle: Callable[[str], str | None]) -> str:
@@ -187,6 +210,8 @@ def choose(op: str, backend: str | None, device: torch.device, obstacle: Callabl
     def why_not(name: str) -> str | None:
         return device_obstacle(name, op, device) or obstacle(name)
 
+    if _assumed is not None:
+        return _assumed
     requested = backend or os.environ.get("SIMSD_BACKEND") or None
     if requested is not None:
         if requested not in BACKENDS:

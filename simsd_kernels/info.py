@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import importlib.util
 import json
 import os
 import pathlib
@@ -106,13 +105,8 @@ def _gpus() -> list[dict]:
 def _status(op: str, backend: str, gpus: object) -> str:
     """AVAILABLE, or why `backend` cannot serve `op` here on the device it is made for."""
     device = torch.device("cuda" if backend in ("triton", "cuda") else "cpu")
-    if backend == "triton":
-        folder, _, overload = op.partition(".")
-        module = f"{overload}_triton" if overload else "triton"
-        if importlib.util.find_spec(f"simsd_kernels.{folder}.{module}") is None:
-            return "this op has no triton kernel"
-        if dispatch.interpreting():
-            device = torch.device("cpu")
+    if backend == "triton" and dispatch.interpreting():
+        device = torch.device("cpu")
     if obstacle := dispatch.device_obstacle(backend, op, device):
         return obstacle
     return "no CUDA GPU at hand" if device.type == "cuda" and not gpus else AVAILABLE

@@ -12,6 +12,11 @@ import torch
 from torch import Tensor
 
 from simsd_kernels import dispatch
+from simsd_kernels.advance_slots import arguments as advance_slots
+from simsd_kernels.plan_block import arguments as plan_block
+from simsd_kernels.propose_block import arguments as propose_block
+from simsd_kernels.reveal import arguments as reveal
+from simsd_kernels.verify_graph import arguments as verify_graph
 
 LIBRARY = torch.library.Library("simsd", "DEF")
 
@@ -25,16 +30,18 @@ SCHEMAS = {
         "(Tensor q, Tensor k, Tensor v, Tensor? q_weight, Tensor? k_weight, Tensor cos, Tensor sin,"
         " Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots, float eps) -> Tensor"
     ),
+    "add_rms_norm": "(Tensor? x, Tensor(a!) residual, Tensor weight, float eps) -> Tensor",
+    "silu_mul": "(Tensor gate_up) -> Tensor",
     "sample_logits": (
         "(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor seed, Tensor position,"
         " Tensor revealed, Tensor? banned_ids=None)"
         " -> (Tensor token, Tensor prob, Tensor log_odds, Tensor entropy, Tensor logsumexp)"
     ),
     "thin_linear": "(Tensor x, Tensor weight) -> Tensor",
-    "reveal": (
-        "(Tensor(a!) tokens, Tensor(b!) revealed, Tensor(c!) step_map, Tensor proposal, Tensor prob,"
-        " Tensor log_odds, Tensor entropy, Tensor step, Tensor schedule, str strategy, float threshold) -> Tensor"
-    ),
+    "reveal": reveal.SIGNATURE.schema,
+    "grouped_linear": "(Tensor x, Tensor weight, Tensor offsets) -> Tensor",
+    "sort_by_expert": "(Tensor experts, int n_experts) -> (Tensor offsets, Tensor rows, Tensor places)",
+    "combine_experts": "(Tensor y, Tensor weights, Tensor places) -> Tensor",
     "block_verify": (
         "(Tensor target_logits, Tensor draft_ids, Tensor known, Tensor drafted, Tensor temperature,"
         " Tensor? top_k=None, Tensor? top_p=None, Tensor? seed=None, Tensor? position=None,"
@@ -42,22 +49,10 @@ SCHEMAS = {
         " Tensor? banned_ids=None, str rule='match')"
         " -> (Tensor accepted, Tensor bonus, Tensor tokens, Tensor target_ids, Tensor prob)"
     ),
-    "block_verify.graph": (
-        "(Tensor target_logits, Tensor rows, Tensor states, Tensor revealed, Tensor block, Tensor clean,"
-        " Tensor cleaned, Tensor depth, Tensor start, Tensor step, Tensor step_map, Tensor prob, Tensor origin,"
-        " Tensor temperature, Tensor? top_k, Tensor? top_p, Tensor? seed, Tensor? banned_ids, Tensor schedule,"
-        " str strategy, float threshold)"
-        " -> (Tensor progress, Tensor revealed, Tensor tokens, Tensor step_map, Tensor prob, Tensor origin)"
-    ),
-    "plan_block": (
-        "(Tensor tokens, Tensor revealed, Tensor start, Tensor step, Tensor blocks_left, Tensor clean, Tensor depth,"
-        " Tensor prob, Tensor log_odds, Tensor entropy, Tensor trust, Tensor power, Tensor? draft_logits,"
-        " Tensor? temperature, Tensor? top_k, Tensor? top_p, Tensor? seed, Tensor? banned_ids, Tensor schedule,"
-        " str strategy, float threshold, float floor, int mask_id, int max_copies, int max_rows, int scratch,"
-        " int slots, int stride)"
-        " -> (Tensor tokens, Tensor positions, Tensor slots, Tensor clock, Tensor birth, Tensor death,"
-        " Tensor states, Tensor revealed, Tensor block, Tensor cleaned, Tensor reach)"
-    ),
+    "verify_graph": verify_graph.SIGNATURE.schema,
+    "advance_slots": advance_slots.SIGNATURE.schema,
+    "propose_block": propose_block.SIGNATURE.schema,
+    "plan_block": plan_block.SIGNATURE.schema,
 }
 
 for _name, _schema in SCHEMAS.items():
@@ -65,6 +60,16 @@ for _name, _schema in SCHEMAS.items():
 
 # Before the op folders register kernels of their own: what is there now is the compiled library's.
 dispatch.probe(SCHEMAS)
+
+
+_references: dict[str, Callable] = {}
+
+
+def serving(op: str, device: torch.device) -> Callable:
+    """What serves `op` by the automatic choice (or SIMSD_BACKEND), as a function of the schema's arguments by position:
+    for callers who know that they are right, since compiled ops check what memory safety needs and no more."""
+    backend = dispatch.choose(op, None, device, lambda backend: None)
+    return _references[op] if backend == "reference" else dispatch.operator(op, backend)
 
 
 def implement(
@@ -85,9 +90,11 @@ def implement(
             argument that requires grad is refused (see `refuse_gradients`).
     """
 
-    def on_any_device(first, *others):
-        dispatch.note_reference(first.device)
-        return reference(first, *others)
+    _references[op] = reference
+
+    def on_any_device(*arguments):
+        dispatch.note_reference(next(x.device for x in arguments if isinstance(x, Tensor)))
+        return reference(*arguments)
 
     for library in (LIBRARY, dispatch.EMULATED) if dispatch.EMULATION else (LIBRARY,):
         if gradients is None:
@@ -155,7 +162,8 @@ def fake(op: str) -> Callable:
 
 @fake("masked_attention")
 def _(q, k, v, clock, birth, death, kv_len=None, scale=None, block_table=None) -> Tensor:
-    return q.new_empty(q.shape)
+    batch, heads, rows, dim = q.shape
+    return q.new_empty((batch, rows, heads, dim)).transpose(1, 2)
 
 
 @fake("store_kv")
@@ -167,6 +175,16 @@ def _(k, v, k_cache, v_cache, slots) -> None:
 def _(q, k, v, q_weight, k_weight, cos, sin, k_cache, v_cache, slots, eps) -> Tensor:
     batch, rows, heads, dim = q.shape
     return q.new_empty((batch, heads, rows, dim))
+
+
+@fake("add_rms_norm")
+def _(x, residual, weight, eps) -> Tensor:
+    return residual.new_empty(residual.shape)
+
+
+@fake("silu_mul")
+def _(gate_up) -> Tensor:
+    return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
 
 
 @fake("sample_logits")
@@ -181,9 +199,21 @@ def _(x, weight) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-@fake("reveal")
-def _(tokens, revealed, step_map, proposal, prob, log_odds, entropy, step, schedule, strategy, threshold) -> Tensor:
-    return torch.empty_like(revealed)
+@fake("grouped_linear")
+def _(x, weight, offsets) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[1]))
+
+
+@fake("sort_by_expert")
+def _(experts, n_experts):
+    tokens, choices = experts.shape
+    sizes = (n_experts + 1,), (tokens * choices,), (tokens, choices)
+    return tuple(experts.new_empty(size, dtype=torch.int32) for size in sizes)
+
+
+@fake("combine_experts")
+def _(y, weights, places) -> Tensor:
+    return y.new_empty((places.shape[0], y.shape[1]))
 
 
 @fake("block_verify")
@@ -214,32 +244,5 @@ def _(
     )
 
 
-@fake("block_verify.graph")
-def _(target_logits, rows, states, revealed, block, clean, cleaned, depth, start, step, step_map, prob, origin, *_):
-    batch, ahead, length = clean.shape
-    shape = (batch, ahead + 2, length)
-    return (
-        step.new_empty((batch, 7)),
-        revealed.new_empty((batch,)),
-        states.new_empty(shape),
-        step_map.new_empty(shape),
-        prob.new_empty(shape),
-        origin.new_empty(shape),
-    )
-
-
-@fake("plan_block")
-def _(tokens, revealed, start, step, blocks_left, clean, depth, prob, *rest):
-    max_copies, _, _, slots, _ = rest[-5:]
-    batch, ahead, length = clean.shape
-    rows = (batch, (ahead + max_copies) * length)
-    return (
-        tokens.new_empty(rows),
-        *(start.new_empty(rows) for _ in range(3)),
-        *(start.new_empty((batch, slots)) for _ in range(2)),
-        tokens.new_empty((batch, max_copies, length)),
-        revealed.new_empty((batch, max_copies)),
-        start.new_empty((batch, max_copies)),
-        start.new_empty((batch,)),
-        prob.new_empty((batch, max_copies)),
-    )
+for _op in (advance_slots, plan_block, propose_block, reveal, verify_graph):
+    fake(_op.SIGNATURE.op)(_op.SIGNATURE.fake)

@@ -24,6 +24,11 @@ def shape(op: str, name: str, value: Tensor, expected: Sequence[int | None], let
         raise ValueError(f"{op}: {name} must be {letters} = [{wanted}], got {list(value.shape)}")
 
 
+def rows(op: str, name: str, value: Tensor, letters: str) -> None:
+    if not 1 <= value.dim() <= 4:
+        raise ValueError(f"{op}: {name} must be {letters} of 1 to 4 dimensions, got {list(value.shape)}")
+
+
 def dtype(op: str, name: str, value: Tensor, allowed: torch.dtype | Sequence[torch.dtype]) -> None:
     allowed = (allowed,) if isinstance(allowed, torch.dtype) else tuple(allowed)
     if value.dtype not in allowed:
@@ -44,7 +49,10 @@ def within(op: str, name: str, value: Tensor, low: float, high: float, allowed: 
     """
     if value.device.type != "cpu" or value.numel() == 0 or torch.compiler.is_compiling():
         return
-    smallest, largest = (extreme.item() for extreme in value.aminmax())
+    if value.numel() == 1:  # a batch of one is to be fast
+        smallest = largest = value.item()
+    else:
+        smallest, largest = (extreme.item() for extreme in value.aminmax())
     if not (low <= smallest and largest <= high):
         given = largest if low <= smallest else smallest
         raise ValueError(f"{op}: {name} must be {allowed}, got {given}")

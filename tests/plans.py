@@ -1,4 +1,4 @@
-"""Arguments of plan_block, made by hand or at random, and its copies in readable form."""
+"""Arguments of plan_block, made by hand or at random, and its states in readable form."""
 
 import functools
 import math
@@ -8,49 +8,61 @@ import torch
 from hypothesis import strategies as st
 
 import simsd_kernels
+from rules import STRATEGIES, even, rule
 from simsd_kernels.plan_block.api import copy_stride
 
-STRATEGIES = ("sequential", "low_confidence_static", "low_confidence_dynamic", "entropy_bounded")
 MASK = 99
 VOCABULARY = 20
+NEVER = 2**30  # draft_end of a draft that did not end the text
+SHARED = ("row_budget", "banned_ids")  # by all slots
+PER_SLOT_RESULTS = (
+    *("tokens", "positions", "slots", "clock", "birth", "death"),
+    *("states", "state_revealed", "block", "draft_blocks_in_rows"),
+)
 
 
 def ints(*values):
     return torch.tensor(values, dtype=torch.int32)
 
 
-def arguments(batch=1, ahead=1, length=4, steps=None, number=0, **given):
-    """Every argument by name, in the op's order: empty blocks at position 2 L, random statistics, ample budgets."""
-    steps = length if steps is None else steps
+def arguments(batch=1, ahead=1, length=4, number=0, rules=None, blocks_left=None, **given):
+    """Every argument by name, in the op's order: empty blocks at position 2 L with the block before pending, random
+    statistics, ample budgets.
+
+    `rules`: (schedule, strategy, threshold) of each slot. `blocks_left`: how many blocks the walk may enter.
+    """
     generator = torch.Generator().manual_seed(number)
-    copies = given.get("max_copies", 100)
-    prob = torch.rand(batch, ahead, length, generator=generator) ** 0.3
-    lane = torch.ones(batch, dtype=torch.int32)
+    states = given.get("max_states", 100)
+    slots = torch.ones(batch, dtype=torch.int32)
     scratch = given.get("scratch", -(-(ahead + 6) * length // 256) * 256)
+    start = given.get("start", slots * 2 * length)
+    prob = torch.rand(batch, ahead, length, generator=generator) ** 0.3
     made = {
-        "tokens": torch.randint(0, VOCABULARY, (batch, length), generator=generator),
+        "text": torch.randint(0, VOCABULARY, (batch, (ahead + 6) * length), generator=generator),
         "revealed": torch.zeros(batch, dtype=torch.int64),
-        "start": lane * 2 * length,
-        "step": lane * 0,
-        "blocks_left": lane * (ahead + 1),
-        "clean": torch.randint(0, VOCABULARY, (batch, ahead, length), generator=generator),
-        "depth": lane * ahead,
+        "start": start,
+        "end": start + (slots * (ahead + 1) if blocks_left is None else blocks_left) * length,
+        "step": slots * 0,
+        "kv_len": (start - length).clamp(min=0),
+        "draft_tokens": torch.randint(0, VOCABULARY, (batch, ahead, length), generator=generator),
+        "proposal_depth": slots * ahead,
+        "draft_end": slots * NEVER,
         "prob": prob,
         "log_odds": torch.logit(prob.double(), eps=1e-9).float(),
         "entropy": torch.rand(batch, ahead, length, generator=generator) * 2,
-        "trust": torch.ones(batch),
-        "power": torch.ones(batch, ahead),
+        "draft_calibration": torch.ones(batch),
+        "order_sharpness": torch.ones(batch, ahead),
+        "min_visit_prob": torch.zeros(batch),
+        "row_budget": ints(10**6),
+        **rule(length, *(rules or [(even(length, length), "low_confidence_static", 0.9)] * batch)),
         **dict.fromkeys(("draft_logits", "temperature", "top_k", "top_p", "seed", "banned_ids")),
-        "schedule": torch.tensor([length // steps + (s < length % steps) for s in range(steps)], dtype=torch.int32),
-        "strategy": "low_confidence_static",
-        "threshold": 0.9,
-        "floor": 0.0,
         "mask_id": MASK,
-        "max_copies": copies,
-        "max_rows": 10**6,
+        "pending": 1,
+        "max_states": states,
+        "logits_rows": batch * states * length,
         "scratch": scratch,
-        "slots": scratch + copies * copy_stride(length),
-        "stride": copies + 3,
+        "kv_slots": scratch + states * copy_stride(length),
+        "stride": states + 3,
     }
     assert not given.keys() - made.keys()
     return made | given
@@ -60,11 +72,34 @@ def plan(made, backend=None):
     return simsd_kernels.plan_block(**made, backend=backend)
 
 
-def copied(out, lane=0):
-    """(block, set, tokens with None where masked) of each copy of a lane, in order."""
+def assert_same(out, expected):
+    for name, value in expected._asdict().items():
+        assert getattr(out, name).dtype == value.dtype and torch.equal(getattr(out, name), value), name
+
+
+def alone(made, b):
+    """Slot b's arguments."""
+    return {
+        name: value[b : b + 1] if torch.is_tensor(value) and name not in SHARED else value
+        for name, value in made.items()
+    }
+
+
+def strided(made):
+    """The same, as columns of buffers twice as large, and rows of others that go on behind them."""
+    return {
+        name: torch.stack((value, value), dim=-1)[..., 0] if torch.is_tensor(value) else value
+        for name, value in made.items()
+    }
+
+
+def graph(out, slot=0):
+    """(block, set, tokens with None where masked) of each state of a slot, in order."""
     length = out.states.shape[2]
     found = []
-    for block, bits, tokens in zip(*(x[lane].tolist() for x in (out.block, out.revealed, out.states)), strict=True):
+    for block, bits, tokens in zip(
+        *(x[slot].tolist() for x in (out.block, out.state_revealed, out.states)), strict=True
+    ):
         if block >= 0:
             found.append((block, bits % 2**64, tuple(t if bits >> i & 1 else None for i, t in enumerate(tokens))))
         else:
@@ -72,37 +107,49 @@ def copied(out, lane=0):
     return found
 
 
-def sizes(out, lane=0):
-    return [bits.bit_count() for _, bits, _ in copied(out, lane)]
+def sizes(out, slot=0):
+    return [bits.bit_count() for _, bits, _ in graph(out, slot)]
 
 
 def random_case(number, logits=False):
-    """Ragged batches with idle lanes, partly known blocks, ties, NaN, odd schedules and tight budgets."""
+    """Ragged batches with idle slots, settings of their own, partly known blocks, tokens that wait, ties, NaN, odd
+    schedules and tight budgets."""
     chance = random.Random(number)
     pick = chance.choice
-    batch, ahead = pick([0, 1, 2, 2, 3, 3]), pick([0, 1, 1, 2, 2, 2, 3, 3])
-    length = pick([*range(1, 10), 4, 4, 64])
-    made = arguments(
-        *(batch, ahead, length, pick([length, (length + 1) // 2, chance.randint(1, length)]), number),
-        strategy=pick(STRATEGIES),
-        threshold=pick([0.0, 0.5, 0.7, 0.9, 1.0, 3.0, math.inf]),
-        floor=pick([0.0, 0.0, 1e-3, 0.05]),
-        max_copies=pick([1, 5, 16, 16, 40, 40]),
-        max_rows=pick([0, 7 * length, 20 * length, *[10**6] * 9]),
-    )
+    batch, ahead = pick([0, 1, 2, 2, 3, 3, 3]), pick([0, 1, 2, 2, 2, 3, 3, 3])
+    length = pick([*range(1, 10), 4, 4, 20, 64])
+    states = pick([1, 5, 16, 16, 16, 40, 40, 40])
 
-    def lanes(values, dtype):
+    def slots(values, dtype):
         return torch.tensor([pick(values) for _ in range(batch)], dtype=dtype)
 
-    made["start"] = lanes([-1, 0, *[length, 3 * length] * 3], torch.int32)
-    made["step"] = lanes([*[0] * 9, 1, 2], torch.int32)
-    made["blocks_left"] = lanes([0, 1, 2, 3, 4, 4], torch.int32)
-    made["depth"] = lanes([*[ahead] * 5, ahead // 2], torch.int32)
-    made["power"] = torch.tensor([pick([0.0, 0.5, 1.0, 2.0]) for _ in range(batch * ahead)]).view(batch, ahead)
-    made["trust"] = lanes([0.0, 0.7, 0.9, *[1.0] * 9], torch.float32)
-    made["revealed"] = lanes([*[0] * 8, 1, 2, 5, -(2**63), -1], torch.int64)
-    if chance.random() < 0.2:
-        made["schedule"] = ints(*(chance.randint(0, 3) for _ in range(chance.randint(0, 4))))
+    def counts():
+        if chance.random() < 0.1:
+            return [chance.randint(0, 3) for _ in range(chance.randint(0, length))]
+        return even(length, pick([length, length, (length + 1) // 2, chance.randint(1, length)]))
+
+    thresholds = [0.0, 0.5, 0.7, 0.9, 1.0, 3.0, math.inf]
+    start = slots([-1, 0, *[length, 3 * length] * 4], torch.int32)
+    made = arguments(
+        *(batch, ahead, length, number, [(counts(), pick(STRATEGIES), pick(thresholds)) for _ in range(batch)]),
+        slots([0, 1, 2, *[3, 4, 4] * 3], torch.int32),
+        start=start,
+        pending=pick([0, 1, 2, 2]),
+        max_states=states,
+        row_budget=ints(pick([0, 7 * length, 20 * length, *[10**6] * 9])),
+        logits_rows=batch * length * pick([1, 2, 5, *[states] * 6]),
+    )
+    behind = slots(range(made["pending"] * length + 1), torch.int32) * slots([0, 1, 1], torch.int32)
+    made["kv_len"] = (start - behind).clamp(min=0)
+    made["step"] = slots([*[0] * 15, 1, 2], torch.int32)
+    made["draft_end"] = slots([0, 1, 2, *[NEVER] * 9], torch.int32)
+    made["proposal_depth"] = slots([*[ahead] * 5, ahead // 2, ahead + 1], torch.int32)
+    made["order_sharpness"] = torch.tensor([pick([0.0, 0.5, 1.0, 2.0]) for _ in range(batch * ahead)]).view(
+        batch, ahead
+    )
+    made["draft_calibration"] = slots([0.0, 0.7, 0.9, *[1.0] * 9], torch.float32)
+    made["min_visit_prob"] = slots([0.0, 0.0, 0.0, 1e-3, 0.05], torch.float32)
+    made["revealed"] = slots([*[0] * 12, 1, 2, 5, -(2**63), -1], torch.int64)
     match pick(["as drawn", "as drawn", "ties", "poison"]):
         case "ties":
             for name in ("prob", "log_odds", "entropy"):
@@ -115,11 +162,11 @@ def random_case(number, logits=False):
     if logits:
         generator = torch.Generator().manual_seed(number)
         made["draft_logits"] = torch.randn(batch, ahead, length, VOCABULARY, generator=generator) * 4
-        made["clean"] = made["draft_logits"].argmax(dim=3)
-        made["temperature"] = lanes([0.0, 0.3, 0.8], torch.float32)
-        made["seed"] = lanes(range(-9, 9), torch.int64)
+        made["draft_tokens"] = made["draft_logits"].argmax(dim=3)
+        made["temperature"] = slots([0.0, 0.3, 0.8], torch.float32)
+        made["seed"] = slots(range(-9, 9), torch.int64)
         if chance.random() < 0.5:
-            made["top_k"], made["top_p"] = lanes([0, 5], torch.int32), lanes([1.0, 0.9], torch.float32)
+            made["top_k"], made["top_p"] = slots([0, 5], torch.int32), slots([1.0, 0.9], torch.float32)
             made["banned_ids"] = torch.tensor([3])
     return made
 

@@ -55,7 +55,7 @@ SURROUNDINGS = {
 def test_an_op_gives_the_same_bits_whatever_surrounds_the_call(op: Op, backend: str):
     if obstacle := dispatch.device_obstacle(backend, op.name, CPU):
         pytest.skip(obstacle)
-    slow = op.name == "block_verify.graph" and backend == "reference"
+    slow = op.name == "verify_graph" and backend == "reference"
     for seed in (5, 7) if slow else range(4):
         made = op.make(seed)
         expected = call(op, on(CPU, made), backend)

@@ -90,6 +90,13 @@ def test_the_environment_insists_and_the_argument_insists_more(monkeypatch):
 
 
 @pytest.mark.skipif(dispatch.EMULATION is not None, reason="the emulation takes CPU tensors")
+def test_a_program_that_is_traced_may_assume_a_backend(monkeypatch):
+    monkeypatch.setenv("SIMSD_BACKEND", "reference")
+    with dispatch.assume("cuda"):
+        assert choose(obstacle=lambda name: "cannot") == "cuda"
+    assert choose() == "reference"
+
+
 def test_cuda_refuses_tensors_of_the_cpu():
     cache = torch.zeros(1, 1, 2, 4)
     new, slots = torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, dtype=torch.int32)
@@ -111,6 +118,7 @@ def without_library(tmp_path, monkeypatch) -> Path:
 IMPORT = "import torch, simsd_kernels\nx = torch.ones(1, 2)"
 BY_FUNCTION = "simsd_kernels.thin_linear(x, x)"
 BY_TORCH = "torch.ops.simsd.thin_linear(x, x)"
+BY_TORCH_WITHOUT_X = "torch.ops.simsd.add_rms_norm(None, x, x[0], 1e-6)"  # the first argument tells no device
 
 
 def stderr_of(*lines: str) -> list[str]:
@@ -119,7 +127,9 @@ def stderr_of(*lines: str) -> list[str]:
     return ran.stderr.splitlines()
 
 
-@pytest.mark.parametrize("call", [BY_FUNCTION, BY_TORCH], ids=["function", "torch.ops"])
+@pytest.mark.parametrize(
+    "call", [BY_FUNCTION, BY_TORCH, BY_TORCH_WITHOUT_X], ids=["function", "torch.ops", "torch.ops, None first"]
+)
 def test_without_compiled_ops_the_first_call_says_so_once_and_what_to_do(without_library, call):
     (line,) = stderr_of(IMPORT, call, BY_FUNCTION, BY_TORCH)
     assert line.startswith(

@@ -21,7 +21,8 @@ from gpu_cases import OPS, Op, call, on, same_bits  # noqa: E402
 
 CPU = torch.device("cpu")
 DIFFERENTIABLE = ("masked_attention", "thin_linear")
-REFUSING = [op for op in OPS if op.name not in DIFFERENTIABLE]
+WITHOUT_FLOATS = ("sort_by_expert",)  # nothing of theirs can require grad
+REFUSING = [op for op in OPS if op.name not in (*DIFFERENTIABLE, *WITHOUT_FLOATS)]
 each_backend = on_each_backend("masked_attention")
 
 

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 
 import simsd_kernels
 from backends import needs_compiled_ops, on_each_backend, unsafe
+from rules import STRATEGIES, rule
+from simsd_kernels.reveal import reference
 
-STRATEGIES = ("sequential", "low_confidence_static", "low_confidence_dynamic", "entropy_bounded")
 GOLDEN = json.loads((pathlib.Path(__file__).parent / "golden" / "reveal_positions.json").read_text())["cases"]
 each_backend = on_each_backend("reveal")
-NAMES = ("tokens", "revealed", "step_map", "proposal", "prob", "log_odds", "entropy", "step", "schedule")
+WRITTEN = ("tokens", "revealed", "step_map")
 
 
 def bits(positions):
@@ -27,8 +28,10 @@ def positions(mask):
     return [i for i in range(64) if int(mask) >> i & 1]
 
 
-def block(masked, prob=None, log_odds=None, entropy=None, step=0, schedule=(1, 1)):
-    """The tensor arguments for one block (row); masked is a list of booleans."""
+def block(
+    masked, strategy="sequential", threshold=0.85, *, prob=None, log_odds=None, entropy=None, step=0, schedule=(1, 1)
+):
+    """The arguments for one slot; masked is a list of booleans."""
     length = len(masked)
     prob = torch.tensor([prob or [0.5] * length])
     return {
@@ -40,18 +43,26 @@ def block(masked, prob=None, log_odds=None, entropy=None, step=0, schedule=(1, 1
         "log_odds": torch.logit(prob.double()).float() if log_odds is None else torch.tensor([log_odds]),
         "entropy": torch.tensor([entropy or [1.0] * length]),
         "step": torch.tensor([step], dtype=torch.int32),
-        "schedule": torch.tensor(schedule, dtype=torch.int32),
+        **rule(length, (schedule, strategy, threshold)),
     }
 
 
-def reveal(given, strategy, threshold=0.85, backend=None):
-    return simsd_kernels.reveal(*(given[name] for name in NAMES), strategy, threshold, backend=backend)
+def reveal(given, backend=None):
+    return simsd_kernels.reveal(**given, backend=backend)
 
 
-def revealed_by(given, strategy, threshold=0.85, backend=None):
-    """Positions that the op reveals in the only row; checks that its effects are consistent and confined."""
-    before = {name: given[name].clone() for name in NAMES}
-    newly = reveal(given, strategy, threshold, backend)
+def batch_of(slots):
+    return {name: torch.cat([slot[name] for slot in slots]) for name in slots[0]}
+
+
+def copy_of(given):
+    return {name: value.clone() for name, value in given.items()}
+
+
+def revealed_by(given, backend=None):
+    """Positions that the op reveals in the only slot; checks that its effects are consistent and confined."""
+    before = copy_of(given)
+    newly = reveal(given, backend)
     chosen = positions(newly[0])
     assert int(newly[0]) == bits(chosen)
     assert int(before["revealed"][0]) & int(newly[0]) == 0
@@ -60,25 +71,29 @@ def revealed_by(given, strategy, threshold=0.85, backend=None):
         expected = (before["proposal"], int(before["step"][0]) + 1) if i in chosen else (before["tokens"], None)
         assert given["tokens"][0, i] == expected[0][0, i]
         assert given["step_map"][0, i] == (expected[1] if i in chosen else before["step_map"][0, i])
-    for name in ("proposal", "prob", "log_odds", "entropy", "step", "schedule"):
+    for name in before.keys() - set(WRITTEN):
         assert torch.equal(given[name].nan_to_num(7.0), before[name].nan_to_num(7.0)), name
     return chosen
 
 
 def random_batch(seed):
-    """(arguments by name, strategy, threshold) of blocks of any length in any state: ties, NaN, infinities, strides."""
+    """Slots with blocks in any state, each with a rule of its own: ties, NaN, infinities, strides."""
     generator = torch.Generator().manual_seed(seed)
 
     def pick(*choices):
         return choices[int(torch.randint(len(choices), (), generator=generator))]
 
-    batch, length, steps = pick(1, 2, 5, 9), pick(1, 2, 4, 7, 8, 16, 31, 32, 33, 48, 63, 64), pick(0, 1, 2, 3, 8)
+    batch, length = pick(1, 2, 5, 9), pick(1, 2, 4, 7, 8, 16, 31, 32, 33, 48, 63, 64)
+    steps = min(pick(0, 1, 2, 3, 8), length)
 
     def any_of(*values):
         return torch.tensor(values)[torch.randint(len(values), (batch, length), generator=generator)]
 
     def statistic(*values):
         return any_of(*values) if pick(False, True) else torch.rand((batch, length), generator=generator) * 3 - 0.5
+
+    def counts():
+        return torch.randint(0, pick(2, 4, 70), (steps,), generator=generator).tolist()
 
     given = {
         "tokens": torch.randint(-(2**62), 2**62, (batch, length), generator=generator),
@@ -89,15 +104,20 @@ def random_batch(seed):
         "log_odds": statistic(-math.inf, -2.0, -0.0, 0.0, 0.5, 3.0, math.inf, math.nan),
         "entropy": statistic(0.0, -0.0, 1e-12, 0.1, 0.1, 0.25, 2.0, math.nan, math.inf).abs(),
         "step": torch.randint(-1, steps + 1, (batch,), generator=generator, dtype=torch.int32),
-        "schedule": torch.randint(0, pick(2, 4, 70), (steps,), generator=generator, dtype=torch.int32),
+        **rule(length, *((counts(), pick(*STRATEGIES), pick(0.0, 0.1, 0.3, 0.6, 1.0, math.inf)) for _ in range(batch))),
     }
     for _ in range(pick(0, 0, 1, 2)):  # fewer revealed, or none
         given["revealed"] &= torch.randint(-(2**63), 2**63 - 1, (batch,), generator=generator)
     if pick(False, False, True):
         given["revealed"] &= pick(0, -(2**63), 1)
     if pick(False, False, True):
-        given = {name: torch.stack((value, value), dim=-1)[..., 1] for name, value in given.items()}
-    return given, pick(*STRATEGIES), pick(0.0, 0.1, 0.3, 0.6, 1.0, 1.7, math.inf)
+        given = strided(given)
+    return given
+
+
+def strided(given):
+    """The same, as columns and rows of buffers twice as large."""
+    return {name: torch.stack((value, value), dim=-1)[..., 1] for name, value in given.items()}
 
 
 @each_backend
@@ -105,39 +125,39 @@ def random_batch(seed):
 def test_golden_positions(backend, number):
     case = GOLDEN[number]
     length = len(case["masked"])
-    given = block(case["masked"], prob=case["confidence"], schedule=(case["n"], length))
-    if "entropy" in case:
-        given["entropy"] = torch.tensor([case["entropy"]])
-    assert revealed_by(given, case["strategy"], case["threshold"], backend) == sorted(case["positions"])
+    statistics = {"prob": case["confidence"], "entropy": case.get("entropy")}
+    given = block(case["masked"], case["strategy"], case["threshold"], **statistics, schedule=(case["n"], length))
+    assert revealed_by(given, backend) == sorted(case["positions"])
 
 
 @each_backend
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_last_step_reveals_every_masked_position(backend, strategy):
-    given = block([True, False, True, True], step=2, schedule=(1, 1, 1))
-    assert revealed_by(given, strategy, 0.5, backend) == [0, 2, 3]
+    given = block([True, False, True, True], strategy, 0.5, step=2, schedule=(1, 1, 1))
+    assert revealed_by(given, backend) == [0, 2, 3]
 
 
 @each_backend
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("step", [-1, 2, 3, 2**31 - 1, -(2**31)])
-def test_row_whose_step_is_outside_the_schedule_is_left_alone(backend, strategy, step):
-    assert revealed_by(block([True] * 4, step=step), strategy, 0.5, backend) == []
+def test_slot_whose_step_is_outside_the_schedule_is_left_alone(backend, strategy, step):
+    assert revealed_by(block([True] * 4, strategy, 0.5, step=step), backend) == []
 
 
 @each_backend
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_full_block_has_nothing_to_reveal(backend, strategy):
-    assert revealed_by(block([False] * 4), strategy, 0.5, backend) == []
+    assert revealed_by(block([False] * 4, strategy, 0.5), backend) == []
 
 
 @each_backend
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_block_of_64_uses_every_bit(backend, strategy):
-    given = block([True] * 64, prob=[0.1] * 63 + [0.9], entropy=[1.0] * 63 + [0.01], schedule=(1, 63))
-    assert revealed_by(given, strategy, 0.5, backend) == ([0] if strategy == "sequential" else [63])
+    statistics = {"prob": [0.1] * 63 + [0.9], "entropy": [1.0] * 63 + [0.01]}
+    given = block([True] * 64, strategy, 0.5, **statistics, schedule=(1, 63))
+    assert revealed_by(given, backend) == ([0] if strategy == "sequential" else [63])
     given["step"] += 1
-    assert len(revealed_by(given, strategy, 0.5, backend)) == 63
+    assert len(revealed_by(given, backend)) == 63
     assert given["revealed"].item() == -1
 
 
@@ -145,43 +165,46 @@ def test_block_of_64_uses_every_bit(backend, strategy):
 def test_ties_go_to_the_lowest_position(backend):
     masked = [False, True, True, True, True]
     for strategy in ("low_confidence_static", "low_confidence_dynamic"):
-        given = block(masked, prob=[0.9, 0.3, 0.5, 0.5, 0.5], schedule=(2, 9))
-        assert revealed_by(given, strategy, 0.85, backend) == [2, 3]
-    given = block(masked, entropy=[0.1, 0.9, 0.4, 0.4, 0.4], schedule=(1, 9))
-    assert revealed_by(given, "entropy_bounded", 0.85, backend) == [2, 3]
+        given = block(masked, strategy, prob=[0.9, 0.3, 0.5, 0.5, 0.5], schedule=(2, 9))
+        assert revealed_by(given, backend) == [2, 3]
+    given = block(masked, "entropy_bounded", entropy=[0.1, 0.9, 0.4, 0.4, 0.4], schedule=(1, 9))
+    assert revealed_by(given, backend) == [2, 3]
 
 
 @each_backend
 def test_saturated_probabilities_rank_by_log_odds(backend):
-    given = block([True] * 4, prob=[1.0] * 4, log_odds=[30.0, 90.0, math.inf, 40.0], schedule=(2, 9))
-    assert revealed_by(given, "low_confidence_static", 0.85, backend) == [1, 2]
+    odds = [30.0, 90.0, math.inf, 40.0]
+    given = block([True] * 4, "low_confidence_static", prob=[1.0] * 4, log_odds=odds, schedule=(2, 9))
+    assert revealed_by(given, backend) == [1, 2]
 
 
 @each_backend
 @pytest.mark.parametrize("strategy", STRATEGIES[1:])
 def test_nan_ranks_last_but_is_revealed_rather_than_nothing(backend, strategy):
     nan = math.nan
-    values = [nan, nan, 0.3, nan]
-    given = block([True, True, True, True], prob=values, log_odds=values, entropy=values, schedule=(2, 9))
-    assert revealed_by(given, strategy, 1.0, backend) == ([2] if strategy == "entropy_bounded" else [0, 2])
-    given = block([True, True, False, True], prob=values, log_odds=values, entropy=values, schedule=(2, 9))
-    assert revealed_by(given, strategy, 1.0, backend) == ([0] if strategy == "entropy_bounded" else [0, 1])
+    values = dict.fromkeys(("prob", "log_odds", "entropy"), [nan, nan, 0.3, nan])
+    given = block([True, True, True, True], strategy, 1.0, **values, schedule=(2, 9))
+    assert revealed_by(given, backend) == ([2] if strategy == "entropy_bounded" else [0, 2])
+    given = block([True, True, False, True], strategy, 1.0, **values, schedule=(2, 9))
+    assert revealed_by(given, backend) == ([0] if strategy == "entropy_bounded" else [0, 1])
 
 
 @each_backend
 def test_masked_position_without_odds_comes_before_any_revealed_one(backend):
-    given = block([False, True, False, True], log_odds=[5.0, -math.inf, math.inf, math.nan], schedule=(2, 9))
-    assert revealed_by(given, "low_confidence_static", 0.85, backend) == [1, 3]
+    odds = [5.0, -math.inf, math.inf, math.nan]
+    given = block([False, True, False, True], "low_confidence_static", log_odds=odds, schedule=(2, 9))
+    assert revealed_by(given, backend) == [1, 3]
 
 
 @each_backend
 def test_dynamic_threshold_is_exclusive_and_counts_masked_positions_only(backend):
-    given = block([True, True, True, False], prob=[0.5, 0.75, 0.8, 0.99], schedule=(1, 9))
-    assert revealed_by(given, "low_confidence_dynamic", 0.75, backend) == [2]
-    given = block([True, True, True, False], prob=[0.5, 0.75, 0.8, 0.99], schedule=(2, 9))
-    assert revealed_by(given, "low_confidence_dynamic", 0.75, backend) == [1, 2]
-    given = block([True, True, True, True], prob=[0.9, 0.95, 0.8, 0.99], schedule=(1, 9))
-    assert revealed_by(given, "low_confidence_dynamic", 0.85, backend) == [0, 1, 3]
+    def found(masked, prob, threshold, count):
+        return revealed_by(block(masked, "low_confidence_dynamic", threshold, prob=prob, schedule=(count, 9)), backend)
+
+    masked, prob = [True, True, True, False], [0.5, 0.75, 0.8, 0.99]
+    assert found(masked, prob, 0.75, 1) == [2]
+    assert found(masked, prob, 0.75, 2) == [1, 2]
+    assert found([True] * 4, [0.9, 0.95, 0.8, 0.99], 0.85, 1) == [0, 1, 3]
 
 
 @each_backend
@@ -190,20 +213,21 @@ def test_dynamic_threshold_is_exclusive_and_counts_masked_positions_only(backend
     [(0.0, [2]), (0.1, [2]), (0.11, [2]), (0.5, [0, 2]), (10.0, [0, 1, 2]), (math.inf, [0, 1, 2])],
 )
 def test_entropy_bounded_reveals_while_the_running_sum_is_below(backend, threshold, expected):
-    given = block([True, True, True, False], entropy=[0.25, 0.5, 0.125, 0.0], schedule=(1, 9))
-    assert revealed_by(given, "entropy_bounded", threshold, backend) == expected
+    entropy = [0.25, 0.5, 0.125, 0.0]
+    given = block([True, True, True, False], "entropy_bounded", threshold, entropy=entropy, schedule=(1, 9))
+    assert revealed_by(given, backend) == expected
 
 
-def replay(given, strategy, threshold):
-    """The rules, position by position; returns the revealed positions of one row."""
-    length, steps = given["tokens"].shape[1], given["schedule"].numel()
-    step = int(given["step"][0])
+def replay(given):
+    """The rules, position by position; returns the revealed positions of the only slot."""
+    length, step, steps = given["tokens"].shape[1], int(given["step"]), int(given["steps"])
+    strategy, threshold = STRATEGIES[int(given["strategy"])], float(given["threshold"])
     if not 0 <= step < steps:
         return []
     masked = [i for i in range(length) if not int(given["revealed"][0]) >> i & 1]
     if step == steps - 1:
         return masked
-    n = min(int(given["schedule"][step]), len(masked))
+    n = min(int(given["schedule"][0, step]), len(masked))
     worst_last = lambda value: -math.inf if math.isnan(value) else value  # noqa: E731
     odds = {i: worst_last(float(given["log_odds"][0, i])) for i in masked}
     by_odds = sorted(masked, key=lambda i: (-odds[i], i))
@@ -213,7 +237,7 @@ def replay(given, strategy, threshold):
         case "low_confidence_static":
             return sorted(by_odds[:n])
         case "low_confidence_dynamic":
-            sure = [i for i in masked if float(given["prob"][0, i]) > torch.tensor(threshold).item()]
+            sure = [i for i in masked if float(given["prob"][0, i]) > threshold]
             return sure if len(sure) >= n else sorted(by_odds[:n])
     entropy = {i: -worst_last(-float(given["entropy"][0, i])) for i in masked}
     order = sorted(masked, key=lambda i: (entropy[i], i))
@@ -239,67 +263,66 @@ def test_any_block_behaves_as_the_replay(backend, strategy, data):
     eighths = st.sampled_from([i / 8 for i in range(9)] + [math.nan])  # many ties, and sums without rounding
     given = block(
         row(st.booleans()),
+        strategy,
+        data.draw(st.sampled_from([0.0, 0.25, 0.5, 1.0, 2.0])),
         prob=row(eighths),
         log_odds=row(st.sampled_from([-math.inf, -2.0, 0.0, 1.0, 3.0, math.inf, math.nan])),
         entropy=row(eighths),
         step=data.draw(st.integers(-2, 4)),
-        schedule=data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=4)),
+        schedule=data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=min(4, length))),
     )
-    threshold = data.draw(st.sampled_from([0.0, 0.25, 0.5, 1.0, 2.0]))
-    assert replay(given, strategy, threshold) == revealed_by(given, strategy, threshold, backend)
+    assert replay(given) == revealed_by(given, backend)
 
 
 @each_backend
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_rows_of_a_batch_do_not_interfere(backend, strategy):
+def test_slots_of_a_batch_have_their_own_rules_and_do_not_interfere(backend):
     generator = torch.Generator().manual_seed(1)
-    rows = [
+    slots = [
         block(
             (torch.rand(16, generator=generator) < 0.6).tolist(),
+            STRATEGIES[number % 4],
+            [0.3, 0.7, 2.0][number % 3],
             prob=torch.rand(16, generator=generator).tolist(),
             entropy=torch.rand(16, generator=generator).tolist(),
             step=number % 5 - 1,
-            schedule=(2, 3, 4),
+            schedule=[(2, 3, 4), (5, 1), (16,), (1, 1, 1, 2)][number // 4 % 4],
         )
-        for number in range(20)
+        for number in range(60)
     ]
-    batch = {name: torch.cat([row[name] for row in rows]) for name in NAMES if name != "schedule"}
-    batch["schedule"] = rows[0]["schedule"]
-    newly = reveal(batch, strategy, 0.7, backend)
-    for number, row in enumerate(rows):
-        assert torch.equal(reveal(row, strategy, 0.7, backend), newly[number : number + 1])
-        for name in ("tokens", "revealed", "step_map"):
-            assert torch.equal(row[name][0], batch[name][number]), name
+    batch = batch_of(slots)
+    newly = reveal(batch, backend)
+    for number, slot in enumerate(slots):
+        assert torch.equal(reveal(slot, backend), newly[number : number + 1])
+        for name in WRITTEN:
+            assert torch.equal(slot[name][0], batch[name][number]), name
 
 
 @each_backend
-def test_strided_views_are_updated_in_place(backend):
-    given = block([True, False, True, True], prob=[0.2, 0.9, 0.6, 0.7], schedule=(2, 9))
-    for name in NAMES[:7]:
-        value = given[name]
-        given[name] = torch.stack((value, value), dim=-1)[..., 1]
-    assert revealed_by(given, "low_confidence_static", 0.85, backend) == [2, 3]
+@pytest.mark.parametrize("seed", range(20))
+def test_strided_views_are_updated_in_place(backend, seed):
+    given = random_batch(seed)
+    views = strided(given)
+    assert torch.equal(reveal(given, backend), reveal(views, backend))
+    assert all(torch.equal(given[name], views[name]) for name in WRITTEN)
 
 
 @each_backend
 @pytest.mark.parametrize("batch, length", [(0, 4), (3, 0), (0, 0)])
 def test_empty_batches_and_blocks_are_fine(backend, batch, length):
-    given = block([True])
-    for name in ("tokens", "step_map", "proposal", "prob", "log_odds", "entropy"):
-        given[name] = given[name].new_zeros(batch, length)
-    for name in ("revealed", "step"):
-        given[name] = given[name].new_zeros(batch)
-    newly = reveal(given, "sequential", backend=backend)
+    given = {
+        name: value.new_zeros((batch, length) if value.dim() == 2 else (batch,))
+        for name, value in block([True], schedule=(1,)).items()
+    }
+    newly = reveal(given, backend)
     assert newly.shape == (batch,) and newly.dtype == torch.int64 and not newly.any()
 
 
 @each_backend
-def test_empty_schedule_reveals_nothing(backend):
-    assert revealed_by(block([True] * 3, schedule=()), "sequential", 0.5, backend) == []
+def test_schedule_without_steps_reveals_nothing(backend):
+    assert revealed_by(block([True] * 3, schedule=()), backend) == []
 
 
 REFUSED = [
-    ("tokens", torch.zeros(1, 65, dtype=torch.int64), ValueError, "L must be at most 64, got 65"),
     ("tokens", torch.zeros(1, 4, dtype=torch.int32), TypeError, "tokens must be torch.int64, got torch.int32"),
     ("tokens", torch.zeros(4, dtype=torch.int64), ValueError, r"tokens must be \[B, L\].*got \[4\]"),
     ("revealed", torch.zeros(2, dtype=torch.int64), ValueError, r"revealed must be \[B\] = \[1\], got \[2\]"),
@@ -309,46 +332,68 @@ REFUSED = [
     ("log_odds", 3.0, TypeError, "log_odds must be a tensor, got float"),
     ("entropy", torch.zeros(2, 4), ValueError, "entropy must be"),
     ("step", torch.zeros(1, dtype=torch.int64), TypeError, "step must be torch.int32"),
-    ("schedule", torch.tensor([1, -3], dtype=torch.int32), ValueError, "schedule must be >= 0, got -3"),
-    ("schedule", torch.zeros(1, 2, dtype=torch.int32), ValueError, r"schedule must be \[T\]"),
-    ("strategy", "greedy", ValueError, "strategy must be one of sequential, low_confidence_static.*got 'greedy'"),
-    ("threshold", math.nan, ValueError, "threshold must be a number, got nan"),
-    ("threshold", "0.5", ValueError, "threshold must be a number, got '0.5'"),
+    ("schedule", torch.tensor([[1, -3, 0, 0]], dtype=torch.int32), ValueError, "schedule must be >= 0, got -3"),
+    ("schedule", torch.zeros(4, dtype=torch.int32), ValueError, r"schedule must be \[B, L\]"),
+    ("schedule", torch.zeros(1, 2, dtype=torch.int32), ValueError, r"schedule must be \[B, L\] = \[1, 4\]"),
+    ("steps", torch.tensor([5], dtype=torch.int32), ValueError, r"steps must be in \[0, 4\], got 5"),
+    ("steps", torch.tensor([1.0]), TypeError, "steps must be torch.int32"),
+    ("strategy", "sequential", TypeError, "strategy must be a tensor, got str"),
+    ("strategy", torch.tensor([4], dtype=torch.int32), ValueError, r"strategy must be in \[0, 3\], got 4"),
+    ("threshold", torch.tensor([math.nan]), ValueError, "threshold must be a number, got nan"),
+    ("threshold", 0.5, TypeError, "threshold must be a tensor, got float"),
+    ("threshold", torch.zeros(2), ValueError, r"threshold must be \[B\] = \[1\]"),
     ("step", torch.zeros(1, dtype=torch.int32, device="meta"), ValueError, "one device.*step on meta"),
 ]
 
 
 @pytest.mark.parametrize("name, value, error, message", REFUSED)
 def test_bad_input_is_refused_by_name_and_changes_nothing(name, value, error, message):
-    good = {**block([True] * 4), "strategy": "sequential", "threshold": 0.85}
+    good = block([True] * 4)
     before = good["tokens"].clone()
     with pytest.raises(error, match=message):
         simsd_kernels.reveal(**{**good, name: value})
     assert torch.equal(good["tokens"], before)
 
 
+@pytest.mark.parametrize("length", [65, 100])
+def test_block_longer_than_a_set_of_64_is_refused(length):
+    with pytest.raises(ValueError, match=f"L must be at most 64, got {length}"):
+        reveal(block([True] * length) | {"revealed": torch.zeros(1, dtype=torch.int64)})
+
+
 @needs_compiled_ops
 def test_compiled_op_checks_shapes_and_dtypes_itself():
-    good = {**block([True] * 4), "strategy": "sequential", "threshold": 0.85}
+    good = block([True] * 4)
     for name, value in unsafe(REFUSED, good):
         with pytest.raises(RuntimeError, match="reveal: "):
             torch.ops.simsd.reveal(**{**good, name: value})
 
 
+@needs_compiled_ops
+@pytest.mark.parametrize("name", ["step", "steps", "strategy", "schedule", "revealed"])
+@pytest.mark.parametrize("value", [-(2**31), -1, 5, 2**31 - 1])
+def test_compiled_op_survives_any_number_and_the_definition_agrees(name, value):
+    given = block([True, False, True, True], step=1, schedule=(1, 1, 9))
+    given[name] = torch.full_like(given[name], value)
+    expected = copy_of(given)
+    newly = torch.ops.simsd.reveal(**given)
+    assert torch.equal(newly, reference.reveal(**expected))
+    assert all(torch.equal(given[name], expected[name]) for name in WRITTEN)
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_opcheck(strategy):
-    given = block([True, False, True, True], schedule=(2, 9))
-    torch.library.opcheck(torch.ops.simsd.reveal, (*given.values(), strategy, 0.85))
+    given = block([True, False, True, True], strategy, schedule=(2, 9))
+    torch.library.opcheck(torch.ops.simsd.reveal, tuple(given.values()))
 
 
 @each_backend
-@pytest.mark.parametrize("strategy", ["entropy_bounded"])
-def test_compiles_into_a_larger_graph(backend, strategy):
+def test_compiles_into_a_larger_graph(backend):
     def step(*given):
-        return simsd_kernels.reveal(*given, strategy, 0.85, backend=backend) + given[0].sum()
+        return simsd_kernels.reveal(*given, backend=backend) + given[0].sum()
 
-    given = block([True, False, True, True], schedule=(2, 9))
-    eager = {name: value.clone() for name, value in given.items()}
+    given = block([True, False, True, True], "entropy_bounded", schedule=(2, 9))
+    eager = copy_of(given)
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(*given.values()), step(*eager.values()))
-    assert all(torch.equal(given[name], eager[name]) for name in NAMES)
+    assert all(torch.equal(given[name], eager[name]) for name in given)

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 import simsd_kernels
-from simsd import layouts
+from simsd.decode.rows import SCRATCH_ALIGNMENT, STRIDE, aligned
+from simsd_kernels import dispatch
 from simsd_kernels.plan_block.api import Plan, copy_stride
+from simsd_kernels.reveal.api import STRATEGIES
 
 from . import timing
 from .contest import Bench, Contestant, contest, equal
@@ -23,7 +25,7 @@ def run(bench: Bench) -> None:
     for batch, length in shapes:  # plan and walk first: they are of every step of decoding
         what = f"batch {batch}, block {length}"
         small(bench, f"plan_block, {what}", lambda b=batch, n=length: plan(bench, b, n))
-        small(bench, f"block_verify.graph, {what}", lambda b=batch, n=length: graph(bench, b, n, vocabulary))
+        small(bench, f"verify_graph, {what}", lambda b=batch, n=length: walk(bench, b, n, vocabulary))
     for batch, length in shapes:
         what = f"batch {batch}, block {length}"
         small(bench, f"reveal, {what}", lambda b=batch, n=length: reveal(bench, b, n))
@@ -43,7 +45,9 @@ def small(bench: Bench, case: str, problem) -> None:
 def compete(bench: Bench, case: str, problem) -> None:
     make, names, expected, moved = problem()
     check = equal(names, expected)
-    ours = [Contestant(f"simsd {b}", lambda b=b: make(b), check) for b in bench.backends]
+    op = case.split(",")[0].split()[0]
+    backends = [backend for backend in bench.backends if backend != "triton" or dispatch.has_triton(op)]
+    ours = [Contestant(f"simsd {b}", lambda b=b: make(b), check) for b in backends]
     row = contest(
         *(bench, case, [*ours, Contestant("reference", lambda: make("reference"), check, graph=False)]),
         bytes_moved=moved,
@@ -64,6 +68,16 @@ def on_cpu(given: dict) -> dict:
     return {name: value.cpu() if isinstance(value, Tensor) else value for name, value in given.items()}
 
 
+def rules(bench: Bench, batch: int, length: int) -> dict:
+    """A position a step, the surest first."""
+    return {
+        "schedule": torch.ones(batch, length, dtype=torch.int32, device=bench.device),
+        "steps": lanes(bench, batch, length, torch.int32),
+        "strategy": lanes(bench, batch, STRATEGIES.index("low_confidence_static"), torch.int32),
+        "threshold": lanes(bench, batch, 0.9, torch.float32),
+    }
+
+
 def reveal(bench: Bench, batch: int, length: int):
     shape, device = (batch, length), bench.device
     given = {
@@ -75,13 +89,13 @@ def reveal(bench: Bench, batch: int, length: int):
         "log_odds": bench.random(*shape, dtype=torch.float32),
         "entropy": bench.uniform(*shape),
         "step": lanes(bench, batch, 0, torch.int32),
-        "schedule": torch.ones(length, dtype=torch.int32, device=device),
+        **rules(bench, batch, length),
     }
     changed = ("tokens", "revealed", "step_map")
 
     def call(given: dict, backend: str) -> tuple[Tensor, ...]:
         fresh = {**given, **{name: given[name].clone() for name in changed}}  # in place, so each call has its own
-        newly = simsd_kernels.reveal(**fresh, strategy="low_confidence_static", threshold=0.9, backend=backend)
+        newly = simsd_kernels.reveal(**fresh, backend=backend)
         return newly, *(fresh[name] for name in changed)
 
     expected = call(on_cpu(given), "reference")
@@ -116,36 +130,42 @@ def verify(bench: Bench, batch: int, length: int, vocabulary: int, rule: str, te
     return make, expected._fields, expected, moved
 
 
-def proposal(batch: int, length: int, copies: int) -> dict:
+def proposal(batch: int, length: int, states: int) -> dict:
     """plan_block's arguments on the CPU: two empty blocks whose draft knows the order and is fairly sure of itself."""
     generator = torch.Generator().manual_seed(0)
-    ahead, lane = 2, torch.ones(batch, dtype=torch.int32)
+    ahead, slot = 2, torch.ones(batch, dtype=torch.int32)
     shape = (batch, ahead, length)
-    scratch = layouts.aligned(1024, layouts.SCRATCH_ALIGNMENT)
+    scratch = aligned(1024, SCRATCH_ALIGNMENT)
     order = torch.rand(shape, generator=generator).argsort(2).float()
+    start = 8 * length
     return {
-        "tokens": torch.zeros(batch, length, dtype=torch.int64),
+        "text": torch.randint(0, 250, (batch, start + (ahead + 2) * length), generator=generator),
         "revealed": torch.zeros(batch, dtype=torch.int64),
-        "start": lane * 8 * length,
-        "step": lane * 0,
-        "blocks_left": lane * (ahead + 1),
-        "clean": torch.randint(0, 250, shape, generator=generator),
-        "depth": lane * ahead,
+        "start": slot * start,
+        "end": slot * (start + (ahead + 1) * length),
+        "step": slot * 0,
+        "kv_len": slot * (start - length),
+        "draft_tokens": torch.randint(0, 250, shape, generator=generator),
+        "proposal_depth": slot * ahead,
+        "draft_end": slot * 2**30,
         "prob": torch.full(shape, 0.9),
         "log_odds": BEHIND * order,
         "entropy": torch.full(shape, 0.3),
-        "trust": torch.ones(batch),
-        "power": torch.full((batch, ahead), 0.25),
-        "schedule": torch.ones(length, dtype=torch.int32),
-        "strategy": "low_confidence_static",
-        "threshold": 0.9,
-        "floor": 0.0,
+        "draft_calibration": torch.ones(batch),
+        "order_sharpness": torch.full((batch, ahead), 0.25),
+        "min_visit_prob": torch.zeros(batch),
+        "row_budget": torch.tensor([10**6], dtype=torch.int32),
+        "schedule": torch.ones(batch, length, dtype=torch.int32),
+        "steps": slot * length,
+        "strategy": slot * STRATEGIES.index("low_confidence_static"),
+        "threshold": torch.full((batch,), 0.9),
         "mask_id": MASK_ID,
-        "max_copies": copies,
-        "max_rows": 10**6,
+        "pending": 1,
+        "max_states": states,
+        "logits_rows": batch * states * length,
         "scratch": scratch,
-        "slots": scratch + copies * copy_stride(length),
-        "stride": layouts.STRIDE,
+        "kv_slots": scratch + states * copy_stride(length),
+        "stride": STRIDE,
     }
 
 
@@ -153,12 +173,12 @@ def moved_to(device: torch.device, given: dict) -> dict:
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in given.items()}
 
 
-def copies_of(length: int) -> int:
+def states_of(length: int) -> int:
     return 1 + 128 // length
 
 
 def plan(bench: Bench, batch: int, length: int):
-    host = proposal(batch, length, copies_of(length))
+    host = proposal(batch, length, states_of(length))
     expected = simsd_kernels.plan_block(**host, backend="reference")
     given = moved_to(bench.device, host)
 
@@ -168,38 +188,49 @@ def plan(bench: Bench, batch: int, length: int):
     return make, Plan._fields, expected, None
 
 
-def graph(bench: Bench, batch: int, length: int, vocabulary: int):
-    """A target that agrees with the draft in everything, so that the walk is as long as the copies allow."""
-    host = proposal(batch, length, copies_of(length))
-    planned = simsd_kernels.plan_block(**host, backend="reference")
-    copies = planned.block.shape[1]
-    rows = torch.arange(batch * copies * length, dtype=torch.int32).view(batch, copies, length)
-    logits = bench.random(rows.numel(), vocabulary)
-    block = planned.block.clamp(0, 1).long()[:, :, None].expand(-1, -1, length)  # behind both: anything goes
-    token, odds = (host[name].gather(1, block).flatten().to(bench.device) for name in ("clean", "log_odds"))
-    logits[torch.arange(len(token), device=bench.device), token] = (40.0 + odds).to(logits.dtype)
-    kept = ("start", "step", "depth", "clean")
+def walk(bench: Bench, batch: int, length: int, vocabulary: int):
+    """A target that agrees with the draft in everything: the walk goes over two blocks to the empty one behind them."""
+    generator, blocks, states = torch.Generator().manual_seed(0), 2, states_of(length)
+    rank = torch.rand(batch, blocks, length, generator=generator).argsort(2)  # a block's positions as they are revealed
+    draft = torch.randint(0, 250, (batch, blocks, length), generator=generator)
+    # The draft's own way, the empty block behind it, and then any states.
+    number = torch.arange(states)
+    block = torch.where(number <= blocks * length, number // length, number % blocks)
+    of_state = block.clamp(max=blocks - 1)
+    masked = rank[:, of_state] >= (number % length)[:, None]
+    masked |= (block == blocks)[:, None]
+    anything = torch.rand(masked.shape, generator=generator) < 0.5
+    masked = torch.where((number > blocks * length)[:, None], anything, masked)
+    rows = torch.where(masked, masked.flatten().cumsum(0).view(masked.shape) - 1, -1).int()
+    logits = bench.random(int(masked.sum()), vocabulary)
+    token, odds = draft[:, of_state][masked], 40.0 + BEHIND * (length - rank[:, of_state][masked])
+    logits[torch.arange(len(token)), token.to(bench.device)] = odds.to(logits)
+    host = {
+        "rows": rows,
+        "states": torch.where(masked, 0, draft[:, of_state]),
+        "state_revealed": (~masked << torch.arange(length)).sum(2),
+        "block": block.int().expand(batch, states),
+        "draft_tokens": draft,
+        "step_map": torch.zeros(batch, length, dtype=torch.int32),
+        "prob": torch.ones(batch, length),
+        "origin": torch.zeros(batch, length, dtype=torch.int32),
+    }
     given = {
         "target_logits": logits,
-        **moved_to(bench.device, {"rows": rows, **{name: getattr(planned, name) for name in GRAPH}}),
-        **moved_to(bench.device, {name: host[name] for name in kept}),
-        "step_map": torch.zeros(batch, length, dtype=torch.int32, device=bench.device),
-        "prob": torch.ones(batch, length, device=bench.device),
-        "origin": torch.zeros(batch, length, dtype=torch.int32, device=bench.device),
+        **moved_to(bench.device, host),
+        "draft_blocks_in_rows": lanes(bench, batch, blocks, torch.int32),
+        "proposal_depth": lanes(bench, batch, blocks, torch.int32),
+        "start": lanes(bench, batch, 8 * length, torch.int32),
+        "step": lanes(bench, batch, 0, torch.int32),
         "temperature": lanes(bench, batch, 0.0, torch.float32),
-        "schedule": host["schedule"].to(bench.device),
-        "strategy": host["strategy"],
-        "threshold": host["threshold"],
+        **rules(bench, batch, length),
     }
     # By the definition on the device: on the CPU it takes seconds over such a vocabulary.
-    expected = simsd_kernels.block_verify_graph(**given, backend="reference")
+    expected = simsd_kernels.verify_graph(**given, backend="reference")
 
     def make(backend: str) -> list:
-        return [lambda: simsd_kernels.block_verify_graph(**given, backend=backend)]
+        return [lambda: simsd_kernels.verify_graph(**given, backend=backend)]
 
     taken = int(expected.progress[:, 2].sum())
-    bench.note(f"block_verify.graph, batch {batch}, block {length}: {taken} steps walked, {copies} copies in a lane")
+    bench.note(f"verify_graph, batch {batch}, block {length}: {taken} steps walked, {states} states of a slot")
     return make, expected._fields, expected, 2.0 * logits.numel()
-
-
-GRAPH = ("states", "revealed", "block", "cleaned")

@@ -32,22 +32,23 @@ inline std::string shape_text(const Tensor& tensor) {
 }
 
 // `expected` holds the allowed sizes, -1 for any; `letters` is the shape in words, such as "[B, Lq]".
-inline void check_shape(const char* op, const char* name, const Tensor& tensor, std::initializer_list<int64_t> expected,
+inline void check_shape(const char* op, const char* name, const Tensor& tensor, const int64_t* expected, int64_t dims,
                         const char* letters) {
-    bool fits = tensor.dim() == static_cast<int64_t>(expected.size());
-    int64_t axis = 0;
-    for (int64_t size : expected) {
-        fits = fits && (size < 0 || tensor.size(axis) == size);
-        ++axis;
-    }
+    bool fits = tensor.dim() == dims;
+    for (int64_t axis = 0; fits && axis < dims; ++axis)
+        fits = expected[axis] < 0 || tensor.size(axis) == expected[axis];
     if (fits) return;
     std::ostringstream wanted;
-    axis = 0;
-    for (int64_t size : expected) {
-        wanted << (axis++ ? ", " : "");
-        size < 0 ? wanted << "any" : wanted << size;
+    for (int64_t axis = 0; axis < dims; ++axis) {
+        wanted << (axis ? ", " : "");
+        expected[axis] < 0 ? wanted << "any" : wanted << expected[axis];
     }
     check(false, op, ": ", name, " must be ", letters, " = [", wanted.str(), "], got ", shape_text(tensor));
+}
+
+inline void check_shape(const char* op, const char* name, const Tensor& tensor, std::initializer_list<int64_t> expected,
+                        const char* letters) {
+    check_shape(op, name, tensor, expected.begin(), expected.size(), letters);
 }
 
 // The name that Python prints, such as "torch.int32".

@@ -12,20 +12,29 @@
 
 namespace simsd {
 
-// A contiguous CPU tensor of at most four dimensions, uninitialised.
-inline Tensor allocate(std::initializer_list<int64_t> sizes, ScalarType type) {
-    std::array<int64_t, 4> strides;
-    int64_t stride = 1;
-    for (int64_t axis = static_cast<int64_t>(sizes.size()) - 1; axis >= 0; --axis) {
-        strides[axis] = stride;
-        stride *= std::max<int64_t>(sizes.begin()[axis], 1);
-    }
+// An uninitialised CPU tensor.
+inline Tensor allocate(const int64_t* sizes, const int64_t* strides, int64_t dimensions, ScalarType type) {
     const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
     AtenTensorHandle handle;
-    const auto failed = aoti_torch_empty_strided(sizes.size(), sizes.begin(), strides.data(), dtype,
-                                                 aoti_torch_device_type_cpu(), 0, &handle);
-    check(failed == AOTI_TORCH_SUCCESS, "cannot allocate an output of ", stride, " elements");
+    const auto failed =
+        aoti_torch_empty_strided(dimensions, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle);
+    check(failed == AOTI_TORCH_SUCCESS, "cannot allocate an output");
     return Tensor(handle);
+}
+
+// A contiguous one of at most four dimensions.
+inline Tensor allocate(const int64_t* sizes, int64_t dimensions, ScalarType type) {
+    std::array<int64_t, 4> strides;
+    int64_t stride = 1;
+    for (int64_t axis = dimensions - 1; axis >= 0; --axis) {
+        strides[axis] = stride;
+        stride *= std::max<int64_t>(sizes[axis], 1);
+    }
+    return allocate(sizes, strides.data(), dimensions, type);
+}
+
+inline Tensor allocate(std::initializer_list<int64_t> sizes, ScalarType type) {
+    return allocate(sizes.begin(), sizes.size(), type);
 }
 
 }  // namespace simsd

@@ -15,6 +15,7 @@
 #include <optional>
 #include <vector>
 
+#include "cpu/allocate.h"
 #include "cpu/attention/problem.h"
 #include "cpu/capability.h"
 
@@ -311,11 +312,20 @@ void leave_out_holes(int64_t page_size, int64_t page_count, std::vector<int32_t>
     }
 }
 
+// [B, Hq, Lq, D] with a row's heads side by side.
+Tensor allocate_heads(const Tensor& q) {
+    const std::array<int64_t, 4> sizes{q.size(0), q.size(1), q.size(2), q.size(3)};
+    const auto at_least_one = [&](int axis) { return std::max<int64_t>(sizes[axis], 1); };
+    const int64_t head = at_least_one(3), row = head * at_least_one(1);
+    const std::array<int64_t, 4> strides{row * at_least_one(2), head, row, 1};
+    return allocate(sizes.data(), strides.data(), 4, q.scalar_type());
+}
+
 Tensor masked_attention(const Tensor q, const Tensor k, const Tensor v, const Tensor clock, const Tensor birth,
                         const Tensor death, const std::optional<Tensor> kv_len, const std::optional<double> scale,
                         const std::optional<Tensor> block_table) {
     check_masked_attention(check_cpu, q, k, v, clock, birth, death, kv_len, block_table);
-    Tensor out = torch::stable::new_empty(q, q.sizes());
+    const Tensor out = allocate_heads(q);
     if (out.numel() == 0) return out;
 
     Problem p{};

@@ -1,166 +1,169 @@
-// plan_block: from drafted blocks to the rows of one exact verification forward. Checks, growth of every lane's graph
-// (plan/draft.h), the cut to the row budget, layout (plan/layout.h). The Python definition is plan_block/reference.py.
-#include "common/arguments/plan_block.h"
+// plan_block on the CPU. The graphs of slots grow one by one. Where every state has draws of its own, they grow in
+// step: each round draws the masked positions of all newest states, in parallel over (slot, position), then moves every
+// graph on. The Python definition is plan_block/reference.py.
+#include "control/arguments/plan_block.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <algorithm>
-#include <optional>
-#include <string>
-#include <tuple>
-#include <vector>
+#include <memory>
 
-#include "common/strided.h"
+#include "control/plan/growth.h"
+#include "control/plan/layout.h"
 #include "cpu/allocate.h"
-#include "cpu/plan/draft.h"
-#include "cpu/plan/layout.h"
-#include "cpu/reveal.h"
-#include "cpu/vocabulary/row.h"
+#include "cpu/vocabulary/slots.h"
 
 namespace simsd {
 namespace {
 
 constexpr const char* OP = "plan_block";
+constexpr int64_t SLOTS_PER_TASK = 4;  // a graph of a few states takes some microseconds, about as a task does
 
-using plan::Drawn;
-using plan::Given;
-using plan::Growth;
-using plan::Lane;
-using plan::Layout;
-using plan::State;
+using control::Alone;
+using control::Extent;
+using control::Graph;
+using control::PlanParams;
+using control::Taken;
+using Growth = control::Growth<Alone>;
 
-// Cuts the graphs to the best-scored `copies` (roots aside) of the whole batch.
-void fit(std::vector<Lane>& lanes, int64_t copies) {
-    struct Ranked {
-        double score;
-        int64_t lane, n;
-        int32_t cost;
-    };
-    int64_t wanted = 0;
-    for (Lane& lane : lanes) {
-        lane.kept = lane.growth.size();
-        for (int64_t n = 1; n < lane.kept; ++n) wanted += lane.growth.state(n).cost;
+// What decides where the op reads and writes.
+void check_values(const PlanParams& p) {
+    for (int64_t b = 0; b < p.batch; ++b) {
+        const int64_t start = p.start[b], most = std::min<int64_t>(p.text_length, p.scratch) - p.length;
+        if (start < 0) continue;
+        check(start <= most, OP, ": start must be at most ", most, ", got ", start);
+        check(start % p.length == 0, OP, ": start must be a multiple of ", p.length, ", got ", start);
+        check(p.end[b] <= p.scratch, OP, ": end must be at most ", p.scratch, ", got ", p.end[b]);
+        const int64_t kv_len = p.kv_len[b], room = int64_t{p.pending} * p.length;
+        check(kv_len >= 0 && start - kv_len <= room, OP, ": kv_len must be >= 0 and at most ", room,
+              " before start, which is pending, got ", kv_len, " with start ", start);
     }
-    if (wanted <= copies) return;
-    std::vector<Ranked> ranked;
-    for (size_t b = 0; b < lanes.size(); ++b) {
-        for (int64_t n = 1; n < lanes[b].kept; ++n) {
-            const State& state = lanes[b].growth.state(n);
-            ranked.push_back({state.score, static_cast<int64_t>(b), n, state.cost});
+}
+
+// Arrays that live as long as this does.
+class Memory {
+  public:
+    template <typename T>
+    T* take(int64_t count) {
+        blocks_.emplace_back(new char[count * sizeof(T)]);
+        return reinterpret_cast<T*>(blocks_.back().get());
+    }
+
+  private:
+    std::vector<std::unique_ptr<char[]>> blocks_;
+};
+
+void grow(const PlanParams& p, const Extent& extent, const Taken& taken) {
+    torch::stable::parallel_for(0, p.batch, SLOTS_PER_TASK, [&](int64_t begin, int64_t end) {
+        Memory memory;
+        char* const graph = memory.take<char>(Graph::bytes(p, extent));
+        control::Room room;
+        for (int64_t b = begin; b < end; ++b) {
+            Growth growth(p, extent, taken, b, graph, room);
+            for (growth.begin(); !growth.complete(); growth.advance()) {
+                if (growth.expands()) growth.expand(proposal_of(p.drafted, b, growth.progress().block));
+            }
         }
-        lanes[b].kept = 1;
-    }
-    std::sort(ranked.begin(), ranked.end(), [](const Ranked& a, const Ranked& b) {
-        return std::make_tuple(-a.score, a.lane, a.n) < std::make_tuple(-b.score, b.lane, b.n);
     });
-    for (const Ranked& next : ranked) {
-        if (next.cost > copies) break;
-        copies -= next.cost;
-        lanes[next.lane].kept = next.n + 1;
+}
+
+// What the draft draws, from which every state has draws of its own.
+struct DraftLogits {
+    const Tensor& tensor;
+    vocabulary::SlotLogits logits;
+};
+
+void grow(const PlanParams& p, const Extent& extent, const Taken& taken, const DraftLogits& draft) {
+    Memory memory;
+    control::Room room;
+    std::vector<Growth> growths;
+    growths.reserve(p.batch);
+    for (int64_t b = 0; b < p.batch; ++b) {
+        growths.emplace_back(p, extent, taken, b, memory.take<char>(Graph::bytes(p, extent)), room);
+        growths.back().begin();
+    }
+    // Places of draws: a block's of its slot where its states share them, else those of the slot's first block.
+    vocabulary::Draws draws(p.batch * p.blocks * p.length);
+    std::vector<char> ready(p.batch * p.blocks, 0);
+    const auto strategy = [&](int64_t b) { return static_cast<Strategy>(p.rules.strategy[b]); };
+    const auto shares = [&](int64_t b) { return strategy(b) == Strategy::sequential || !draft.logits.noisy(b); };
+    const auto home = [&](const Growth& growth) {
+        const int64_t b = growth.slot();
+        return b * p.blocks + (shares(b) ? growth.progress().block : 0);
+    };
+    struct Task {
+        const Growth* growth;
+        int position;
+    };
+    std::vector<Task> tasks;
+    for (bool growing = true; growing;) {
+        growing = false;
+        tasks.clear();
+        for (const Growth& growth : growths) {
+            if (!growth.expands() || ready[home(growth)]) continue;
+            // The first state of a block that comes up has the fewest positions revealed: later ones need no more.
+            ready[home(growth)] = shares(growth.slot());
+            Alone::each(growth.masked(), [&](int i) { tasks.push_back({&growth, i}); });
+        }
+        torch::stable::parallel_for(0, tasks.size(), draft.logits.rows_per_task(), [&](int64_t begin, int64_t end) {
+            vocabulary::Workspace work;
+            for (int64_t n = begin; n < end; ++n) {
+                const auto [growth, i] = tasks[n];
+                const int64_t b = growth->slot(), block = growth->progress().block;
+                const Tensor& logits = draft.tensor;
+                const int64_t offset = b * logits.stride(0) + block * logits.stride(1) + i * logits.stride(2);
+                draft.logits.draw(b, offset, static_cast<int32_t>(p.start[b] + block * p.length + i),
+                                  control::noise_key(strategy(b), growth->progress().revealed), work, draws,
+                                  home(*growth) * p.length + i);
+            }
+        });
+        for (Growth& growth : growths) {
+            if (growth.complete()) continue;
+            if (growth.expands()) {
+                const int64_t first = home(growth) * p.length;
+                growth.expand(
+                    {control::contiguous<const int64_t>(draws.token.data() + first), draws.statistics(first)});
+            }
+            growth.advance();
+            growing = true;
+        }
     }
 }
 
-template <typename T>
-std::optional<Strided<const T, 1>> view(const std::optional<Tensor>& tensor) {
-    return tensor ? std::optional(strided_const<T, 1>(*tensor)) : std::nullopt;
-}
+control::PlanTensors plan_block(
+    const Tensor text, const Tensor revealed, const Tensor start, const Tensor end, const Tensor step,
+    const Tensor kv_len, const Tensor draft_tokens, const Tensor proposal_depth, const Tensor draft_end,
+    const Tensor prob, const Tensor log_odds, const Tensor entropy, const Tensor draft_calibration,
+    const Tensor order_sharpness, const Tensor min_visit_prob, const Tensor row_budget, const Tensor schedule,
+    const Tensor steps, const Tensor strategy, const Tensor threshold, const std::optional<Tensor> draft_logits,
+    const std::optional<Tensor> temperature, const std::optional<Tensor> top_k, const std::optional<Tensor> top_p,
+    const std::optional<Tensor> seed, const std::optional<Tensor> banned_ids, int64_t mask_id, int64_t pending,
+    int64_t max_states, int64_t logits_rows, int64_t scratch, int64_t kv_slots, int64_t stride) {
+    PlanParams p = control::plan_params(
+        check_cpu, text, revealed, start, end, step, kv_len, draft_tokens, proposal_depth, draft_end, prob, log_odds,
+        entropy, draft_calibration, order_sharpness, min_visit_prob, row_budget, schedule, steps, strategy, threshold,
+        mask_id, pending, max_states, logits_rows, scratch, kv_slots, stride);
+    check_values(p);
+    const control::PlanTensors out = control::plan_outputs(
+        p, [](std::initializer_list<int64_t> sizes, ScalarType type) { return allocate(sizes, type); });
 
-using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-Outputs plan_block(const Tensor tokens, const Tensor revealed, const Tensor start, const Tensor step,
-                   const Tensor blocks_left, const Tensor clean, const Tensor depth, const Tensor prob,
-                   const Tensor log_odds, const Tensor entropy, const Tensor trust, const Tensor power,
-                   const std::optional<Tensor> draft_logits, const std::optional<Tensor> temperature,
-                   const std::optional<Tensor> top_k, const std::optional<Tensor> top_p,
-                   const std::optional<Tensor> seed, const std::optional<Tensor> banned_ids, const Tensor schedule,
-                   const std::string strategy_name, double threshold, double floor, int64_t mask_id, int64_t max_copies,
-                   int64_t max_rows, int64_t scratch, int64_t slots, int64_t stride) {
-    const auto [batch, length, ahead] =
-        check_plan_block(check_cpu, tokens, revealed, start, step, blocks_left, clean, depth, prob, log_odds, entropy,
-                         trust, power, draft_logits, temperature, top_k, top_p, seed, banned_ids, schedule, threshold,
-                         floor, max_copies, max_rows, scratch, slots, stride);
-    const Strategy strategy = parse_strategy(OP, strategy_name);
-
-    const auto begins = strided_const<int32_t, 1>(start), so_far = strided_const<int32_t, 1>(step),
-               left = strided_const<int32_t, 1>(blocks_left), depths = strided_const<int32_t, 1>(depth);
-    const auto current = strided_const<int64_t, 2>(tokens);
-    const auto sets = strided_const<int64_t, 1>(revealed);
-    const auto trusted = strided_const<float, 1>(trust);
-    std::vector<Lane> lanes;
-    lanes.reserve(batch);
-    for (int64_t b = 0; b < batch; ++b) {
-        const int64_t first = *begins.at(b), blocks = *left.at(b);
-        check(*depths.at(b) >= 0 && *depths.at(b) <= ahead, OP, ": depth must be in [0, ", ahead, "], got ",
-              *depths.at(b));
-        if (first < 0) continue;
-        check(first + std::max<int64_t>(blocks, 1) * length <= scratch, OP,
-              ": blocks_left must be such that the last block ends by slot ", scratch, ", got ", blocks, " from slot ",
-              first, " on");
-        const plan::Limits limits{*depths.at(b), blocks, max_copies, *trusted.at(b), floor};
-        const State root{0, static_cast<uint64_t>(*sets.at(b)) & full_set(length), *so_far.at(b), 1.0};
-        int64_t known[MAX_BLOCK_LENGTH];
-        for (int64_t i = 0; i < length; ++i) known[i] = root.revealed & bit(i) ? *current.at(b, i) : -1;
-        lanes.push_back({b, Growth(length, limits, root, known)});
-    }
-    const Given statistics{strided_const<int64_t, 3>(clean), strided_const<float, 3>(prob),
-                           strided_const<float, 3>(log_odds), strided_const<float, 3>(entropy),
-                           strided_const<float, 2>(power)};
-    // The bar that `reveal` compares float32 probabilities with.
-    if (strategy == Strategy::low_confidence_dynamic) threshold = static_cast<float>(threshold);
-    const plan::Rules rules{{strided_const<int32_t, 1>(schedule), schedule.size(0)}, strategy, threshold};
+    Memory memory;
+    const int64_t states = p.batch * p.max_states;
+    Taken taken{memory.take<int32_t>(p.batch), memory.take<double>(states), memory.take<int32_t>(states),
+                memory.take<int32_t>(states), nullptr};
+    const Extent extent = control::extent_of(p);
     if (draft_logits) {
-        const Drawn drawn{element_of<vocabulary::Element>(*draft_logits),
-                          strided_const<char, 4>(*draft_logits),
-                          length,
-                          draft_logits->size(3),
-                          vocabulary::read_banned(OP, banned_ids, draft_logits->size(3)),
-                          view<float>(temperature),
-                          view<int32_t>(top_k),
-                          view<float>(top_p),
-                          view<int64_t>(seed),
-                          begins,
-                          strategy};
-        grow(lanes, statistics, drawn, rules, length, ahead);
+        const control::Sampling sampling =
+            control::draft_sampling(check_cpu, p, text, *draft_logits, temperature, top_k, top_p, seed, banned_ids);
+        taken.proposed = memory.take<int64_t>(states * p.length);
+        grow(p, extent, taken, {*draft_logits, {OP, *draft_logits, sampling, banned_ids, p.batch}});
     } else {
-        grow(lanes, statistics, rules, length);
+        grow(p, extent, taken);
     }
-    fit(lanes, max_rows / length);
-
-    const int64_t rows = (ahead + max_copies) * length;
-    Outputs out{allocate({batch, rows}, ScalarType::Long),
-                allocate({batch, rows}, ScalarType::Int),
-                allocate({batch, rows}, ScalarType::Int),
-                allocate({batch, rows}, ScalarType::Int),
-                allocate({batch, slots}, ScalarType::Int),
-                allocate({batch, slots}, ScalarType::Int),
-                allocate({batch, max_copies, length}, ScalarType::Long),
-                allocate({batch, max_copies}, ScalarType::Long),
-                allocate({batch, max_copies}, ScalarType::Int),
-                allocate({batch}, ScalarType::Int),
-                allocate({batch, max_copies}, ScalarType::Float)};
-    const auto ints = [](Tensor& tensor) { return static_cast<int32_t*>(tensor.mutable_data_ptr()); };
-    const auto longs = [](Tensor& tensor) { return static_cast<int64_t*>(tensor.mutable_data_ptr()); };
-    const Layout layout{length,
-                        ahead,
-                        max_copies,
-                        mask_id,
-                        scratch,
-                        slots,
-                        stride,
-                        longs(std::get<0>(out)),
-                        ints(std::get<1>(out)),
-                        ints(std::get<2>(out)),
-                        ints(std::get<3>(out)),
-                        ints(std::get<4>(out)),
-                        ints(std::get<5>(out)),
-                        longs(std::get<6>(out)),
-                        longs(std::get<7>(out)),
-                        ints(std::get<8>(out)),
-                        ints(std::get<9>(out)),
-                        static_cast<float*>(std::get<10>(out).mutable_data_ptr())};
-    layout.clear(batch);
-    for (const Lane& lane : lanes) layout.write(lane, *begins.at(lane.index), statistics);
+    const control::Cut cut{memory.take<int32_t>(p.batch), memory.take<int32_t>(p.batch), memory.take<int32_t>(p.batch)};
+    const int64_t asked = control::cut<Alone>(p, taken, cut);
+    for (int64_t b = 0; b < p.batch; ++b) control::Layout<Alone>(p, taken, cut, asked, b).write();
+    if (p.batch == 0) std::fill_n(p.out.logits_index, p.logits_rows, 0);
     return out;
 }
 

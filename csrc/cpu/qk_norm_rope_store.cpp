@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "common/strided.h"
+#include "cpu/allocate.h"
 
 namespace simsd {
 namespace {
@@ -141,8 +142,7 @@ Tensor qk_norm_rope_store(const Tensor q, const Tensor k, const Tensor v, const 
                           Tensor v_cache, const Tensor slots, const double eps) {
     const Arguments arguments{q, k, v, q_weight, k_weight, cos, sin, k_cache, v_cache, slots, static_cast<float>(eps)};
     check_arguments(arguments);
-    const int64_t sizes[] = {q.size(0), q.size(2), q.size(1), q.size(3)};
-    Tensor out = torch::stable::new_empty(q, torch::headeronly::IntHeaderOnlyArrayRef(sizes, 4));
+    Tensor out = allocate({q.size(0), q.size(2), q.size(1), q.size(3)}, q.scalar_type());
     if (q.size(0) == 0 || q.size(1) == 0 || q.size(3) == 0) return out;
     switch (q.scalar_type()) {
         case ScalarType::Float:

@@ -83,13 +83,18 @@ SIMSD_DEVICE uint32_t ballot(bool value) { return __ballot_sync(0xffffffffu, val
 SIMSD_DEVICE bool warp_any(bool value) { return __any_sync(0xffffffffu, value); }
 SIMSD_DEVICE bool warp_all(bool value) { return __all_sync(0xffffffffu, value); }
 
-// Global memory. Addresses are 16-byte aligned. `load_16` is for data that the kernel does not write.
+// Global memory. Addresses are 16-byte aligned. `load_16` is for data that the kernel does not write, `load_16_written`
+// for data that it does.
 SIMSD_DEVICE Bytes16 load_16(const void* address) {
     Bytes16 out;
     asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(out.words[0]), "=r"(out.words[1]), "=r"(out.words[2]), "=r"(out.words[3])
                  : "l"(address));
     return out;
+}
+SIMSD_DEVICE Bytes16 load_16_written(const void* address) {
+    const uint4 value = *reinterpret_cast<const uint4*>(address);
+    return {{value.x, value.y, value.z, value.w}};
 }
 SIMSD_DEVICE void store_16(void* address, const Bytes16& value) {
     *reinterpret_cast<uint4*>(address) = make_uint4(value.words[0], value.words[1], value.words[2], value.words[3]);

@@ -15,7 +15,7 @@ struct Params {
     const void* q;               // [B, Hq, Lq, D]
     const void* k;               // [B, Hkv, Lk, D], or [P, Hkv, page_size, D] where there is a block table
     const void* v;               // as k
-    void* out;                   // [B, Hq, Lq, D], contiguous
+    void* out;                   // [B, Lq, Hq, D], contiguous
     const int32_t* clock;        // [B, Lq]
     const int32_t* birth;        // [B, Lk]
     const int32_t* death;        // [B, Lk]

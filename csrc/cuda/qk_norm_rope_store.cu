@@ -9,6 +9,7 @@
 // Floor: every byte of q, k and v read once and written once. SDAR-8B, 64 rows: 64 x (32 + 8 + 8) x 128 x 2 bytes x 2 =
 // 1.6 MB per layer, 0.5 us at 3.35 TB/s; the launch and one trip to memory and back dominate, which is why this is one
 // kernel (the modules take 13 launches and move the rows through memory about 20 times).
+#include "cuda/columns.h"
 #include "cuda/device.h"
 #include "cuda/launch.h"
 #include "cuda/qk_norm_rope_store.h"
@@ -18,103 +19,6 @@ namespace simsd::rope {
 namespace {
 
 constexpr int WARPS = 4;
-
-template <typename T>
-constexpr int UNIT = 16 / sizeof(T);  // columns in 16 bytes
-
-// Columns of one unit, as floats.
-template <typename T>
-struct Columns {
-    float x[UNIT<T>] = {};
-};
-
-// To the nearest of T and back, two at a time as the hardware converts them.
-template <typename T>
-SIMSD_DEVICE void round_to(Columns<T>& columns) {
-    if constexpr (sizeof(T) == 2) {
-#pragma unroll
-        for (int i = 0; i < UNIT<T>; i += 2) {
-            const uint32_t pair = pack<T>(columns.x[i], columns.x[i + 1]);
-            columns.x[i] = low_of<T>(pair);
-            columns.x[i + 1] = high_of<T>(pair);
-        }
-    }
-}
-
-template <typename T>
-SIMSD_DEVICE Columns<T> times(const Columns<T>& a, const Columns<T>& b) {
-    Columns<T> out;
-#pragma unroll
-    for (int i = 0; i < UNIT<T>; ++i) out.x[i] = product(a.x[i], b.x[i]);
-    round_to<T>(out);
-    return out;
-}
-
-template <typename T>
-SIMSD_DEVICE Columns<T> plus(const Columns<T>& a, const Columns<T>& b) {
-    Columns<T> out;
-#pragma unroll
-    for (int i = 0; i < UNIT<T>; ++i) out.x[i] = sum(a.x[i], b.x[i]);
-    round_to<T>(out);
-    return out;
-}
-
-template <typename T>
-SIMSD_DEVICE Columns<T> negated(Columns<T> a) {
-#pragma unroll
-    for (int i = 0; i < UNIT<T>; ++i) a.x[i] = -a.x[i];
-    return a;
-}
-
-template <typename T>
-SIMSD_DEVICE T element_of(const Bytes16& bytes, int i) {
-    const uint32_t word = bytes.words[i * static_cast<int>(sizeof(T)) / 4];
-    if constexpr (sizeof(T) == 4) {
-        return bits_as_float(word);
-    } else {
-        return T{static_cast<uint16_t>(i % 2 ? word >> 16 : word)};
-    }
-}
-
-// `count` columns, at most a unit; those past them are 0. With Vector they are a whole unit, contiguous and aligned.
-template <typename T, bool Vector>
-SIMSD_DEVICE Columns<T> load_columns(const void* row, int64_t stride, int first, int count) {
-    const T* from = static_cast<const T*>(row) + first * stride;
-    Columns<T> out;
-    if constexpr (Vector) {
-        const Bytes16 bytes = load_16(from);
-#pragma unroll
-        for (int i = 0; i < UNIT<T>; ++i) out.x[i] = to_float(element_of<T>(bytes, i));
-    } else {
-#pragma unroll
-        for (int i = 0; i < UNIT<T>; ++i) {
-            if (i < count) out.x[i] = to_float(from[i * stride]);
-        }
-    }
-    return out;
-}
-
-template <typename T, bool Vector>
-SIMSD_DEVICE void store_columns(const Columns<T>& columns, T* row, int64_t stride, int first, int count) {
-    T* to = row + first * stride;
-    if constexpr (Vector) {
-        Bytes16 bytes;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            if constexpr (sizeof(T) == 4) {
-                bytes.words[i] = float_as_bits(columns.x[i]);
-            } else {
-                bytes.words[i] = pack<T>(columns.x[2 * i], columns.x[2 * i + 1]);
-            }
-        }
-        store_16(to, bytes);
-    } else {
-#pragma unroll
-        for (int i = 0; i < UNIT<T>; ++i) {
-            if (i < count) to[i * stride] = from_float<T>(columns.x[i]);
-        }
-    }
-}
 
 // Where a lane's unit lies: `count` columns from `first` and, if it turns, as many from `first` + D_rot / 2.
 struct Place {
@@ -129,13 +33,6 @@ SIMSD_DEVICE Place place_of(const Params& p, int unit) {
     const int first = turns ? unit * UNIT<T> : p.rotary + (unit - pairs) * UNIT<T>;
     const int left = (turns ? half : p.dim) - first;
     return {first, left < 0 ? 0 : left < UNIT<T> ? left : UNIT<T>, turns};
-}
-
-template <typename T>
-SIMSD_DEVICE float squares(const Columns<T>& columns, float total) {
-#pragma unroll
-    for (int i = 0; i < UNIT<T>; ++i) total = fused(columns.x[i], columns.x[i], total);
-    return total;
 }
 
 // What a lane's columns are multiplied with: of those from `first` and of those they turn with.
@@ -248,16 +145,8 @@ __global__ void __launch_bounds__(WARPS* WARP, 1) norm_rope_store(const Params p
     }
 }
 
-// Whether every row of a tensor begins at a multiple of 16 bytes and is contiguous.
-template <typename T, int Dims>
-bool aligned(const void* data, const int64_t (&strides)[Dims]) {
-    bool fits = reinterpret_cast<uintptr_t>(data) % 16 == 0 && strides[Dims - 1] == 1;
-    for (int axis = 0; axis < Dims - 1; ++axis) fits = fits && strides[axis] % UNIT<T> == 0;
-    return fits;
-}
-
 template <typename T>
-bool aligned(const Heads& heads) {
+bool heads_aligned(const Heads& heads) {
     return aligned<T>(heads.data, heads.strides) &&
            (heads.weight == nullptr || aligned<T>(heads.weight, {heads.weight_stride}));
 }
@@ -267,8 +156,8 @@ void launch_typed(const Params& p, Stream stream) {
     const int units = (p.rotary / 2 + UNIT<T> - 1) / UNIT<T> + (p.dim - p.rotary + UNIT<T> - 1) / UNIT<T>;
     const bool one = units <= WARP;
     // Halves of whole units, and a whole number of them past what turns.
-    const bool vector = p.rotary / 2 % UNIT<T> == 0 && p.dim % UNIT<T> == 0 && aligned<T>(p.q) && aligned<T>(p.k) &&
-                        aligned<T>(p.v) && aligned<T>(p.cos.data, p.cos.strides) &&
+    const bool vector = p.rotary / 2 % UNIT<T> == 0 && p.dim % UNIT<T> == 0 && heads_aligned<T>(p.q) &&
+                        heads_aligned<T>(p.k) && heads_aligned<T>(p.v) && aligned<T>(p.cos.data, p.cos.strides) &&
                         aligned<T>(p.sin.data, p.sin.strides) && aligned<T>(p.k_cache.data, p.k_cache.strides) &&
                         aligned<T>(p.v_cache.data, p.v_cache.strides);
     constexpr int MOST = (MAX_DIM / UNIT<T> + 1 + WARP - 1) / WARP;

@@ -133,14 +133,14 @@ template <typename T>
 __global__ void __launch_bounds__(SCAN_WARPS* WARP, 4) scan(const Work work) {
     const Params& p = work.params;
     const int32_t segments = segments_of(p.vocabulary), blocks_per_row = (segments + SCAN_WARPS - 1) / SCAN_WARPS;
-    const int32_t index = block_x() / blocks_per_row;
+    const int32_t task = block_x() / blocks_per_row, index = draw_of(p, task);
     const int32_t segment = block_x() % blocks_per_row * SCAN_WARPS + warp_index();
-    if (segment >= segments) return;
+    if (segment >= segments || index < 0) return;
     const Row<T> row = row_of<T>(p, index, p.banned_ids ? work.scratch.banned : nullptr);
     if (!row.logits) return;
     const bool noise = draws(p, index) && !filters(p, index);
     const Partial partial = partial_of(row, segment, noise, noise ? key_of_row(p, index) : NoiseKey{});
-    if (lane_index() == 0) work.scratch.partials[static_cast<int64_t>(index) * segments + segment] = partial;
+    if (lane_index() == 0) work.scratch.partials[static_cast<int64_t>(task) * segments + segment] = partial;
 }
 
 // The best noisy score among the ids that are kept (block); `start`, the row's best, always is.
@@ -190,11 +190,12 @@ SIMSD_DEVICE void write(const Params& p, int32_t row, int32_t token, float x, co
 template <typename T>
 __global__ void __launch_bounds__(MOST_WARPS* WARP, 1) finish(const Work work) {
     const Params& p = work.params;
-    const int32_t index = block_x();
+    const int32_t task = block_x(), index = draw_of(p, task);
+    if (index < 0) return;
     const bool filtered = filters(p, index);
     if (!filtered && warp_index() > 0) return;
     const Row<T> row = row_of<T>(p, index, p.banned_ids ? work.scratch.banned : nullptr);
-    const Partial* partials = work.scratch.partials + static_cast<int64_t>(index) * segments_of(p.vocabulary);
+    const Partial* partials = work.scratch.partials + static_cast<int64_t>(task) * segments_of(p.vocabulary);
     const Summary summary = merge(partials, row.logits ? segments_of(p.vocabulary) : 0);
     if (summary.empty()) {
         const int32_t lowest = p.banned_ids ? *work.scratch.lowest : 0;
@@ -232,28 +233,29 @@ template <typename T>
 void launch_kernels(const Work& work, Stream stream) {
     const Params& p = work.params;
     const int64_t segments = segments_of(p.vocabulary);
-    const Grid grid{p.rows * ((segments + SCAN_WARPS - 1) / SCAN_WARPS)};
+    const Grid grid{p.tasks() * ((segments + SCAN_WARPS - 1) / SCAN_WARPS)};
     launch(OP, scan<T>, grid, SCAN_WARPS * WARP, 0, stream, work);
     // A power of two, and no more warps than segments: a constant of V, like all that a sum could depend on.
     int warps = 1;
     const bool may_filter = p.top_k || p.top_p;
     while (may_filter && warps < MOST_WARPS && warps < segments) warps *= 2;
     constexpr int SHARED_BYTES = WORKSPACE_BYTES + 2 * MOST_WARPS * 4;
-    launch(OP, finish<T>, Grid{p.rows}, warps * WARP, may_filter ? SHARED_BYTES : 0, stream, work);
+    launch(OP, finish<T>, Grid{p.tasks()}, warps * WARP, may_filter ? SHARED_BYTES : 0, stream, work);
 }
 
 }  // namespace
 
-int64_t scratch_bytes(int64_t rows, int64_t vocabulary) {
+int64_t scratch_bytes(int64_t tasks, int64_t vocabulary) {
     const int64_t segments = segments_of(vocabulary);
-    return rows * segments * static_cast<int64_t>(sizeof(Partial)) + segments * WORDS * 4 + 16;
+    return tasks * segments * static_cast<int64_t>(sizeof(Partial)) + segments * WORDS * 4 + 16;
 }
 
 void launch_sample(const Params& params, Stream stream) {
-    if (params.rows == 0) return;
+    if (params.tasks() == 0) return;
     Work work{params, scratch_of(params)};
     if (params.banned_count == 0) work.params.banned_ids = nullptr;
-    if (work.params.banned_ids) launch(OP, mark_banned, Grid{1}, MARK_THREADS, 0, stream, work);
+    if (work.params.banned_ids && !params.banned_are_marked)
+        launch(OP, mark_banned, Grid{1}, MARK_THREADS, 0, stream, work);
     switch (params.element) {
         case Element::float32:
             return launch_kernels<float>(work, stream);

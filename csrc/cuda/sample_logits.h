@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "cuda/numbers.h"
 #include "cuda/stream.h"
 
 namespace simsd::sample {
@@ -31,13 +32,17 @@ struct Law {
 
 // Draws `rows` rows of logits. Row n draws from row `row_index[n]` of the logits (n without an index); where that is
 // outside [0, logit_rows) nothing is read and the outputs are those of a row with nothing finite.
+//
+// Where few of many rows are wanted, `draw_of_row` gives the way back, and work is by row of the logits: row r is drawn
+// as number draw_of_row[r], if that draws from row r at all. Entries of rows that nothing draws from need not be set.
 struct Params {
     const void* logits;  // [logit_rows, V], row r at r / logits_inner * strides[0] + r % logits_inner * strides[1]
     int64_t logits_strides[3];  // of outer rows, inner rows, ids; in elements
     int32_t logits_inner;
     Element element;
     int32_t logit_rows, vocabulary, rows;
-    const int32_t* row_index;  // [rows] or nullptr
+    const int32_t* row_index;    // [rows] or nullptr
+    const int32_t* draw_of_row;  // [logit_rows] or nullptr
 
     PerRow<float> temperature;  // default 0
     PerRow<int32_t> top_k;      // default 0, off
@@ -48,16 +53,19 @@ struct Params {
 
     const int64_t* banned_ids;  // [banned_count] or nullptr; ids outside [0, V) are ignored
     int64_t banned_count, banned_stride;
+    bool banned_are_marked;  // by an earlier launch with these ids, this scratch and as many tasks
 
     // Outputs, contiguous [rows]; all but `token` may be nullptr.
     int64_t* token;
     float *prob, *log_odds, *entropy, *logsumexp;
     Law* law;  // nullptr unless the caller judges by the filtered softmax
 
-    void* scratch;  // scratch_bytes(rows, vocabulary), 16-byte aligned, in any state
+    void* scratch;  // scratch_bytes(tasks, vocabulary), 16-byte aligned, in any state unless banned_are_marked
+
+    SIMSD_ANYWHERE int32_t tasks() const { return draw_of_row ? logit_rows : rows; }
 };
 
-int64_t scratch_bytes(int64_t rows, int64_t vocabulary);
+int64_t scratch_bytes(int64_t tasks, int64_t vocabulary);
 
 // The statistics and the draw of `sample_logits`. A row's outputs do not depend on other rows, bit by bit.
 void launch_sample(const Params& params, Stream stream);

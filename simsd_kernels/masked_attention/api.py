@@ -47,7 +47,8 @@ def masked_attention(
         backend: "reference", "cpu", "triton" or "cuda"; None chooses (see `simsd_kernels.dispatch`).
 
     Returns:
-        [B, Hq, Lq, D] in q's dtype, accumulated in float32. A query that sees nothing returns zeros.
+        [B, Hq, Lq, D] in q's dtype, accumulated in float32; in memory [B, Lq, Hq, D], so that a row's heads lie side by
+        side for the matrix product behind it. A query that sees nothing returns zeros.
 
     Raises:
         TypeError, ValueError: a wrong dtype, shape, head count or device, naming what was given.

@@ -72,4 +72,5 @@ def masked_attention(
         scores = scores.view(batch, kv_heads, group, q_rows, k.shape[2]).masked_fill(~seen[:, None, None], -torch.inf)
         weights = torch.softmax(scores.masked_fill(blind[:, :, None], 0.0), dim=-1)
         out = weights.view(batch, kv_heads, group * q_rows, k.shape[2]) @ v
-    return out.view(q.shape).masked_fill(blind, 0.0).to(q.dtype)
+    out = out.view(q.shape).masked_fill(blind, 0.0).to(q.dtype)
+    return out.transpose(1, 2).contiguous().transpose(1, 2)

@@ -114,7 +114,7 @@ def combine_splits(
     p_max,  # float32 [B, Hkv, splits, G * Lq]
     p_sum,  # float32 [B, Hkv, splits, G * Lq]
     p_acc,  # float32 [B, Hkv, splits, G * Lq, D]
-    p_out,  # out: [B, Hq, Lq, D], contiguous
+    p_out,  # out: [B, Lq, Hq, D], contiguous
     n_q,
     n_padded,
     n_group,
@@ -154,7 +154,7 @@ def combine_splits(
 
     i_b = i_bh // n_hkv
     o_h = (i_bh % n_hkv) * n_group + o_r % n_group
-    o_out = (i_b * n_hkv * n_group + o_h) * n_q + o_r // n_group
+    o_out = (i_b * n_q + o_r // n_group) * n_hkv * n_group + o_h
     # [ROWS, BLOCK_D]
     b_out = normalise(b_sum, b_acc).to(p_out.dtype.element_ty)
     tl.store(p_out + o_out[:, None] * n_dim + o_d[None, :], b_out, exists[:, None] & (o_d < n_dim)[None, :])
@@ -168,7 +168,7 @@ def attend_many_rows(
     p_clock,  # int32 [B, Lq]
     p_keys,  # int32 [B, 2 or 3, padded], see summarise
     p_bounds,  # int32 [B, 4, padded / TILE]
-    p_out,  # out: [B, Hq, Lq, D], contiguous
+    p_out,  # out: [B, Lq, Hq, D], contiguous
     scale,
     n_q,
     n_padded,
@@ -236,7 +236,7 @@ def attend_many_rows(
         b_max, b_sum, b_acc = merge(b_max, b_sum, b_acc, b_max_2, b_sum_2, b_acc_2)
 
     o_v = i_v * BLOCK_V + tl.arange(0, BLOCK_V)
-    o_out = (i_b * n_hkv * n_group + o_h) * n_q + o_q
+    o_out = (i_b * n_q + o_q) * n_hkv * n_group + o_h
     # [ROWS, BLOCK_V]
     b_out = normalise(b_sum, b_acc).to(p_out.dtype.element_ty)
     tl.store(p_out + o_out[:, None] * n_dim + o_v[None, :], b_out, exists[:, None] & (o_v < n_dim)[None, :])
@@ -278,7 +278,7 @@ def masked_attention(
     """See `api.masked_attention`, which has checked the arguments."""
     batch, q_heads, q_rows, dim = q.shape
     kv_heads, keys = k.shape[1], birth.shape[1]
-    out = q.new_empty(q.shape)
+    out = q.new_empty((batch, q_rows, q_heads, dim)).transpose(1, 2)
     if out.numel() == 0:
         return out
     if keys == 0:

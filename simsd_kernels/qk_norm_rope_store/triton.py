@@ -9,23 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from simsd_kernels import dispatch
+from simsd_kernels.triton_arithmetic import rounded
 
-# The interpreter cuts bf16 off where the hardware rounds.
-INTERPRET = tl.constexpr(dispatch.interpreting())
 # Without contraction to FMA every product and sum rounds as the modules' do.
 OPTIONS = {"num_warps": 2, "enable_fp_fusion": False}
 ELEMENTS = 512  # of a program's tile
-
-
-@triton.jit
-def rounded(b_x, dtype: tl.constexpr):
-    """To the nearest of the tensors' dtype and back, as if it had been stored between two operations."""
-    if INTERPRET and dtype == tl.bfloat16:
-        b_bits = b_x.to(tl.uint32, bitcast=True)
-        b_bits = (b_bits + 0x7FFF + ((b_bits >> 16) & 1)) & 0xFFFF0000
-        return b_bits.to(tl.float32, bitcast=True)
-    return b_x.to(dtype).to(tl.float32)
 
 
 @triton.jit

@@ -5,6 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from simsd_kernels.reveal.arguments import STRATEGIES
+
+SEQUENTIAL, STATIC, DYNAMIC, BOUNDED = range(len(STRATEGIES))
+
 
 def reveal(
     tokens: Tensor,
@@ -16,19 +20,21 @@ def reveal(
     entropy: Tensor,
     step: Tensor,
     schedule: Tensor,
-    strategy: str,
-    threshold: float,
+    steps: Tensor,
+    strategy: Tensor,
+    threshold: Tensor,
 ) -> Tensor:
     """See `api.reveal`."""
-    steps, length = schedule.shape[0], tokens.shape[1]
-    if steps == 0 or tokens.numel() == 0:
+    length = tokens.shape[1]
+    if tokens.numel() == 0:
         return torch.zeros_like(revealed)
     bit = torch.arange(length, device=tokens.device)  # [L]
     masked = (revealed[:, None] >> bit) & 1 == 0  # [B, L]
     available = masked.sum(dim=1, keepdim=True)  # [B, 1]
-    count = schedule[step.clamp(0, steps - 1).long()][:, None].clamp(min=0).minimum(available)  # [B, 1]
+    count = schedule.gather(1, step.clamp(0, length - 1).long()[:, None]).clamp(min=0).minimum(available)  # [B, 1]
+    steps = steps.clamp(max=length)
 
-    chosen = _choose(strategy, masked, available, count, prob, log_odds, entropy, threshold)
+    chosen = _choose(strategy[:, None], masked, available, count, prob, log_odds, entropy, threshold[:, None])
     last = (step == steps - 1)[:, None]
     active = ((step >= 0) & (step < steps))[:, None]
     newly = active & torch.where(last, masked, chosen)  # [B, L]
@@ -40,37 +46,36 @@ def reveal(
     return newly_bits
 
 
+def noise_key(strategy: Tensor, revealed: Tensor) -> Tensor:
+    """What noise is keyed by beside seed and position: `sequential` has the same noise whatever is revealed."""
+    return torch.where(strategy == SEQUENTIAL, 0, revealed)
+
+
 def _choose(
-    strategy: str,
+    strategy: Tensor,
     masked: Tensor,
     available: Tensor,
     count: Tensor,
     prob: Tensor,
     log_odds: Tensor,
     entropy: Tensor,
-    threshold: float,
+    threshold: Tensor,
 ) -> Tensor:
-    """Boolean [B, L]: the masked positions that `strategy` reveals before the last step."""
-    match strategy:
-        case "sequential":
-            return masked & (masked.cumsum(dim=1) <= count)
-        case "low_confidence_static":
-            return masked & (_rank(_confidence(log_odds), masked) < count)
-        case "low_confidence_dynamic":
-            confident = masked & (prob > threshold)
-            top = masked & (_rank(_confidence(log_odds), masked) < count)
-            return torch.where(confident.sum(dim=1, keepdim=True) >= count, confident, top)
-        case "entropy_bounded":
-            entropy = torch.where(torch.isnan(entropy), torch.inf, entropy).double()
-            rank = _rank(-entropy, masked)
-            ascending = torch.empty_like(entropy).scatter_(1, rank, torch.where(masked, entropy, torch.inf))
-            below = (ascending.cumsum(dim=1) < threshold).sum(dim=1, keepdim=True)
-            return masked & (rank < below.clamp(min=1).minimum(available))
-    raise AssertionError(strategy)
+    """Boolean [B, L]: the masked positions that each slot's strategy [B, 1] reveals before the last step."""
+    leftmost = masked & (masked.cumsum(dim=1) <= count)
+    top = masked & (_rank(torch.where(torch.isnan(log_odds), -torch.inf, log_odds), masked) < count)
+    confident = masked & (prob > threshold)
+    dynamic = torch.where(confident.sum(dim=1, keepdim=True) >= count, confident, top)
 
+    entropy = torch.where(torch.isnan(entropy), torch.inf, entropy).double()
+    rank = _rank(-entropy, masked)
+    ascending = torch.empty_like(entropy).scatter_(1, rank, torch.where(masked, entropy, torch.inf))
+    below = (ascending.cumsum(dim=1) < threshold).sum(dim=1, keepdim=True)
+    bounded = masked & (rank < below.clamp(min=1).minimum(available))
 
-def _confidence(log_odds: Tensor) -> Tensor:
-    return torch.where(torch.isnan(log_odds), -torch.inf, log_odds)
+    chosen = torch.where(strategy == SEQUENTIAL, leftmost, top)
+    chosen = torch.where(strategy == DYNAMIC, dynamic, chosen)
+    return torch.where(strategy == BOUNDED, bounded, chosen)
 
 
 def _rank(score: Tensor, masked: Tensor) -> Tensor:

@@ -20,13 +20,13 @@ def thin_linear(x: Tensor, weight: Tensor) -> Tensor:
     columns, k = weight.shape
     rows = x.reshape(math.prod(x.shape[:-1]), 1, k).to(torch.promote_types(x.dtype, torch.float32))  # [M, 1, K]
     at_a_time = max(1, MAX_PRODUCTS // max(1, rows.shape[0] * k))
-    parts = [_sum_of_products(rows, part.to(rows.dtype)) for part in weight.split(at_a_time)] if columns else []
+    parts = [sum_of_products(rows, part.to(rows.dtype)) for part in weight.split(at_a_time)] if columns else []
     out = torch.cat(parts, dim=1) if parts else rows.new_empty(rows.shape[0], 0)
     return out.to(x.dtype).reshape(*x.shape[:-1], columns)
 
 
-def _sum_of_products(rows: Tensor, weight: Tensor) -> Tensor:
-    """[M, 1, K] and [N, K] to [M, N]."""
+def sum_of_products(rows: Tensor, weight: Tensor) -> Tensor:
+    """[M, 1, K] and [N, K], or [M, N, K], to [M, N]."""
     terms = rows * weight  # [M, N, K]
     if terms.shape[-1] == 0:
         return terms.sum(-1)

@@ -23,6 +23,44 @@ INTERPRET = tl.constexpr(dispatch.interpreting())
 SIZES = ["n_rows", "n_columns"]
 
 
+@triton.jit
+def multiply_tile(
+    p_x,  # [rows, K], contiguous
+    p_weight,  # [N, K]
+    p_out,  # out: [rows, N], contiguous
+    o_r,
+    row_end,
+    o_c,
+    n_columns,
+    n_k,
+    stride_weight_n,
+    stride_weight_k,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """Rows o_r, those before row_end, by columns o_c, those before n_columns."""
+    o_k = tl.arange(0, STEP)
+    p_x += o_r.to(tl.int64)[:, None] * n_k
+    p_weight += o_c.to(tl.int64)[None, :] * stride_weight_n
+    b_out = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for i_k in range(0, n_k, STEP):
+        b_inside = i_k + o_k < n_k
+        # [ROWS, STEP]
+        b_x = tl.load(p_x + (i_k + o_k)[None, :], (o_r < row_end)[:, None] & b_inside[None, :], other=0.0)
+        # [STEP, COLUMNS]
+        o_weight = (i_k + o_k).to(tl.int64)[:, None] * stride_weight_k
+        b_weight = tl.load(p_weight + o_weight, b_inside[:, None] & (o_c < n_columns)[None, :], other=0.0)
+        if INTERPRET:
+            b_out += tl.sum(b_x.to(tl.float32)[:, :, None] * b_weight.to(tl.float32)[None, :, :], 1)
+        else:
+            b_out = tl.dot(b_x, b_weight, b_out, input_precision="ieee")
+    o_out = o_r.to(tl.int64)[:, None] * n_columns + o_c[None, :]
+    tl.store(
+        p_out + o_out, b_out.to(p_out.dtype.element_ty), (o_r < row_end)[:, None] & (o_c < n_columns)[None, :]
+    )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=SIZES)
 def multiply(
     p_x,  # [M, K], contiguous
@@ -41,25 +79,9 @@ def multiply(
     n_row_tiles = tl.cdiv(n_rows, ROWS)
     o_r = (tl.program_id(0) % n_row_tiles) * ROWS + tl.arange(0, ROWS)
     o_c = (tl.program_id(0) // n_row_tiles) * COLUMNS + tl.arange(0, COLUMNS)
-    o_k = tl.arange(0, STEP)
-    p_x += o_r.to(tl.int64)[:, None] * n_k
-    p_weight += o_c.to(tl.int64)[None, :] * stride_weight_n
-    b_out = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for i_k in range(0, n_k, STEP):
-        b_inside = i_k + o_k < n_k
-        # [ROWS, STEP]
-        b_x = tl.load(p_x + (i_k + o_k)[None, :], (o_r < n_rows)[:, None] & b_inside[None, :], other=0.0)
-        # [STEP, COLUMNS]
-        o_weight = (i_k + o_k).to(tl.int64)[:, None] * stride_weight_k
-        b_weight = tl.load(p_weight + o_weight, b_inside[:, None] & (o_c < n_columns)[None, :], other=0.0)
-        if INTERPRET:
-            b_out += tl.sum(b_x.to(tl.float32)[:, :, None] * b_weight.to(tl.float32)[None, :, :], 1)
-        else:
-            b_out = tl.dot(b_x, b_weight, b_out, input_precision="ieee")
-    o_out = o_r.to(tl.int64)[:, None] * n_columns + o_c[None, :]
-    tl.store(
-        p_out + o_out, b_out.to(p_out.dtype.element_ty), (o_r < n_rows)[:, None] & (o_c < n_columns)[None, :]
-    )  # fmt: skip
+    multiply_tile(
+        p_x, p_weight, p_out, o_r, n_rows, o_c, n_columns, n_k, stride_weight_n, stride_weight_k, ROWS, COLUMNS, STEP
+    )
 
 
 def configuration(dtype: torch.dtype) -> tuple[dict[str, int], dict[str, int]]:

@@ -11,17 +11,27 @@ from collections.abc import Callable
 import pytest
 import torch
 
+import advances
 import plans
+import proposals
 import simsd_kernels
+import test_add_rms_norm
+import test_advance_slots
 import test_block_verify
-import test_graph_verify
+import test_combine_experts
+import test_grouped_linear
 import test_masked_attention
 import test_plan_block
+import test_propose_block
 import test_qk_norm_rope_store
 import test_reveal
 import test_sample_logits
+import test_silu_mul
+import test_sort_by_expert
 import test_store_kv
 import test_thin_linear
+import test_verify_graph
+import walks
 from simsd_kernels import dispatch
 from simsd_kernels.masked_attention import reference as attention_reference
 
@@ -41,7 +51,8 @@ class Op:
     Attributes:
         make: seed -> random keyword arguments on the CPU.
         good, refused: arguments that bad input is tried in, and (name, value, ...) of bad input.
-        lanes: arguments whose first dimension runs over what must not depend on each other.
+        lanes: arguments whose first dimension runs over what must not depend on each other; none where it all does.
+        alone: arguments and a lane -> the arguments of that lane alone; None: `lanes` cut to it.
         changed: arguments written in place.
         right: raises unless the outputs, on the CPU, are right; None: they are the reference's.
     """
@@ -54,6 +65,7 @@ class Op:
     lanes: tuple[str, ...]
     changed: tuple[str, ...] = ()
     right: Callable[[dict, tuple], None] | None = None
+    alone: Callable[[dict, int], dict] | None = None
 
     def __str__(self) -> str:
         return self.name
@@ -61,6 +73,11 @@ class Op:
     @property
     def overload(self):
         return dispatch.overload("simsd", self.name)
+
+    def lane_alone(self, made: dict, lane: int) -> dict:
+        if self.alone is not None:
+            return self.alone(made, lane)
+        return {n: v[lane : lane + 1] if n in self.lanes and torch.is_tensor(v) else v for n, v in made.items()}
 
 
 def on(device: torch.device, made: dict) -> dict:
@@ -206,6 +223,36 @@ def norm_right(made: dict, out: tuple) -> None:
         torch.testing.assert_close(given, wanted, **close, msg=lambda m, name=name: f"{name}: {m}")
 
 
+# add_rms_norm, silu_mul
+
+
+def add_case(seed: int) -> dict:
+    chance = random.Random(seed)
+    pick = chance.choice
+    shape, dim = pick([(0,), (1,), (7,), (40,), (3, 5), (2, 3, 4)]), pick([1, 33, 128, 160, 1000, 2048, 4096])
+    made = test_add_rms_norm.random_case(shape, dim, pick(FLOATS), pick([True, True, True, False]), seed)
+    if len(shape) > 1 and pick([False, True]):
+        made["residual"] = made["residual"].transpose(0, 1).contiguous().transpose(0, 1)
+    if shape != (0,):
+        made["residual"][0, ..., -1] = float("nan")  # shows in its own row
+    return made | {"eps": pick([1e-6, 1e-5])}
+
+
+def add_right(made: dict, out: tuple) -> None:
+    test_add_rms_norm.assert_as_modules(*out, made)
+
+
+def silu_case(seed: int) -> dict:
+    chance = random.Random(seed)
+    pick = chance.choice
+    shape, size = pick([(0,), (1,), (7,), (40,), (3, 5), (2, 3, 4)]), pick([1, 33, 128, 448, 3072, 6001])
+    return {"gate_up": test_silu_mul.random_case(shape, size, pick(FLOATS), seed)}
+
+
+def silu_right(made: dict, out: tuple) -> None:
+    test_silu_mul.assert_as_module(out[0], made["gate_up"])
+
+
 # sample_logits
 
 
@@ -236,35 +283,11 @@ def sample_case(seed: int) -> dict:
 
 
 def reveal_case(seed: int) -> dict:
-    chance = random.Random(seed)
-    generator = torch.Generator().manual_seed(seed)
-    batch, length = chance.choice([0, 1, 3, 40]), chance.choice([1, 4, 8, 31, 32, 33, 64])
-    shape = (batch, length)
-
-    def draw():
-        drawn = torch.rand(shape, generator=generator)
-        return (drawn * 4).round() / 4 if seed % 3 == 0 else drawn  # ties
-
-    bits = torch.randint(-(2**63), 2**63 - 1, (batch,), generator=generator)
-    limit = -1 if length == 64 else (1 << length) - 1
-    steps = chance.randint(1, length)
-    return {
-        "tokens": torch.randint(0, 99, shape, generator=generator),
-        "revealed": bits & limit,
-        "step_map": torch.zeros(shape, dtype=torch.int32),
-        "proposal": torch.randint(100, 200, shape, generator=generator),
-        "prob": draw(),
-        "log_odds": torch.where(draw() < 0.1, torch.nan, draw()),
-        "entropy": draw(),
-        "step": torch.randint(-1, steps + 1, (batch,), generator=generator, dtype=torch.int32),
-        "schedule": torch.randint(0, 4, (steps,), generator=generator, dtype=torch.int32),
-        "strategy": chance.choice(test_reveal.STRATEGIES),
-        "threshold": chance.choice([0.25, 0.6, 0.9]),
-    }
+    return on(torch.device("cpu"), test_reveal.random_batch(seed))
 
 
 def reveal_good() -> dict:
-    return {**test_reveal.block([True, False, True, True]), "strategy": "sequential", "threshold": 0.5}
+    return test_reveal.block([True, False, True, True], threshold=0.5)
 
 
 # block_verify
@@ -295,16 +318,33 @@ def verify_case(seed: int) -> dict:
     return test_block_verify.arguments(target, draft_ids, **common, **rest)
 
 
-# block_verify.graph, plan_block
+# verify_graph, plan_block
 
 
 def graph_case(seed: int) -> dict:
-    made = test_graph_verify.random_case(seed)
-    return {name: made[name] for name in test_graph_verify.ORDER}
+    made = test_verify_graph.random_case(seed)
+    return {name: made[name] for name in walks.ORDER}
 
 
 def plan_case(seed: int) -> dict:
     return plans.random_case(seed, logits=seed % 3 == 0)
+
+
+# propose_block, advance_slots
+
+
+def propose_case(seed: int) -> dict:
+    chance = random.Random(seed)
+    return proposals.random_case(
+        seed, seed % 2, batch=chance.choice([1, 3, 8]), length=chance.choice([1, 4, 32, 64]),
+        dtype=chance.choice(FLOATS), filters=seed % 3 > 0,
+    )  # fmt: skip
+
+
+def advance_case(seed: int) -> dict:
+    chance = random.Random(seed)
+    sizes = *(chance.choice([1, 5, 64]), chance.choice([0, 2, 4]), chance.choice([1, 4, 32, 64])), 1 + seed, seed % 4
+    return advances.random_case(seed, sizes)
 
 
 # thin_linear
@@ -328,6 +368,45 @@ def linear_right(made: dict, out: tuple) -> None:
     assert ((out[0].double() - exact).abs() <= bound).all()
 
 
+# grouped_linear, sort_by_expert, combine_experts
+
+
+def grouped_case(seed: int) -> dict:
+    chance = random.Random(seed)
+    n, k = chance.choice([*test_grouped_linear.SIZES, (1536, 2048), (300, 768), (257, 1032)])
+    experts = chance.choice([1, 5, 33, 128]) if n * k < 10**5 else chance.choice([1, 5])
+    rows, taken = chance.choice([0, 1, 8, 40, 65]), [0] * experts
+    for _ in range(rows):
+        taken[int(experts * chance.random() ** chance.choice([1, 4]))] += 1
+    return by_name(
+        ("x", "weight", "offsets"), test_grouped_linear.random_case(taken, n, k, chance.choice(FLOATS), seed)
+    )
+
+
+def grouped_right(made: dict, out: tuple) -> None:
+    test_grouped_linear.assert_right(out[0], **made)
+
+
+def grouped_alone(made: dict, row: int) -> dict:
+    return made | {"x": made["x"][row : row + 1], "offsets": (made["offsets"] > row).int()}
+
+
+def sorted_case(seed: int) -> dict:
+    chance = random.Random(seed)
+    sizes = chance.choice([0, 1, 17, 64, 300]), chance.choice([1, 2, 8]), chance.choice([1, 8, 33, 128])
+    return test_sort_by_expert.random_case(*sizes, seed)
+
+
+def combined_case(seed: int) -> dict:
+    chance = random.Random(seed)
+    sizes = chance.choice([1, 17, 64]), chance.choice([1, 2, 8]), chance.choice([1, 33, 768, 2048, 6001])
+    return test_combine_experts.random_case(*sizes, chance.choice(FLOATS), seed)
+
+
+def combined_right(made: dict, out: tuple) -> None:
+    test_combine_experts.assert_right(out[0], **made)
+
+
 def by_name(names: tuple[str, ...], values) -> dict:
     return dict(zip(names, values, strict=True))
 
@@ -336,10 +415,8 @@ VERIFIED = (
     *("target_logits", "draft_ids", "known", "drafted", "temperature", "top_k", "top_p", "seed", "position"),
     *("revealed", "draft_logits", "coin", "residual"),
 )
-WALKED = (
-    *("rows", "states", "revealed", "block", "clean", "cleaned", "depth", "start", "step", "step_map", "prob"),
-    *("origin", "temperature", "top_k", "top_p", "seed"),
-)
+WALKED = tuple(name for name in walks.ORDER if name not in walks.SHARED)
+PROPOSED = tuple(name for name in proposals.TENSORS if name not in ("logits", "banned_ids"))
 PLANNED = (
     *("tokens", "revealed", "start", "step", "blocks_left", "clean", "depth", "prob", "log_odds", "entropy", "trust"),
     *("power", "draft_logits", "temperature", "top_k", "top_p", "seed"),
@@ -362,6 +439,14 @@ OPS = [
         ("q", "k", "v", "cos", "sin", "k_cache", "v_cache", "slots"), ("k_cache", "v_cache"), norm_right,
     ),
     Op(
+        "add_rms_norm", ops.add_rms_norm, add_case, test_add_rms_norm.random_case, test_add_rms_norm.REFUSED,
+        ("residual", "x"), ("residual",), add_right,
+    ),
+    Op(
+        "silu_mul", ops.silu_mul, silu_case, lambda: {"gate_up": test_silu_mul.random_case()}, test_silu_mul.REFUSED,
+        ("gate_up",), right=silu_right,
+    ),
+    Op(
         "sample_logits", ops.sample_logits, sample_case,
         lambda: by_name(test_sample_logits.NAMES, test_sample_logits.arguments(torch.zeros(2, 5))),
         test_sample_logits.REFUSED, test_sample_logits.NAMES[:-1],
@@ -371,17 +456,37 @@ OPS = [
         test_thin_linear.REFUSED, ("x",), right=linear_right,
     ),
     Op(
+        "grouped_linear", ops.grouped_linear, grouped_case,
+        lambda: by_name(("x", "weight", "offsets"), test_grouped_linear.random_case()), test_grouped_linear.REFUSED,
+        ("x",), right=grouped_right, alone=grouped_alone,
+    ),
+    Op(
+        "sort_by_expert", ops.sort_by_expert, sorted_case, test_sort_by_expert.random_case,
+        test_sort_by_expert.REFUSED, (),
+    ),
+    Op(
+        "combine_experts", ops.combine_experts, combined_case, test_combine_experts.random_case,
+        test_combine_experts.REFUSED, ("weights", "places"), right=combined_right,
+    ),
+    Op(
         "reveal", ops.reveal, reveal_case, reveal_good, test_reveal.REFUSED,
-        ("tokens", "revealed", "step_map", "proposal", "prob", "log_odds", "entropy", "step"),
-        ("tokens", "revealed", "step_map"),
+        tuple(reveal_good()), test_reveal.WRITTEN,
     ),
     Op(
         "block_verify", ops.block_verify, verify_case, test_block_verify.good_arguments, test_block_verify.REFUSED,
         VERIFIED,
     ),
     Op(
-        "block_verify.graph", ops.block_verify_graph, graph_case, test_graph_verify.good_arguments,
-        test_graph_verify.REFUSED, WALKED,
+        "verify_graph", ops.verify_graph, graph_case, test_verify_graph.good_arguments, test_verify_graph.REFUSED,
+        WALKED,
+    ),
+    Op(
+        "propose_block", ops.propose_block, propose_case, test_propose_block.good_arguments,
+        test_propose_block.REFUSED, PROPOSED, tuple(proposals.WRITTEN),
+    ),
+    Op(
+        "advance_slots", ops.advance_slots, advance_case, advances.slot, test_advance_slots.REFUSED,
+        tuple(advances.ORDER), tuple(advances.WRITTEN),
     ),
     Op("plan_block", ops.plan_block, plan_case, test_plan_block.good_arguments, test_plan_block.REFUSED, PLANNED),
 ]  # fmt: skip

@@ -36,8 +36,9 @@ SIMSD_DEVICE int64_t query_offset(const Params& p, const Rows& rows, int row) {
 }
 
 SIMSD_DEVICE int64_t out_offset(const Params& p, const Rows& rows, int row) {
-    const int64_t head = (rows.batch * p.kv_heads + rows.kv_head) * p.group + row % p.group;
-    return (head * p.q_rows + row / p.group) * p.dim;
+    const int64_t head = static_cast<int64_t>(rows.kv_head) * p.group + row % p.group;
+    const int64_t query = static_cast<int64_t>(rows.batch) * p.q_rows + row / p.group;
+    return (query * p.kv_heads * p.group + head) * p.dim;
 }
 
 // To shared memory; visible after a barrier.

@@ -38,7 +38,8 @@ Tensor masked_attention(const Tensor q, const Tensor k, const Tensor v, const Te
     check_masked_attention(check_same_device, q, k, v, clock, birth, death, kv_len, block_table);
     check_limits(q, k, v, birth.size(1));
     const OnDevice device(q);
-    Tensor out = allocate_like(q, {q.size(0), q.size(1), q.size(2), q.size(3)}, q.scalar_type());
+    const Tensor rows = allocate_like(q, {q.size(0), q.size(2), q.size(1), q.size(3)}, q.scalar_type());
+    const Tensor out = torch::stable::transpose(rows, 1, 2);
     if (out.numel() == 0) return out;
 
     intervals::Params p{};

@@ -1,141 +1,165 @@
 #include "cuda/plan_block.h"
 
-#include <cmath>
-#include <limits>
-#include <optional>
-#include <string>
-#include <tuple>
+#include <type_traits>
 
-#include "common/arguments/plan_block.h"
+#include "control/arguments/plan_block.h"
 #include "cuda/bindings/runtime.h"
-#include "cuda/bindings/view.h"
 #include "cuda/bindings/vocabulary.h"
 
 namespace simsd {
 namespace {
 
+using control::GrowthDraws;
+using control::PlanParams;
+
 constexpr const char* OP = "plan_block";
 
-using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+// Hands out one allocation; from null it only counts.
+class Workspace {
+  public:
+    explicit Workspace(void* memory) : at_(reinterpret_cast<uintptr_t>(memory)) {}
 
-// Log-odds of a probability; finite.
-double logit(double p) {
-    if (p <= 0.0 || p >= 1.0) return p <= 0.0 ? -1e30 : 1e30;
-    return std::log(p / (1.0 - p));
+    template <typename T>
+    void place(T*& array, int64_t count) {
+        array = reinterpret_cast<T*>(at_);
+        at_ += (count * sizeof(T) + 15) / 16 * 16;
+    }
+    int64_t end() const { return static_cast<int64_t>(at_); }
+
+  private:
+    uintptr_t at_;
+};
+
+// Places all that the kernels work in and returns its end.
+int64_t place(control::PlanWork& w, bool draws, int64_t scratch_bytes, void** scratch, void* memory) {
+    const PlanParams& p = w.given;
+    const int64_t states = p.batch * p.max_states, rows = p.batch * p.length, blocks = p.batch * p.blocks;
+    Workspace room(memory);
+    room.place(w.taken.size, p.batch);
+    room.place(w.taken.score, states);
+    room.place(w.taken.blocks, states);
+    room.place(w.taken.logits, states);
+    room.place(w.cut.kept, p.batch);
+    room.place(w.cut.first_root, p.batch);
+    room.place(w.cut.first_other, p.batch);
+    room.place(w.asked, 1);
+    room.place(w.graphs, p.batch * w.graph_bytes);
+    if (!draws) return room.end();
+    room.place(w.taken.proposed, states * p.length);
+    GrowthDraws& d = w.draws;
+    room.place(d.row, rows);
+    room.place(d.position, rows);
+    room.place(d.key, p.batch);
+    room.place(d.token, rows);
+    room.place(d.prob, rows);
+    room.place(d.log_odds, rows);
+    room.place(d.entropy, rows);
+    room.place(d.shared_token, blocks * p.length);
+    room.place(d.shared_prob, blocks * p.length);
+    room.place(d.shared_log_odds, blocks * p.length);
+    room.place(d.shared_entropy, blocks * p.length);
+    room.place(d.ready, blocks);
+    room.place(d.progress, p.batch);
+    char* bytes = nullptr;
+    room.place(bytes, scratch_bytes);
+    *scratch = bytes;
+    return room.end();
 }
 
 // Rows (b, k, i) of logits [B, K, L, V] as outer and inner rows; false where no two of the three axes go together.
-bool fold_rows(const Tensor& logits, sample::Params& draws) {
-    const int64_t batch = logits.size(0), ahead = logits.size(1), length = logits.size(2);
-    draws.logits_strides[2] = logits.stride(3);
-    if (batch <= 1 || ahead <= 1 || logits.stride(0) == ahead * logits.stride(1)) {
-        draws.logits_strides[0] = ahead <= 1 ? logits.stride(0) : logits.stride(1);
-        draws.logits_strides[1] = logits.stride(2);
-        draws.logits_inner = static_cast<int32_t>(length);
+bool fold_rows(const Tensor& logits, sample::Params& draw) {
+    const int64_t batch = logits.size(0), blocks = logits.size(1), length = logits.size(2);
+    draw.logits_strides[2] = logits.stride(3);
+    if (batch <= 1 || blocks <= 1 || logits.stride(0) == blocks * logits.stride(1)) {
+        draw.logits_strides[0] = blocks <= 1 ? logits.stride(0) : logits.stride(1);
+        draw.logits_strides[1] = logits.stride(2);
+        draw.logits_inner = static_cast<int32_t>(length);
         return true;
     }
-    draws.logits_strides[0] = logits.stride(0);
-    draws.logits_strides[1] = length <= 1 ? logits.stride(1) : logits.stride(2);
-    draws.logits_inner = static_cast<int32_t>(ahead * length);
+    draw.logits_strides[0] = logits.stride(0);
+    draw.logits_strides[1] = length <= 1 ? logits.stride(1) : logits.stride(2);
+    draw.logits_inner = static_cast<int32_t>(blocks * length);
     return length <= 1 || logits.stride(1) == length * logits.stride(2);
 }
 
-Outputs plan_block(const Tensor tokens, const Tensor revealed, const Tensor start, const Tensor step,
-                   const Tensor blocks_left, const Tensor clean, const Tensor depth, const Tensor prob,
-                   const Tensor log_odds, const Tensor entropy, const Tensor trust, const Tensor power,
-                   const std::optional<Tensor> draft_logits, const std::optional<Tensor> temperature,
-                   const std::optional<Tensor> top_k, const std::optional<Tensor> top_p,
-                   const std::optional<Tensor> seed, const std::optional<Tensor> banned_ids, const Tensor schedule,
-                   const std::string strategy, double threshold, double floor, int64_t mask_id, int64_t max_copies,
-                   int64_t max_rows, int64_t scratch, int64_t slots, int64_t stride) {
-    const auto [batch, length, ahead] =
-        check_plan_block(check_same_device, tokens, revealed, start, step, blocks_left, clean, depth, prob, log_odds,
-                         entropy, trust, power, draft_logits, temperature, top_k, top_p, seed, banned_ids, schedule,
-                         threshold, floor, max_copies, max_rows, scratch, slots, stride);
-    denoise::Rule rule = rule_of(OP, schedule, strategy, threshold);
-    const int64_t rows = (ahead + max_copies) * length;
-    constexpr int64_t MOST = std::numeric_limits<int32_t>::max();
-    check(rows <= MOST && batch <= MOST && batch * ahead * length <= MOST, OP, ": too large: ", batch, " lanes of ",
-          ahead, " blocks of ", length);
-
-    const OnDevice device(tokens);
-    sample::Params draws{};
-    Tensor logits = tokens;  // keeps a copy alive
+control::PlanTensors plan_block(
+    const Tensor text, const Tensor revealed, const Tensor start, const Tensor end, const Tensor step,
+    const Tensor kv_len, const Tensor draft_tokens, const Tensor proposal_depth, const Tensor draft_end,
+    const Tensor prob, const Tensor log_odds, const Tensor entropy, const Tensor draft_calibration,
+    const Tensor order_sharpness, const Tensor min_visit_prob, const Tensor row_budget, const Tensor schedule,
+    const Tensor steps, const Tensor strategy, const Tensor threshold, const std::optional<Tensor> draft_logits,
+    const std::optional<Tensor> temperature, const std::optional<Tensor> top_k, const std::optional<Tensor> top_p,
+    const std::optional<Tensor> seed, const std::optional<Tensor> banned_ids, int64_t mask_id, int64_t pending,
+    int64_t max_states, int64_t logits_rows, int64_t scratch, int64_t kv_slots, int64_t stride) {
+    control::PlanWork w{};
+    PlanParams& p = w.given;
+    p = control::plan_params(check_same_device, text, revealed, start, end, step, kv_len, draft_tokens, proposal_depth,
+                             draft_end, prob, log_odds, entropy, draft_calibration, order_sharpness, min_visit_prob,
+                             row_budget, schedule, steps, strategy, threshold, mask_id, pending, max_states,
+                             logits_rows, scratch, kv_slots, stride);
+    sample::Params draw{};
+    Tensor logits = text;  // keeps a copy alive
+    control::Sampling sampling{};
+    const int64_t rows = p.batch * p.length;
     if (draft_logits) {
+        sampling = control::draft_sampling(check_same_device, p, text, *draft_logits, temperature, top_k, top_p, seed,
+                                           banned_ids);
         logits = *draft_logits;
         check_vocabulary(OP, "draft_logits", logits.size(3));
-        check_rows(OP, batch * ahead * length);
-        draws.element = element_of<sample::Element>(logits);
-        draws.vocabulary = static_cast<int32_t>(logits.size(3));
-        set_banned(draws, banned_ids);
-        draws.temperature = per_row<float>(temperature, 1);
-        draws.top_k = per_row<int32_t>(top_k, 1);
-        draws.top_p = per_row<float>(top_p, 1);
-        draws.seed = per_row<int64_t>(seed, 1);
-        if (!fold_rows(logits, draws)) {
+        check_rows(OP, rows * p.blocks);
+    }
+
+    const OnDevice device(text);
+    const control::PlanTensors out =
+        control::plan_outputs(p, [&](std::initializer_list<int64_t> sizes, ScalarType type) {
+            return allocate_like(text, sizes, type);
+        });
+    w.extent = control::extent_of(p);
+    w.graph_bytes = control::Graph::bytes(p, w.extent);
+    int64_t scratch_bytes = 0;
+    if (draft_logits) {
+        draw.element = element_of<sample::Element>(logits);
+        draw.vocabulary = static_cast<int32_t>(logits.size(3));
+        if (!fold_rows(logits, draw)) {
             logits = torch::stable::contiguous(logits);
-            fold_rows(logits, draws);
+            fold_rows(logits, draw);
         }
-        draws.logits = logits.const_data_ptr();
+        scratch_bytes = sample::scratch_bytes(rows, draw.vocabulary);
     }
+    const bool draws = draft_logits.has_value();
+    const int64_t bytes = place(w, draws, scratch_bytes, &draw.scratch, nullptr);
+    const Tensor workspace = allocate_like(text, {bytes}, ScalarType::Byte);
+    place(w, draws, scratch_bytes, &draw.scratch, workspace.mutable_data_ptr());
 
-    Outputs out{allocate_like(tokens, {batch, rows}, ScalarType::Long),
-                allocate_like(tokens, {batch, rows}, ScalarType::Int),
-                allocate_like(tokens, {batch, rows}, ScalarType::Int),
-                allocate_like(tokens, {batch, rows}, ScalarType::Int),
-                allocate_like(tokens, {batch, slots}, ScalarType::Int),
-                allocate_like(tokens, {batch, slots}, ScalarType::Int),
-                allocate_like(tokens, {batch, max_copies, length}, ScalarType::Long),
-                allocate_like(tokens, {batch, max_copies}, ScalarType::Long),
-                allocate_like(tokens, {batch, max_copies}, ScalarType::Int),
-                allocate_like(tokens, {batch}, ScalarType::Int),
-                allocate_like(tokens, {batch, max_copies}, ScalarType::Float)};
-    if (batch == 0) return out;
-    const auto ints = [](Tensor& tensor) { return static_cast<int32_t*>(tensor.mutable_data_ptr()); };
-    const auto longs = [](Tensor& tensor) { return static_cast<int64_t*>(tensor.mutable_data_ptr()); };
-
-    plan::Params params{};
-    params.tokens = view_const<int64_t, 2>(tokens);
-    params.revealed = view_const<int64_t, 1>(revealed);
-    params.start = view_const<int32_t, 1>(start);
-    params.step = view_const<int32_t, 1>(step);
-    params.blocks_left = view_const<int32_t, 1>(blocks_left);
-    params.depth = view_const<int32_t, 1>(depth);
-    params.clean = view_const<int64_t, 3>(clean);
-    params.given = {params.clean, view_const<float, 3>(prob), view_const<float, 3>(log_odds),
-                    view_const<float, 3>(entropy)};
-    params.trust = view_const<float, 1>(trust);
-    params.power = view_const<float, 2>(power);
-    params.rule = rule;
-    // The bar that `reveal` compares float32 probabilities with.
-    if (rule.strategy == Strategy::low_confidence_dynamic) {
-        params.rule.threshold = static_cast<float>(threshold);
+    if (!draws) {
+        control::launch_grow(w, device.stream());
+        control::launch_layout(w, device.stream());
+        return out;
     }
-    params.bar = logit(params.rule.threshold);
-    params.floor = floor;
-    params.batch = static_cast<int32_t>(batch);
-    params.ahead = static_cast<int32_t>(ahead);
-    params.length = static_cast<int32_t>(length);
-    params.max_copies = static_cast<int32_t>(max_copies);
-    params.copies = max_rows / length;
-    params.mask_id = mask_id;
-    params.scratch = scratch;
-    params.slots = slots;
-    params.stride = stride;
-    params.out = {longs(std::get<0>(out)),
-                  ints(std::get<1>(out)),
-                  ints(std::get<2>(out)),
-                  ints(std::get<3>(out)),
-                  ints(std::get<4>(out)),
-                  ints(std::get<5>(out)),
-                  longs(std::get<6>(out)),
-                  longs(std::get<7>(out)),
-                  ints(std::get<8>(out)),
-                  ints(std::get<9>(out)),
-                  static_cast<float*>(std::get<10>(out).mutable_data_ptr())};
-    const sample::Params* drawn = draft_logits ? &draws : nullptr;
-    Tensor workspace = allocate_like(tokens, {plan::workspace_bytes(params, drawn)}, ScalarType::Byte);
-    plan::launch_plan(params, drawn, workspace.mutable_data_ptr(), device.stream());
+    GrowthDraws& d = w.draws;
+    d.temperature = per_row(sampling.temperature, 1);
+    d.seeded = seed.has_value();
+    draw.logits = logits.const_data_ptr();
+    draw.logit_rows = static_cast<int32_t>(rows * p.blocks);
+    draw.rows = static_cast<int32_t>(rows);
+    draw.row_index = d.row;
+    draw.temperature = per_row(sampling.temperature, p.length);
+    draw.top_k = per_row(sampling.top_k, p.length);
+    draw.top_p = per_row(sampling.top_p, p.length);
+    draw.seed = per_row(sampling.seed, p.length);
+    draw.position = {d.position, {1, 0}, 1};
+    draw.revealed = {d.key, {1, 0}, p.length};
+    set_banned(draw, banned_ids);
+    draw.token = d.token;
+    draw.prob = d.prob;
+    draw.log_odds = d.log_odds;
+    draw.entropy = d.entropy;
+    control::launch_step(w, true, device.stream());
+    for (int32_t n = 1; n < p.max_states && p.blocks > 0 && rows > 0; ++n) {
+        sample::launch_sample(draw, device.stream());
+        control::launch_step(w, false, device.stream());
+    }
+    control::launch_layout(w, device.stream());
     return out;
 }
 

@@ -6,7 +6,9 @@
 #include <string>
 #include <vector>
 
-#ifndef SIMSD_EMULATE
+#ifdef SIMSD_EMULATE
+#include "cuda/emulation/launch.h"
+#else
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
 #endif
@@ -22,7 +24,7 @@ void check_same_device(const char* op, const char* name, const Tensor& tensor, c
     check(tensor.is_cpu(), op, ": ", name, " must be on the device of the other tensors");
 }
 
-int multiprocessors(const Tensor&) { return 4; }
+int multiprocessors(const Tensor&) { return emulation::multiprocessors(); }
 
 #else
 
@@ -74,9 +76,8 @@ int multiprocessors(const Tensor& tensor) {
 
 #endif
 
-Tensor allocate_like(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
-    Tensor out =
-        torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), type);
+Tensor allocate_like(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType type) {
+    Tensor out = torch::stable::new_empty(like, sizes, type);
 #ifdef SIMSD_EMULATE
     std::memset(out.mutable_data_ptr(), 0xff, out.numel() * out.element_size());
 #endif

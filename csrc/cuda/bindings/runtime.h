@@ -40,7 +40,10 @@ class OnDevice {
 void check_same_device(const char* op, const char* name, const Tensor& tensor, const Tensor& first);
 
 // A contiguous tensor on the device of `like`, uninitialised (NaN bytes in the emulation).
-Tensor allocate_like(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type);
+Tensor allocate_like(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType type);
+inline Tensor allocate_like(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
+    return allocate_like(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), type);
+}
 
 // How many multiprocessors the device of `tensor` has: for choosing a grid, never for choosing an order of summation.
 int multiprocessors(const Tensor& tensor);

@@ -3,6 +3,7 @@
 
 #include <optional>
 
+#include "control/view.h"
 #include "cuda/bindings/runtime.h"
 #include "cuda/sample_logits.h"
 
@@ -38,6 +39,12 @@ sample::PerRow<T> per_row(const Tensor& values, int64_t group = 1) {
 template <typename T>
 sample::PerRow<T> per_row(const std::optional<Tensor>& values, int64_t group) {
     return values ? per_row<T>(*values, group) : sample::PerRow<T>{};
+}
+
+// One setting of a slot for each of its `group` rows.
+template <typename T>
+sample::PerRow<T> per_row(const control::View<const T, 1>& values, int64_t group) {
+    return {values.data, {values.strides[0], 0}, static_cast<int32_t>(group)};
 }
 
 }  // namespace simsd

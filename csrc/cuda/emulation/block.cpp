@@ -50,6 +50,7 @@ struct Warp {
 };
 
 uint64_t schedule_seed = 0;
+int multiprocessor_count = 4;
 bool noting = false;
 std::string notes;
 
@@ -313,6 +314,10 @@ void copy_wait(int pending_groups) { block().copy_wait(pending_groups); }
 void fail(const char* message) { block().fail(message); }
 
 void set_schedule(uint64_t seed) { schedule_seed = seed; }
+
+int multiprocessors() { return multiprocessor_count; }
+
+void set_multiprocessors(int count) { multiprocessor_count = count; }
 
 void set_noting(bool on) { noting = on; }
 

@@ -204,6 +204,7 @@ inline Bytes16 load_16(const void* address) {
     std::memcpy(&out, address, 16);
     return out;
 }
+inline Bytes16 load_16_written(const void* address) { return load_16(address); }
 inline void store_16(void* address, const Bytes16& value) {
     emulation::check_aligned(address, 16);
     std::memcpy(address, &value, 16);

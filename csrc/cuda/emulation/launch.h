@@ -14,6 +14,10 @@ void launch(const char* op, const void* kernel, int64_t blocks_x, int64_t blocks
 // The order of blocks, and of threads between collectives, is drawn from this: a result that depends on it is a race.
 void set_schedule(uint64_t seed);
 
+// Multiprocessors of the GPU that is emulated: 4, unless they were set.
+int multiprocessors();
+void set_multiprocessors(int count);
+
 // While it is on, launches are noted and not run: a line for each of them, the kernel's address in this library and its
 // bytes of shared memory.
 void set_noting(bool on);

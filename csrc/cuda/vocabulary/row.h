@@ -157,6 +157,13 @@ SIMSD_DEVICE T value_of(const sample::PerRow<T>& values, int32_t row, T otherwis
     return values.data[row / values.inner * values.strides[0] + row % values.inner * values.strides[1]];
 }
 
+// The number of the draw that task `task` makes, -1 for none.
+SIMSD_DEVICE int32_t draw_of(const sample::Params& p, int32_t task) {
+    if (!p.draw_of_row) return task;
+    const int32_t draw = p.draw_of_row[task];
+    return draw >= 0 && draw < p.rows && p.row_index[draw] == task ? draw : -1;
+}
+
 // Row `row` of those to draw; null logits where it has none.
 template <typename T>
 SIMSD_DEVICE Row<T> row_of(const sample::Params& p, int32_t row, const uint32_t* banned) {

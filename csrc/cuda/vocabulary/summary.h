@@ -28,7 +28,7 @@ struct Scratch {
 SIMSD_ANYWHERE Scratch scratch_of(const sample::Params& p) {
     const int64_t segments = segments_of(p.vocabulary);
     auto* partials = static_cast<Partial*>(p.scratch);
-    auto* banned = reinterpret_cast<uint32_t*>(partials + p.rows * segments);
+    auto* banned = reinterpret_cast<uint32_t*>(partials + p.tasks() * segments);
     return {partials, banned, reinterpret_cast<int32_t*>(banned + segments * WORDS)};
 }
 

@@ -1,0 +1,111 @@
+#pragma once
+
+#include <algorithm>
+#include <limits>
+#include <tuple>
+
+#include "control/plan_block.h"
+#include "control/tensors.h"
+
+namespace simsd::control {
+
+// All but the outputs, and what states are drawn from.
+inline PlanParams plan_params(DeviceCheck check_device, const Tensor& text, const Tensor& revealed, const Tensor& start,
+                              const Tensor& end, const Tensor& step, const Tensor& kv_len, const Tensor& draft_tokens,
+                              const Tensor& proposal_depth, const Tensor& draft_end, const Tensor& prob,
+                              const Tensor& log_odds, const Tensor& entropy, const Tensor& draft_calibration,
+                              const Tensor& order_sharpness, const Tensor& min_visit_prob, const Tensor& row_budget,
+                              const Tensor& schedule, const Tensor& steps, const Tensor& strategy,
+                              const Tensor& threshold, int64_t mask_id, int64_t pending, int64_t max_states,
+                              int64_t logits_rows, int64_t scratch, int64_t kv_slots, int64_t stride) {
+    constexpr const char* OP = "plan_block";
+    const Arguments take(OP, check_device, text);
+    PlanParams p{};
+    p.text = take.view<const int64_t>("text", text, {-1, -1}, "[B, T]");
+    const int64_t batch = text.size(0);
+    p.drafted.token = take.view<const int64_t>("draft_tokens", draft_tokens, {batch, -1, -1}, "[B, K, L]");
+    const int64_t blocks = draft_tokens.size(1), length = draft_tokens.size(2);
+    take.block_length(length);
+    check(length >= 1, OP, ": L must be at least 1, got ", length);
+    p.revealed = take.view<const int64_t>("revealed", revealed, {batch}, "[B]");
+    p.start = take.view<const int32_t>("start", start, {batch}, "[B]");
+    p.end = take.view<const int32_t>("end", end, {batch}, "[B]");
+    p.step = take.view<const int32_t>("step", step, {batch}, "[B]");
+    p.kv_len = take.view<const int32_t>("kv_len", kv_len, {batch}, "[B]");
+    p.proposal_depth = take.view<const int32_t>("proposal_depth", proposal_depth, {batch}, "[B]");
+    p.draft_end = take.view<const int32_t>("draft_end", draft_end, {batch}, "[B]");
+    p.drafted.prob = take.view<const float>("prob", prob, {batch, blocks, length}, "[B, K, L]");
+    p.drafted.log_odds = take.view<const float>("log_odds", log_odds, {batch, blocks, length}, "[B, K, L]");
+    p.drafted.entropy = take.view<const float>("entropy", entropy, {batch, blocks, length}, "[B, K, L]");
+    p.draft_calibration = take.view<const float>("draft_calibration", draft_calibration, {batch}, "[B]");
+    p.order_sharpness = take.view<const float>("order_sharpness", order_sharpness, {batch, blocks}, "[B, K]");
+    p.min_visit_prob = take.view<const float>("min_visit_prob", min_visit_prob, {batch}, "[B]");
+    p.row_budget = take.view<const int32_t>("row_budget", row_budget, {1}, "[1]");
+    p.rules = take.rules(schedule, steps, strategy, threshold, batch, length);
+
+    constexpr int64_t MOST = std::numeric_limits<int32_t>::max();
+    const auto within = [&](const char* name, int64_t value, int64_t low, int64_t high) {
+        check(value >= low && value <= high, OP, ": ", name, " must be in [", low, ", ", high, "], got ", value);
+    };
+    within("scratch", scratch, 0, MOST);
+    within("stride", stride, 4, (INF - 1) / std::max<int64_t>(scratch / length, 1));
+    within("max_states", max_states, 1, stride - 3);
+    within("pending", pending, 0, MOST / length - blocks - max_states);
+    within("kv_slots", kv_slots, scratch + max_states * copy_stride(static_cast<int>(length)), MOST);
+    within("logits_rows", logits_rows, batch * length, MOST);
+    p.batch = batch;
+    p.text_length = text.size(1);
+    p.mask_id = mask_id;
+    p.logits_rows = logits_rows;
+    p.blocks = static_cast<int32_t>(blocks);
+    p.length = static_cast<int32_t>(length);
+    p.pending = static_cast<int32_t>(pending);
+    p.max_states = static_cast<int32_t>(max_states);
+    p.scratch = static_cast<int32_t>(scratch);
+    p.kv_slots = static_cast<int32_t>(kv_slots);
+    p.stride = static_cast<int32_t>(stride);
+    return p;
+}
+
+// How states are drawn from `draft_logits`.
+inline Sampling draft_sampling(DeviceCheck check_device, const PlanParams& p, const Tensor& text,
+                               const Tensor& draft_logits, const std::optional<Tensor>& temperature,
+                               const std::optional<Tensor>& top_k, const std::optional<Tensor>& top_p,
+                               const std::optional<Tensor>& seed, const std::optional<Tensor>& banned_ids) {
+    const Arguments take("plan_block", check_device, text);
+    take.expect.logits("draft_logits", draft_logits, {p.batch, p.blocks, p.length, -1}, "[B, K, L, V]");
+    check(temperature.has_value(), take.expect.op, ": draft_logits need temperature, got None");
+    take.view<const int64_t>("banned_ids", banned_ids, {-1}, "[n]");
+    return take.sampling(*temperature, top_k, top_p, seed, p.batch);
+}
+
+using PlanTensors =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// The outputs, which `allocate` makes, as parameters and as tensors.
+template <typename Allocate>
+PlanTensors plan_outputs(PlanParams& p, const Allocate& allocate) {
+    const std::initializer_list<int64_t> rows{p.batch, int64_t{p.groups()} * p.length};
+    const std::initializer_list<int64_t> slots{p.batch, int64_t{p.kv_slots}}, states{p.batch, int64_t{p.max_states}};
+    const std::initializer_list<int64_t> positions{p.batch, int64_t{p.max_states}, int64_t{p.length}};
+    PlanTensors out{allocate(rows, ScalarType::Long),
+                    allocate(rows, ScalarType::Int),
+                    allocate(rows, ScalarType::Int),
+                    allocate(rows, ScalarType::Int),
+                    allocate(slots, ScalarType::Int),
+                    allocate(slots, ScalarType::Int),
+                    allocate(positions, ScalarType::Long),
+                    allocate(states, ScalarType::Long),
+                    allocate(states, ScalarType::Int),
+                    allocate({p.batch}, ScalarType::Int),
+                    allocate({p.logits_rows}, ScalarType::Long),
+                    allocate(positions, ScalarType::Int)};
+    p.out = {
+        data_of<int64_t>(std::get<0>(out)), data_of<int32_t>(std::get<1>(out)),  data_of<int32_t>(std::get<2>(out)),
+        data_of<int32_t>(std::get<3>(out)), data_of<int32_t>(std::get<4>(out)),  data_of<int32_t>(std::get<5>(out)),
+        data_of<int64_t>(std::get<6>(out)), data_of<int64_t>(std::get<7>(out)),  data_of<int32_t>(std::get<8>(out)),
+        data_of<int32_t>(std::get<9>(out)), data_of<int64_t>(std::get<10>(out)), data_of<int32_t>(std::get<11>(out))};
+    return out;
+}
+
+}  // namespace simsd::control

@@ -1,0 +1,131 @@
+"""Choices sorted by expert: a stable sort, its inverse and the experts' shares, whatever is chosen."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import simsd_kernels
+from backends import needs_compiled_ops, on_each_backend, unsafe
+from simsd_kernels import dispatch
+
+each_backend = on_each_backend("sort_by_expert")
+# (M, C, experts)
+SIZES = [(1, 1, 1), (1, 8, 128), (3, 2, 5), (33, 1, 7), (17, 8, 9), (64, 8, 128), (300, 4, 33), (40, 3, 300)]
+
+
+def random_case(tokens=17, choices=3, n_experts=9, seed=0) -> dict:
+    """Distinct experts for every token where there are enough."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(tokens, max(n_experts, choices), generator=generator)
+    return {"experts": scores.topk(choices, dim=1).indices % n_experts, "n_experts": n_experts}
+
+
+def assert_sorted(out, experts: torch.Tensor, n_experts: int) -> None:
+    """Each property by itself, in plain Python."""
+    tokens, choices = experts.shape
+    offsets, rows, places = (x.tolist() for x in out)
+    assert all(x.dtype == torch.int32 and x.is_contiguous() for x in out)
+    entries = [(int(experts[m, c]), m, c) for m in range(tokens) for c in range(choices)]
+    assert len(offsets) == n_experts + 1
+    assert offsets == [sum(expert < e for expert, *_ in entries) for e in range(n_experts + 1)]
+    ranks = {entry: place for place, entry in enumerate(sorted(entries))}
+    assert rows == [m for _, m, _ in sorted(entries)]
+    assert places == [[ranks[int(experts[m, c]), m, c] for c in range(choices)] for m in range(tokens)]
+
+
+@each_backend
+def test_golden_values(backend):
+    out = simsd_kernels.sort_by_expert(torch.tensor([[3, 1], [1, 0], [3, 2]]), n_experts=5, backend=backend)
+    assert out.offsets.tolist() == [0, 1, 3, 4, 6, 6]
+    assert out.rows.tolist() == [1, 0, 1, 2, 0, 2]
+    assert out.places.tolist() == [[4, 1], [2, 0], [5, 3]]
+
+
+@each_backend
+@pytest.mark.parametrize("tokens, choices, n_experts", SIZES)
+def test_choices_are_sorted_by_expert_then_token(backend, tokens, choices, n_experts):
+    for seed in range(3):
+        given = random_case(tokens, choices, n_experts, seed)
+        assert_sorted(simsd_kernels.sort_by_expert(**given, backend=backend), **given)
+
+
+@each_backend
+@pytest.mark.parametrize("expert", [0, 4, 8])
+def test_one_expert_may_take_all(backend, expert):
+    given = {"experts": torch.full((50, 2), expert), "n_experts": 9}
+    out = simsd_kernels.sort_by_expert(**given, backend=backend)
+    assert_sorted(out, **given)
+    assert out.rows.tolist() == [m for m in range(50) for _ in range(2)]
+
+
+@each_backend
+def test_strides_change_nothing(backend):
+    given = random_case()
+    experts, expected = given["experts"], simsd_kernels.sort_by_expert(**given, backend=backend)
+    for view in (experts.T.contiguous().T, torch.stack((experts, experts + 99), -1)[..., 0]):
+        assert not view.is_contiguous()
+        out = simsd_kernels.sort_by_expert(view, n_experts=9, backend=backend)
+        assert all(map(torch.equal, out, expected))
+    repeated = experts[:1].expand(6, 3)
+    assert_sorted(simsd_kernels.sort_by_expert(repeated, n_experts=9, backend=backend), repeated, 9)
+
+
+@each_backend
+@pytest.mark.parametrize("tokens, choices", [(0, 3), (4, 0), (0, 0)])
+def test_empty_sizes_are_fine(backend, tokens, choices):
+    given = {"experts": torch.zeros(tokens, choices, dtype=torch.int64), "n_experts": 3}
+    out = simsd_kernels.sort_by_expert(**given, backend=backend)
+    assert out.offsets.tolist() == [0] * 4 and out.rows.shape == (0,) and out.places.shape == (tokens, choices)
+
+
+REFUSED = [
+    ("experts", None, TypeError, "experts must be a tensor, got NoneType"),
+    ("experts", torch.zeros(3, dtype=torch.int64), ValueError, r"experts must be \[M, C\] = \[any, any\], got \[3\]"),
+    ("experts", torch.zeros(3, 2, dtype=torch.int32), TypeError, "experts must be torch.int64, got torch.int32"),
+    ("n_experts", 2.0, TypeError, "n_experts must be an integer, got 2.0"),
+    ("n_experts", 0, ValueError, "n_experts must be at least 1, got 0"),
+]
+OUTSIDE = [(9, 9), (-1, 9), (2**40, 9), (3, 3)]  # an expert, of how many
+
+
+@pytest.mark.parametrize("name, value, error, message", REFUSED)
+def test_bad_input_is_refused_by_name(name, value, error, message):
+    with pytest.raises(error, match=message):
+        simsd_kernels.sort_by_expert(**{**random_case(), name: value})
+
+
+@pytest.mark.parametrize("expert, n_experts", OUTSIDE)
+def test_an_expert_that_does_not_exist_is_refused(expert, n_experts):
+    experts = torch.zeros(4, 2, dtype=torch.int64)
+    experts[2, 1] = expert
+    with pytest.raises(ValueError, match=rf"experts must be in .* = \[0, {n_experts}\), got {expert}"):
+        simsd_kernels.sort_by_expert(experts, n_experts=n_experts)
+
+
+@needs_compiled_ops
+def test_compiled_op_checks_its_arguments_itself():
+    good = random_case()
+    libraries = (torch.ops.simsd, torch.ops.simsd_emulated) if dispatch.EMULATION else (torch.ops.simsd,)
+    for name, value in [*unsafe(REFUSED, good), ("n_experts", 0), ("n_experts", 2**31)]:
+        for library in libraries:
+            with pytest.raises(RuntimeError, match="sort_by_expert: "):
+                library.sort_by_expert(**{**good, name: value})
+    for expert, n_experts in OUTSIDE:
+        with pytest.raises(RuntimeError, match=f"experts must be .*got {expert}"):
+            torch.ops.simsd.sort_by_expert(torch.full((3, 2), expert), n_experts)
+
+
+def test_opcheck():
+    torch.library.opcheck(torch.ops.simsd.sort_by_expert, tuple(random_case().values()))
+
+
+@each_backend
+def test_compiles_into_a_larger_graph(backend):
+    def step(experts):
+        out = simsd_kernels.sort_by_expert(experts + 1, n_experts=10, backend=backend)
+        return out.offsets + 1, out.rows, out.places
+
+    experts = random_case()["experts"]
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    assert all(map(torch.equal, compiled(experts), step(experts)))
