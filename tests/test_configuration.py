@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import types
 
@@ -13,8 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import published
 import simsd
 from simsd import SimsdError
-from simsd.models.cache import BlockCache
-from simsd.models.forward import run
+from simsd.models.runner import ModelRunner
 from small_checkpoints import edit_json
 
 DENSE, MOE = "SDAR-4B-Chat", "SDAR-30B-A3B-Chat"
@@ -61,16 +61,14 @@ def test_experts_and_attention_outputs_that_a_config_names_change_nothing(folder
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
-def test_run_refuses_any_attention_but_ours(folders, attention):
+def test_a_runner_refuses_any_attention_but_ours(folders, attention):
     model = AutoModelForCausalLM.from_pretrained(folders[DENSE][0], attn_implementation=attention)
     assert model.config._attn_implementation == attention  # the caller's word counts
-    slots = torch.arange(4, dtype=torch.int32)[None]
-    clock = torch.zeros_like(slots)
-    cache = BlockCache(model.config, 1, 4, model.dtype)
+    loaded = simsd.load(model, mask_token_id=0)
+    ModelRunner(loaded, 1, 4, 4)
     with pytest.raises(SimsdError, match=f'needs a model with attn_implementation="simsd", got "{attention}"') as error:
-        run(model, slots.long(), slots, clock, clock, clock, cache, slots)
+        ModelRunner(dataclasses.replace(loaded, model=model), 1, 4, 4)
     assert "\n" not in str(error.value)
-    run(simsd.load(model, mask_token_id=0).model, slots.long(), slots, clock, clock, clock, cache, slots)
 
 
 @pytest.fixture

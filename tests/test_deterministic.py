@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -117,14 +119,39 @@ def test_a_module_in_memory_stays_as_it_is(moe):
     assert not back.deterministic and not is_deterministic(back.model)
 
 
-def test_float32_on_the_cpu_is_deterministic_unless_told_otherwise(monkeypatch):
+@KINDS
+def test_decoding_is_deterministic_in_every_dtype_unless_told_otherwise(moe, monkeypatch, tmp_path):
+    write_checkpoint(tmp_path, moe)
+    compiled = dispatch.compiled_obstacle("thin_linear", "CPU") is None
+    for dtype in ("float32", "bfloat16", "float16"):
+        for source in (tmp_path, stock_model(moe)):
+            loaded = simsd.load(source, dtype=dtype, mask_token_id=MASK_ID)
+            assert loaded.deterministic == compiled
+            plain = simsd.load(loaded.model, deterministic=False)
+            again = simsd.load(plain.model)
+            assert not plain.deterministic and not again.deterministic and again.model is plain.model
+            assert simsd.load(copy.deepcopy(plain.model)).deterministic is False
+            assert loaded.in_evaluation().deterministic == compiled
+            assert simsd.load(loaded.model, block_length=2).deterministic == compiled
+            assert simsd.load(plain.model, block_length=2).deterministic is False
+    monkeypatch.setitem(dispatch._compiled_obstacles, ("thin_linear", "CPU"), "not built")
+    assert not simsd.load(tmp_path, dtype="bfloat16", mask_token_id=MASK_ID).deterministic
+
+
+@KINDS
+def test_the_modules_of_a_checkpoint_are_deterministic_where_that_costs_nothing(moe, tmp_path):
+    write_checkpoint(tmp_path, moe)
     compiled = dispatch.compiled_obstacle("thin_linear", "CPU") is None
     preferred = compiled and torch.ops.simsd._cpu_capability() != "portable"
-    assert simsd.load("tiny-draft").deterministic == preferred
-    assert not simsd.load("tiny-draft", dtype="bfloat16").deterministic
-    assert not simsd.load("tiny-draft", deterministic=False).deterministic
-    monkeypatch.setitem(dispatch._compiled_obstacles, ("thin_linear", "CPU"), "not built")
-    assert not simsd.load("tiny-draft").deterministic
+    for dtype in ("float32", "bfloat16"):
+        loaded = simsd.load(tmp_path, dtype=dtype, mask_token_id=MASK_ID)
+        assert is_deterministic(loaded.model) == (preferred and dtype == "float32")
+
+
+def test_what_the_fused_layers_do_not_know_is_not_deterministic_unless_asked_for():
+    source = stock_model(attention_bias=True)
+    assert not simsd.load(source, mask_token_id=MASK_ID).deterministic
+    assert simsd.load(source, mask_token_id=MASK_ID, deterministic=True).deterministic
 
 
 def test_what_cannot_be_promised_is_refused():

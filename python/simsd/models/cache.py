@@ -21,7 +21,7 @@ class BlockCache(Cache):
     """transformers Cache that keeps K and V of every layer in `capacity` slots.
 
     `prepare(slots)` says where the next forward's rows go; the forward's `update` calls store them there and return all
-    slots, or the first `limit` of them, as views. The cache knows nothing of what is visible: births and deaths do
+    slots as views. The cache knows nothing of what is visible: births and deaths do
     that, and a slot is freed by giving it birth INF. So position_ids, clock, birth and death come with every forward.
 
     Args:
@@ -49,19 +49,11 @@ class BlockCache(Cache):
         self.keys = torch.zeros(shape, dtype=dtype, device=device).transpose(1, 2)
         self.values = torch.zeros(shape, dtype=dtype, device=device).transpose(1, 2)
         self.slots: Tensor | None = None
-        self._view(None)
-
-    def _view(self, limit: int | None) -> None:
-        self._limit = limit
         # One tensor per layer, made once and not in every layer of every forward.
         self._by_sequence = self.keys.unbind(0), self.values.unbind(0)  # each [B, Hkv, capacity, D]
         self._flat = tuple(  # each [1, Hkv, B * capacity, D]
-            x.transpose(1, 2).flatten(2, 3)[:, None].unbind(0) for x in (self.keys, self.values)
+            x.transpose(1, 2).flatten(2, 3).unsqueeze(1).unbind(0) for x in (self.keys, self.values)
         )
-        self._seen_keys, self._seen_values = self._by_sequence
-        if limit is not None:
-            self._seen_keys = self.keys[:, :, :, :limit].unbind(0)
-            self._seen_values = self.values[:, :, :, :limit].unbind(0)
 
     @property
     def batch_size(self) -> int:
@@ -71,18 +63,9 @@ class BlockCache(Cache):
     def capacity(self) -> int:
         return self.keys.shape[3]
 
-    @property
-    def limit(self) -> int | None:
-        """How many slots `update` returns (all, if None), so that attention costs what the context costs."""
-        return self._limit
-
-    @limit.setter
-    def limit(self, limit: int | None) -> None:
-        if limit == self._limit:
-            return
-        if limit is not None and not 0 <= limit <= self.capacity:
-            raise SimsdError(f"BlockCache limit must be between 0 and its capacity {self.capacity}, got {limit}")
-        self._view(limit)
+    def stored(self, packed: bool = False) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Keys and values of each layer to store to: [B, Hkv, capacity, D] or, packed, [1, Hkv, B * capacity, D]."""
+        return self._flat if packed else self._by_sequence
 
     def prepare(self, slots: Tensor, packed: bool = False) -> None:
         """Sets the slots of the next forward's rows: int32 [B, R]; -1 stores nothing, no slot twice in a sequence.
@@ -95,14 +78,14 @@ class BlockCache(Cache):
                 f"BlockCache slots must be int32 [{sequences}, rows], got {slots.dtype} {list(slots.shape)}"
             )
         self.slots = slots
-        self._stored_keys, self._stored_values = self._flat if packed else self._by_sequence
+        self._stored_keys, self._stored_values = self.stored(packed)
         self._store = unchecked(store_kv, self.keys.device, self.keys.dtype)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[Tensor, Tensor]:
-        """Stores [B, Hkv, R, D] (packed: [1, Hkv, N, D]) at `slots`; returns all (or `limit`) slots of the layer,
-        [B, Hkv, limit, D]."""
+        """Stores [B, Hkv, R, D] (packed: [1, Hkv, N, D]) at `slots`; returns all slots of the layer, [B, Hkv,
+        capacity, D]."""
         if self.slots is None:
             raise SimsdError("BlockCache: call prepare(slots) before the forward")
         if torch.is_grad_enabled() and key_states.requires_grad:
@@ -110,24 +93,12 @@ class BlockCache(Cache):
                 "BlockCache carries no gradients: run the forward under torch.inference_mode() or no_grad()"
             )
         self._store(key_states, value_states, self._stored_keys[layer_idx], self._stored_values[layer_idx], self.slots)
-        return self._seen_keys[layer_idx], self._seen_values[layer_idx]
-
-    def select(self, rows: Tensor) -> None:
-        """Keeps the sequences `rows` (int64 [n]) of the batch, in that order."""
-        self.keys, self.values = (x.transpose(1, 2)[:, :, rows].transpose(1, 2) for x in (self.keys, self.values))
-        self.slots = None
-        self._view(self._limit)
-
-    def reset(self) -> None:
-        self.keys.zero_()
-        self.values.zero_()
-        self.slots = None
-        self._view(None)
+        return self._by_sequence[0][layer_idx], self._by_sequence[1][layer_idx]
 
     # What transformers may ask of a cache.
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.capacity if self._limit is None else self._limit
+        return self.capacity
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         return self.capacity
@@ -141,15 +112,6 @@ class BlockCache(Cache):
     @property
     def is_compileable(self) -> bool:
         return False
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.select(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self.select(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self.select(torch.arange(self.batch_size, device=self.keys.device).repeat_interleave(repeats))
 
     def crop(self, *args, **kwargs) -> None:
         raise SimsdError("BlockCache has no crop: give the slots to forget birth INF in the next forward")

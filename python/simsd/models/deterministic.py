@@ -1,5 +1,5 @@
-"""Forwards whose rows do not depend on how many rows there are: `simsd.load(..., deterministic=True)`, on the CPU the
-default in float32.
+"""Modules whose forwards compute rows that do not depend on how many rows there are: `simsd.load(...,
+deterministic=True)`, on the CPU the default in float32. The fused layers, which decode, need none of this.
 
 Four operations of a stock forward do depend on it (benchmarks/batch_invariance.py measures the first three on the CPU):
 
@@ -40,12 +40,19 @@ def check_supported(config: PreTrainedConfig, device: torch.device) -> None:
 
 
 def preferable(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype | None) -> bool:
-    """Whether a model like this is no slower when it is deterministic, as far as was measured."""
+    """Whether the modules of a model like this are no slower when they are deterministic, as far as was measured."""
     if device.type != "cpu" or dtype not in (None, torch.float32) or config.hidden_act != "silu":
         return False
     if dispatch.compiled_obstacle("thin_linear", "CPU") is not None:
         return False
     return torch.ops.simsd._cpu_capability() != "portable"
+
+
+def affordable(device: torch.device) -> bool:
+    """Whether thin_linear is more than its definition here, which no model of any size can wait for."""
+    if dispatch.compiled_obstacle("thin_linear", "CPU" if device.type == "cpu" else "CUDA") is None:
+        return True
+    return device.type == "cuda" and dispatch.triton_obstacle() is None
 
 
 def make_deterministic(model: PreTrainedModel) -> None:
@@ -68,6 +75,14 @@ def is_deterministic(model: nn.Module) -> bool:
 def uses_thin_linear(model: nn.Module) -> bool:
     """Whether `make_deterministic` or `use_thin_linear` has been here."""
     return any(isinstance(module, _Linear) for module in model.modules())
+
+
+def stock_class(module: nn.Module) -> type:
+    """The module's class as it was before `make_deterministic` or `use_thin_linear`."""
+    kind = type(module)
+    while kind.__module__ == __name__:
+        kind = kind.__base__
+    return kind
 
 
 def _change_classes(model: nn.Module, classes: dict[type, type]) -> None:

@@ -23,6 +23,7 @@ from simsd.models.deterministic import (
     use_thin_linear,
     uses_thin_linear,
 )
+from simsd.models.fused import layers_of
 from simsd.models.tokenizer import MASK, Prompt, Tokenizer, check_ids, known_ids, read_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -39,7 +40,7 @@ class LoadedModel:
     end_token_ids: tuple[int, ...]
     name: str
     deterministic: bool = False  # see `load`
-    thin_linear: bool = False  # see `load`; true wherever `deterministic` is
+    thin_linear: bool = False  # see `load`
 
     @property
     def config(self):
@@ -108,7 +109,8 @@ def load(
         source: "tiny-target" or "tiny-draft" (the built-in pair), a checkpoint folder in Hugging Face format, a hub id,
             or a module in memory with SDAR's parameter names and a Qwen3-style `.config`, whose weights are shared, not
             copied (unless `dtype` or `device` moves them). One of our own, ready to decode, is taken itself. The
-            matrices of experts held one by one are packed, and the module is left with views of the packed ones.
+            matrices of experts held one by one are packed, and query, key and value matrices as well as gate and up
+            matrices laid side by side; the module is left with views of these.
         dtype: "float32", "bfloat16", "float16" or the torch dtype, to which every weight is cast; None or "auto": as
             transformers has it, the configuration's dtype, else that of the first tensor in the file.
         device: of the model; None: CPU, or the module's.
@@ -116,11 +118,12 @@ def load(
             published checkpoint (32 of SDAR-8B-Chat-b32), else 4.
         mask_token_id: None: the configuration's, or that of the tokenizer's `<|MASK|>` or mask token.
         tokenizer: for a model that comes without one: a transformers tokenizer or its folder.
-        deterministic: on the CPU or on CUDA, a row's logits do not depend, to the last bit, on how many rows share its
-            forward (see `simsd.models.deterministic`); exact decoding equals native decoding bit for bit only then. A
-            module in memory is left as it is: the model only shares its weights. None: not where `thin_linear` is
-            given; else yes where the kernels for it are also the faster ones (float32 on a CPU with AVX2 or AVX-512);
-            a module in memory stays what it is.
+        deterministic: in decoding a row's logits do not depend, to the last bit, on how many rows share its forward;
+            exact decoding equals native decoding bit for bit only then. True: nor in the module's own forward, on the
+            CPU or on CUDA (see `simsd.models.deterministic`); a module in memory is left as it is, the model only
+            shares its weights. None: on every device and in every dtype, where the fused layers know the architecture
+            (else not, see `LoadedModel.deterministic`); in the module's own forward where that costs nothing (float32
+            on a CPU with AVX2 or AVX-512); a module of ours in memory stays what it is. False: products are torch's.
         thin_linear: on any device, `torch.ops.simsd.thin_linear` computes the model's linear layers (`nn.Linear`, with
             the head). On a GPU it is meant for the few rows of decoding. Nothing else changes, so other operations may
             still notice how many rows there are: that is what `deterministic` adds, of which this is a part. None: as
@@ -155,29 +158,37 @@ def load(
     config.block_length = _block_length(block_length, config)
     config.mask_token_id = _mask_token_id(name, mask_token_id, config, backend)
     device = wanted_device or torch.device("cpu")
+    if deterministic:
+        check_supported(config, device)
     if deterministic is None and thin_linear is not None:
         deterministic = False
-    elif deterministic is None:
-        deterministic = is_deterministic(source) if folder is None else preferable(config, device, wanted_dtype)
-    elif deterministic:
-        check_supported(config, device)
+    # What decoding does, and whether the module's own forward does it, too.
+    by_itself = bool(deterministic)
+    if deterministic is None:
+        deterministic = getattr(source, "deterministic", True)
+        by_itself = is_deterministic(source) if folder is None else preferable(config, device, wanted_dtype)
     if thin_linear is None:
         stays = folder is None and not is_deterministic(source) and uses_thin_linear(source)
-        thin_linear = deterministic or stays
+        thin_linear = by_itself or stays
 
     if folder is None:
         model = source
-        is_ready = weights.is_ready(source, config, wanted_dtype, wanted_device)
-        if not is_ready or (is_deterministic(source), uses_thin_linear(source)) != (deterministic, thin_linear):
+        is_ready = weights.is_ready(source, config, wanted_dtype, wanted_device) and (
+            (source.deterministic, is_deterministic(source), uses_thin_linear(source))
+            == (deterministic, by_itself, thin_linear)
+        )
+        if not is_ready:
             model = weights.from_module(source, config)
             _move(model, wanted_dtype, wanted_device)
     else:
         model = checkpoint.load_model(folder, config, wanted_dtype, device)
-    weights.check_values(name, model)
-    if deterministic and not is_deterministic(model):
+    model.deterministic = deterministic
+    if by_itself and not is_deterministic(model):
         make_deterministic(model)
     elif thin_linear and not uses_thin_linear(model):
         use_thin_linear(model)
+    _fuse(model, source)
+    weights.check_values(name, model)
     return LoadedModel(
         model=model,
         tokenizer=None if backend is None else Tokenizer(backend, config.vocab_size, config.mask_token_id),
@@ -185,7 +196,7 @@ def load(
         mask_token_id=config.mask_token_id,
         end_token_ids=_end_token_ids(name, model, backend),
         name=name,
-        deterministic=deterministic,
+        deterministic=deterministic and layers_of(model).row_invariant,
         thin_linear=thin_linear,
     )
 
@@ -215,6 +226,20 @@ def _move(model: PreTrainedModel, dtype: torch.dtype | None, device: torch.devic
     for parameter in model.parameters() if dtype is not None else ():
         parameter.data = parameter.data.to(dtype)  # not the RoPE frequencies, which stay float32
     model.config.dtype = dtype or model.config.dtype
+
+
+def _fuse(model: PreTrainedModel, source: object) -> None:
+    """Lays weights side by side, as the fused layers take them. A source that shares them still does afterwards."""
+    theirs = dict(source.named_parameters()) if isinstance(source, nn.Module) and source is not model else {}
+    shared = [
+        (mine, theirs[name])
+        for name, mine in model.named_parameters()
+        if name in theirs and mine.data_ptr() == theirs[name].data_ptr()
+    ]
+    layers_of(model)
+    for mine, other in shared:
+        if mine.data_ptr() != other.data_ptr():
+            other.data = mine.data
 
 
 def _block_length(given: int | None, config) -> int:

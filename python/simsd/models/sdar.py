@@ -52,7 +52,13 @@ def block_causal(mask: Tensor, past: int, block_length: int) -> BlockCausal:
 
 
 class _BlockCausalForward:
-    """Puts positions and visibility in front of the stock forward; mixed into the stock classes below."""
+    """Puts positions and visibility in front of the stock forward; mixed into the stock classes below.
+
+    Attributes:
+        deterministic: whether decoding computes each row as if it were alone, to the last bit, see `simsd.load`.
+    """
+
+    deterministic = True
 
     # The implementation where the user chose none; transformers would take sdpa.
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:

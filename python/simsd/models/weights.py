@@ -146,6 +146,26 @@ def pack_experts(tensors: dict[str, Tensor], name: str, experts: int) -> Tensor:
     return packed
 
 
+@torch.inference_mode(False)
+def join(parameters: list[nn.Parameter]) -> Tensor:
+    """One matrix [sum of rows, K] of parameters [rows, K], which are views of it from then on.
+
+    Copies them only where they do not lie one behind the other in memory already.
+    """
+    first, end, adjoin = parameters[0], parameters[0].storage_offset(), True
+    for parameter in parameters:
+        same = parameter.untyped_storage()._cdata == first.untyped_storage()._cdata
+        adjoin = adjoin and same and parameter.is_contiguous() and parameter.storage_offset() == end
+        end += parameter.numel()
+    rows = [len(parameter) for parameter in parameters]
+    if adjoin:
+        return first.detach().as_strided((sum(rows), first.shape[1]), (first.shape[1], 1))
+    joined = torch.cat([parameter.detach() for parameter in parameters])
+    for parameter, view in zip(parameters, joined.split(rows), strict=True):
+        parameter.data = view
+    return joined
+
+
 def is_ready(module: nn.Module, config: Config, dtype: torch.dtype | None, device: torch.device | None) -> bool:
     """Whether `module` is one of our models and, with these settings (None: any), can decode as it is."""
     return (

@@ -1,0 +1,49 @@
+"""The MLP of a mixture-of-experts layer, in calls whose number and shapes do not depend on what the router chose.
+
+Tokens are sorted by expert on the device; then every product serves all experts at once. No row notices another, on any
+device and in any dtype: products go by `thin_linear` and `grouped_linear`, what else there is computes row by row. On
+the CPU nothing of an expert that no token was sent to is read.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock, Qwen3MoeTopKRouter
+
+from simsd.models.attention import unchecked
+from simsd_kernels import combine_experts, grouped_linear, silu_mul, sort_by_expert, thin_linear
+
+
+def mixture_of_experts(block: Qwen3MoeSparseMoeBlock, x: Tensor) -> Tensor:
+    """`block(x)` to rounding, for x [M, H] in the dtype of the block's weights and the activation silu; no gradients.
+
+    A row's experts and their weights are those that the block's router finds, bit for bit, where its logits are the
+    same; they come from `thin_linear` here. The experts' outputs are rounded and added up as transformers does in its
+    grouped product ("grouped_mm"): in the router's order, in float32.
+    """
+
+    def op(function):
+        return unchecked(function, x.device, x.dtype)
+
+    weights, chosen = route(block.gate, x)
+    experts = block.experts
+    offsets, rows, places = op(sort_by_expert)(chosen, experts.num_experts)
+    gate_up = op(grouped_linear)(x.index_select(0, rows), experts.gate_up_proj, offsets)  # [M * C, 2 * I]
+    out = op(grouped_linear)(op(silu_mul)(gate_up), experts.down_proj, offsets)  # [M * C, H]
+    return op(combine_experts)(out, weights, places)
+
+
+def route(router: Qwen3MoeTopKRouter, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The experts of each row of x [M, H], the likeliest first: (weights [M, C] in the dtype of x, int64 [M, C]).
+
+    Everything behind the logits is what the router does; torch's softmax, top-k and sum go row by row. Between equal
+    experts torch's top-k decides.
+    """
+    logits = unchecked(thin_linear, x.device, x.dtype)(x, router.weight)  # [M, E]
+    probs = torch.softmax(logits, dim=-1, dtype=torch.float32)
+    weights, chosen = probs.topk(router.top_k, dim=-1)
+    if not router.norm_topk_prob:
+        return weights.to(x.dtype), chosen
+    rounded = torch.empty_like(weights, dtype=x.dtype)  # divides and rounds in one launch
+    return torch.div(weights, weights.sum(dim=-1, keepdim=True), out=rounded), chosen

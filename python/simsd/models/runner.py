@@ -1,0 +1,190 @@
+"""A model that decodes: its weights, its KV cache for all slots of a batch, and its forwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from simsd.errors import SimsdError
+from simsd.models.attention import NAME, unchecked
+from simsd.models.cache import BlockCache
+from simsd.models.fused import FusedLayers, layers_of
+from simsd.models.loading import LoadedModel
+from simsd.models.packing import Packing
+from simsd.models.stock import Attend, StockLayers
+from simsd_kernels import masked_attention
+
+# A BLAS gives a row the same bits at every multiple of this many rows, on the CPUs where it was tried
+# (benchmarks/batch_invariance.py); below and between it may not.
+ROW_MULTIPLE = 4
+
+
+class ModelRunner:
+    """A model with its KV cache for the B slots of a batch.
+
+    Attributes:
+        model, device, dtype, mask_token_id: the model's.
+        kv_slots: S, places for the keys and values of each slot of the batch.
+        scratch: the first of these places for what is not committed; before it, place p is that of position p.
+        last_logits: what `keep_logits` was given last.
+        packed: whether dead rows are taken out before the layers, which means looking at `slots`: the CPU's way. False:
+            shapes are static; nothing is read on the host, uploaded or decided by a value. A live row has the same
+            logits either way, bit for bit where rows are invariant (see `simsd.load`).
+        rows: that the last forward ran.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        slots: int,
+        kv_slots: int,
+        scratch: int | None = None,
+        packed: bool | None = None,
+        most_logits: int = 0,
+        layers: Callable[[PreTrainedModel], FusedLayers | StockLayers] = layers_of,
+    ) -> None:
+        """`layers`: what runs a model's rows, `layers_of` or, to compare with them, `StockLayers`."""
+        if model.config._attn_implementation != NAME:
+            raise SimsdError(
+                f'decoding needs a model with attn_implementation="{NAME}", got'
+                f' "{model.config._attn_implementation}": take that of simsd.load(model)'
+            )
+        self.model = model
+        self.device, self.dtype, self.mask_token_id = model.device, model.dtype, model.mask_token_id
+        self.kv_slots, self.scratch = kv_slots, kv_slots if scratch is None else scratch
+        self.packed = self.device.type == "cpu" if packed is None else packed
+        self.last_logits: Tensor | None = None
+        self._most_logits = most_logits
+        self.rows = 0
+        self._layers_of, self._ran = layers, None
+        self.cache = BlockCache(model.config, slots, kv_slots, self.dtype, self.device)
+        self._angles: Tensor | None = None  # of `_angles_of`
+        self._angles_of: FusedLayers | None = None
+        self._attention = unchecked(masked_attention, self.device, self.dtype)
+        self._first = torch.arange(slots, dtype=torch.int32, device=self.device).unsqueeze(1) * kv_slots
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        clock: Tensor,
+        birth: Tensor,
+        death: Tensor,
+        logits_rows: Tensor | None,
+        logits_count: int | None = None,
+    ) -> Tensor | None:
+        """Runs R rows for each of B slots and stores their keys and values.
+
+        Args:
+            tokens: int64 [B, R].
+            positions: integers [B, R] in [0, S), for RoPE; anything in dead rows.
+            slots: int32 [B, R], where in [0, S) row r is stored, no place twice; -1: a dead row, which nobody sees.
+            clock: int32 [B, R]; -1 in dead rows.
+            birth, death: int32 [B, S] of what is stored, the new rows' included.
+            logits_rows: int64 [N], the rows of the flattened [B * R] to compute logits for; a dead row has those of
+                any row. None: no logits.
+            logits_count: how many of them, from the first, are wanted, where rows are packed; None: all.
+
+        Returns:
+            Logits [N, V] (packed: [logits_count, V]) in the model's dtype; None without logits_rows.
+
+        Raises:
+            SimsdError: the model was moved or cast since.
+        """
+        layers = self._ran = self._layers_of(self.model.model)
+        if (layers.device, layers.dtype) != (self.device, self.dtype):
+            raise SimsdError(
+                f"{self.model.name} is now {layers.dtype} on {layers.device}, its runner was made for"
+                f" {self.dtype} on {self.device}: make a new one"
+            )
+        if not self.packed:
+            rope = self._rope(layers, positions)
+            attend = self._attend(clock, birth, death)
+            self.rows = tokens.numel()
+            return layers.forward(tokens, slots, rope, self.cache, attend, logits_rows, packed=False)
+        multiple = 1 if layers.row_invariant else ROW_MULTIPLE
+        count = None if logits_rows is None else len(logits_rows[:logits_count])
+        if missing := -tokens.shape[1] % multiple:
+            tokens, positions, slots, clock, logits_rows = _widen(tokens, positions, slots, clock, logits_rows, missing)
+        if logits_rows is not None:
+            logits_rows = logits_rows[:count]
+            if missing := -count % multiple:
+                logits_rows = torch.cat([logits_rows, logits_rows[:1].expand(missing)])
+        packing = Packing.of(slots, multiple)
+        attend = None
+        if packing is not None:
+            if packing.ragged:
+                slots = torch.where(slots >= 0, slots + self._first, -1)
+            tokens, positions, slots, clock = (packing.pack(x) for x in (tokens, positions, slots, clock))
+            logits_rows = None if logits_rows is None else packing.find(logits_rows)
+            if packing.ragged:
+                attend = self._attend_ragged(packing, clock, birth, death)
+        self.rows, ragged = tokens.numel(), attend is not None
+        attend = attend or self._attend(clock, birth, death)
+        rope = self._rope(layers, positions)
+        logits = layers.forward(tokens, slots, rope, self.cache, attend, logits_rows, packed=ragged)
+        return None if logits is None else logits[:count]
+
+    def is_current(self) -> bool:
+        """Whether the model's modules and weights are those of the last forward: only then may a graph of it be
+        replayed. Costs microseconds; where the stock modules serve, not all that was replaced is noticed."""
+        layers = self._layers_of(self.model.model)
+        return layers is self._ran or (isinstance(layers, StockLayers) and isinstance(self._ran, StockLayers))
+
+    def keep_logits(self, logits: Tensor) -> None:
+        """Keeps the logits of a forward for the next iteration: where rows are packed themselves, else in memory of
+        their own, since those of the next forward may take their place. It is made once, for `most_logits` rows or as
+        many as come first: captured iterations read it."""
+        if self.packed:
+            self.last_logits = logits
+            return
+        if self.last_logits is None:
+            rows = max(len(logits), self._most_logits)
+            self.last_logits = torch.zeros((rows, logits.shape[1]), dtype=logits.dtype, device=logits.device)
+        self.last_logits.narrow(0, 0, len(logits)).copy_(logits)
+
+    def _rope(self, layers: FusedLayers | StockLayers, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin, [A, N, D] each, of positions [A, N]; anything where they are not in [0, S): in dead rows."""
+        positions = positions.clamp(0, self.kv_slots - 1)
+        if isinstance(layers, StockLayers):
+            return layers.rope(positions)
+        if self._angles_of is not layers:
+            every = torch.arange(self.kv_slots, device=self.device)
+            self._angles, self._angles_of = torch.cat(layers.rope(every), -1), layers  # [S, 2 * D]
+        return self._angles.index_select(0, positions.flatten()).view(*positions.shape, -1).chunk(2, -1)
+
+    def _attend(self, clock: Tensor, birth: Tensor, death: Tensor) -> Attend:
+        kernel, rows = self._attention, clock.numel()
+
+        def attend(q, keys, values, scale):
+            return kernel(q, keys, values, clock, birth, death, None, scale).transpose(1, 2).reshape(rows, -1)
+
+        return attend
+
+    def _attend_ragged(self, packing: Packing, clock: Tensor, birth: Tensor, death: Tensor) -> Attend:
+        """Attention of q [1, Hq, N, D], clock [1, N]."""
+        kernel = self._attention
+        source = packing.source
+        shape = len(packing.counts), packing.width
+        clock = torch.where(packing.inside, clock[0].index_select(0, source).view(shape), -1)
+
+        def attend(q, keys, values, scale):
+            q = q[0].index_select(1, source).unflatten(1, shape).transpose(0, 1)  # [B, Hq, W, D]
+            out = kernel(q, keys, values, clock, birth, death, None, scale)
+            return out.transpose(1, 2).reshape(len(source), -1).index_select(0, packing.places)
+
+        return attend
+
+
+def _widen(tokens, positions, slots, clock, logits_rows, columns: int) -> tuple[Tensor | None, ...]:
+    """The same with dead rows behind each sequence's."""
+    tokens, positions = (nn.functional.pad(x, (0, columns)) for x in (tokens, positions))
+    slots, clock = (nn.functional.pad(x, (0, columns), value=-1) for x in (slots, clock))
+    if logits_rows is not None:
+        logits_rows = logits_rows + logits_rows // (tokens.shape[1] - columns) * columns
+    return tokens, positions, slots, clock, logits_rows
