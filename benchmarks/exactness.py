@@ -129,7 +129,7 @@ def native_config(config: GenerationConfig, seed: int) -> GenerationConfig:
     """Native decoding with the same sampling; what only concerns drafts falls back to its default, so that settings
     that differ in nothing else share their native texts."""
     neutral = GenerationConfig()
-    names = ("drafter", "lookahead", "max_rows", "order_power", "draft_steps")
+    names = ("drafter", "lookahead", "max_rows", "order_sharpness", "draft_steps")
     return replace(config, verify="none", seed=seed, **{name: getattr(neutral, name) for name in names})
 
 

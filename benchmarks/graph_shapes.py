@@ -3,8 +3,8 @@
     python benchmarks/graph_shapes.py [--items 10] [--out benchmarks/results]
 
 The built-in pair decodes held-out items with blocks of 4, 8 and 16 tokens, natively and with the exact verifier. A
-chain is what is left where the draft's order is believed (a large `order_power`): each state reveals one more
-position, in the draft's order. The graph is the most probable states at the default `order_power`, whatever the
+chain is what is left where the draft's order is believed (a large `order_sharpness`): each state reveals one more
+position, in the draft's order. The graph is the most probable states at the default `order_sharpness`, whatever the
 order. The draft model takes one forward per block. Counts forwards and rows, no time, so other work on the machine
 changes nothing. Every text is compared with native's. Prints the tables and writes graph_shapes.json and
 graph_shapes.md.
@@ -27,12 +27,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import simsd
 from simsd.benchmarking import Item, task_items
+from simsd.decode.iteration import Parts, run_plan
 from simsd.models.loading import LoadedModel
+from simsd.models.runner import ModelRunner
 from simsd.results import Result, Stats
 from simsd.tasks import FAMILIES
 
 CHAIN = 1e6
-SHAPES = {"chain": CHAIN, "graph": simsd.GenerationConfig().order_power}
+SHAPES = {"chain": CHAIN, "graph": simsd.GenerationConfig().order_sharpness}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,20 +55,22 @@ class Variant:
             draft_steps=1,
             lookahead=self.lookahead,
             max_rows=self.max_rows,
-            order_power=SHAPES[self.shape],
+            order_sharpness=SHAPES[self.shape],
         )
 
 
 class RowCounter:
-    """Counts a model's forwards and their rows."""
+    """Counts a decoder's target forwards and their rows, by the part of an iteration that runs them."""
 
-    def __init__(self, model: LoadedModel) -> None:
+    def __init__(self) -> None:
         self.forwards = self.rows = 0
-        model.model.model.embed_tokens.register_forward_pre_hook(self._see)
+        self.parts = Parts(forward=self._run)
 
-    def _see(self, module: torch.nn.Module, arguments: tuple[torch.Tensor]) -> None:
+    def _run(self, target: ModelRunner, *plan) -> torch.Tensor:
+        logits = run_plan(target, *plan)
         self.forwards += 1
-        self.rows += arguments[0].numel()
+        self.rows += target.rows
+        return logits
 
 
 def decode(
@@ -78,10 +82,13 @@ def decode(
 ) -> tuple[list[Result], float]:
     """The results, and the mean rows of a target forward, prompts left out."""
     forwards, rows = counter.forwards, counter.rows
-    results = simsd.generate(target, prompts, draft, config, max_batch=1)
+    decoder = simsd.Decoder(target, prompts, draft, config, max_batch=1, parts=counter.parts)
+    for _ in decoder:
+        pass
+    results = decoder.results()
     forwards, rows = counter.forwards - forwards, counter.rows - rows
     whole = sum(len(prompt) // config.block_length * config.block_length for prompt in prompts)
-    counted = sum(r.stats.target_forwards + r.stats.target_prefill_forwards for r in results)
+    counted = sum(r.stats.target_forwards for r in results)
     if forwards != counted:
         raise AssertionError(f"{forwards} target forwards were run, the results tell of {counted}")
     return results, (rows - whole) / forwards
@@ -113,7 +120,7 @@ def measure(
         name: [target.encode_prompt(item.prompt) for item in items if item.family == name]
         for name in dict.fromkeys(item.family for item in items)
     }
-    counter = RowCounter(target)
+    counter = RowCounter()
     lengths = list(dict.fromkeys(variant.block_length for variant in chosen))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     records = []
@@ -204,7 +211,7 @@ def main() -> None:
         "items": given.items,
         "families": given.families,
         "max_new_tokens": given.max_new_tokens,
-        "order_power": SHAPES,
+        "order_sharpness": SHAPES,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "torch": torch.__version__,
     }

@@ -10,6 +10,7 @@ does pay; `model only` takes that away, so that what is left is the price of fin
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import json
 import statistics
@@ -19,7 +20,8 @@ from pathlib import Path
 import torch
 
 import simsd
-from simsd import exact, tasks
+from simsd import tasks
+from simsd.engine.tuner import DraftMode, Situation, Tuner
 from simsd.figures import machine
 
 RESULTS = Path(__file__).parent / "results"
@@ -35,30 +37,25 @@ def random_draft() -> simsd.LoadedModel:
     return draft
 
 
-class NoOwnDraft:
-    """Takes the target's own logits from the policy while it is entered."""
+class ModelOnly(Tuner):
+    """A tuner that is not told of the target's own logits."""
 
-    def __enter__(self) -> None:
-        self.propose = exact.Policy.choose
-        propose = self.propose
-
-        def choose(policy, blocks_left, masked, has_model):
-            return propose(policy, blocks_left, [0] * len(masked), has_model)
-
-        exact.Policy.choose = choose
-
-    def __exit__(self, *_) -> None:
-        exact.Policy.choose = self.propose
+    def choose(self, situations: list[Situation], has_model: bool) -> list[DraftMode]:
+        return super().choose([dataclasses.replace(now, masked=0) for now in situations], has_model)
 
 
-def seconds(target, draft, prompts, verify: str) -> tuple[float, list[simsd.Result]]:
-    config = simsd.GenerationConfig(verify=verify, max_new_tokens=96)
+def seconds(target, draft, prompts, verify: str, tuner: type[Tuner]) -> tuple[float, list[simsd.Result]]:
+    config = simsd.GenerationConfig(verify=verify, max_new_tokens=96, max_batch=1)
     began = time.perf_counter()
-    results = simsd.generate(target, prompts, draft, config, max_batch=1)
-    return time.perf_counter() - began, results
+    decoder = simsd.Decoder(target, prompts, draft, config)
+    engine = decoder.engine
+    engine.tuner = tuner(engine.config, engine.block_length, 1, engine.tuner.history)
+    for _ in decoder:
+        pass
+    return time.perf_counter() - began, decoder.results()
 
 
-def measure(target, draft, prompts, pairs: int) -> dict:
+def measure(target, draft, prompts, pairs: int, tuner: type[Tuner]) -> dict:
     """Medians over interleaved pairs; the first pair is a warm-up and thrown away."""
     times: dict[str, list[float]] = {"none": [], "exact": []}
     drafted = forwards = 0
@@ -66,7 +63,7 @@ def measure(target, draft, prompts, pairs: int) -> dict:
         order = ("none", "exact") if pair % 2 else ("exact", "none")
         texts = {}
         for verify in order:
-            taken, results = seconds(target, draft, prompts, verify)
+            taken, results = seconds(target, draft, prompts, verify, tuner)
             texts[verify] = [result.tokens for result in results]
             if pair:
                 times[verify].append(taken)
@@ -94,9 +91,8 @@ def main() -> None:
     target, draft = simsd.load("tiny-target"), random_draft()
     prompts = [task.prompt for family in tasks.FAMILIES for task in tasks.held_out(family, arguments.items, 0)]
     report = {"date": datetime.datetime.now(datetime.UTC).date().isoformat(), "machine": machine(target), "rows": {}}
-    with NoOwnDraft():
-        report["rows"]["model only"] = measure(target, draft, prompts, arguments.pairs)
-    report["rows"]["auto"] = measure(target, draft, prompts, arguments.pairs)
+    for name, tuner in (("model only", ModelOnly), ("auto", Tuner)):
+        report["rows"][name] = measure(target, draft, prompts, arguments.pairs, tuner)
 
     where = ", ".join(f"{k} {report['machine'][k]}" for k in ("cpu", "threads", "dtype", "torch"))
     lines = [

@@ -15,10 +15,11 @@ from simsd.audit import chi_squared, context, distribution, equality, leak
 from simsd.audit.forwards import plain_logits
 from simsd.audit.report import FAIL, INCONCLUSIVE, PASS, REPORTED, RESULTS, Settings, Subject
 from simsd.cli import main
+from simsd.decode import iteration
+from simsd.decode.rows import STRIDE
+from simsd.decode.slots import Slots
 from simsd.errors import SimsdError
-from simsd.exact import Exact
-from simsd.lanes import Lanes
-from simsd.layouts import STRIDE
+from simsd.models.runner import ModelRunner
 from simsd.models.sdar import SDARMoeConfig, SDARMoeForCausalLM
 from simsd.results import Result, Stats
 from small_checkpoints import BASE, MOE
@@ -141,31 +142,19 @@ def test_bad_prompts_are_refused_before_anything_is_decoded(target):
 # (a) equality
 
 
-def break_op(monkeypatch, name: str, broken) -> None:
-    """Exact decoders call broken(op, arguments, settings) where they would call op(*arguments, **settings)."""
-    making = Exact.__init__
-
-    def make(self, *arguments) -> None:
-        making(self, *arguments)
-        op = getattr(self, name)
-        setattr(self, name, lambda *arguments, **settings: broken(op, arguments, settings))
-
-    monkeypatch.setattr(Exact, "__init__", make)
-
-
 def flawed_walk(monkeypatch, position: int) -> None:
-    """Blocks that a forward with several copies finishes get the next id at `position`."""
+    """Blocks that a forward with several states finishes get the next id at `position`."""
+    right = iteration.walk_states
 
-    def broken(op, arguments, settings):
-        walk = simsd_kernels.Walk(*op(*arguments, **settings))
-        block = arguments[4]
-        for lane in range(len(block)):
-            if (block[lane] >= 0).sum() > 1:
-                done = int(walk.progress[lane, 0])
-                walk.tokens[lane, :done, position] = (walk.tokens[lane, :done, position] + 1) % 60
+    def broken(slots, logits, plan, shape):
+        walk = right(slots, logits, plan, shape)
+        for slot in range(slots.count):
+            if (plan.block[slot] >= 0).sum() > 1:
+                done = int(walk.progress[slot, 0])
+                walk.tokens[slot, :done, position] = (walk.tokens[slot, :done, position] + 1) % 60
         return walk
 
-    break_op(monkeypatch, "_verify", broken)
+    monkeypatch.setattr(iteration, "walk_states", broken)
 
 
 def test_a_wrong_walk_fails_equality_with_the_first_difference(target, draft, monkeypatch):
@@ -228,21 +217,23 @@ def result_of(prompt: list[int], tokens: list[int], steps: list[int]) -> Result:
 # (b) leak and (c) context
 
 
-def visible_copies(monkeypatch) -> None:
-    """Every copy sees every other copy of its block."""
+def visible_states(monkeypatch) -> None:
+    """Every state sees every other state of its block."""
+    right = iteration.plan_states
 
-    def broken(op, arguments, settings):
-        plan = simsd_kernels.Plan(*op(*arguments, **settings))
-        copied = (torch.arange(settings["slots"]) >= settings["scratch"]) & (plan.birth < simsd_kernels.INF)
-        birth = torch.where(copied, plan.birth // STRIDE * STRIDE, plan.birth)
-        death = torch.where(copied, birth + STRIDE - 1, plan.death)
+    def broken(slots, commands, target, shape):
+        plan = right(slots, commands, target, shape)
+        place = torch.arange(target.kv_slots)
+        states = (place >= target.scratch) & (plan.birth < simsd_kernels.INF)
+        birth = torch.where(states, plan.birth // STRIDE * STRIDE, plan.birth)
+        death = torch.where(states, birth + STRIDE - 1, plan.death)
         return plan._replace(birth=birth.contiguous(), death=death.contiguous())
 
-    break_op(monkeypatch, "_plan", broken)
+    monkeypatch.setattr(iteration, "plan_states", broken)
 
 
-def test_copies_that_see_each_other_fail_leak_and_context(target, draft, monkeypatch):
-    visible_copies(monkeypatch)
+def test_states_that_see_each_other_fail_leak_and_context(target, draft, monkeypatch):
+    visible_states(monkeypatch)
     subject = subject_of(target, draft)
     leaked = leak.exact_leak(subject)
     assert leaked.result == FAIL and leaked.figures["max"] > 0.01
@@ -250,22 +241,20 @@ def test_copies_that_see_each_other_fail_leak_and_context(target, draft, monkeyp
 
 
 def test_a_prefix_that_is_not_what_was_committed_fails_context(target, draft, monkeypatch):
-    from simsd.side import Side
+    forward = ModelRunner.forward
 
-    forward = Side.forward
-
-    def forgetful(self, lanes, ends, rows, wanted, lifetimes):
-        out = forward(self, lanes, ends, rows, wanted, lifetimes)
-        if lanes.count == 2:  # the audited decoder; what it is compared with runs alone
+    def forgetful(self, *arguments, **named):
+        out = forward(self, *arguments, **named)
+        if self.cache.batch_size == 2:  # the audited decoder; what it is compared with runs alone
             self.cache.values[:, :, :, 1] = 0.0
         return out
 
-    monkeypatch.setattr(Side, "forward", forgetful)
+    monkeypatch.setattr(ModelRunner, "forward", forgetful)
     subject = subject_of(target, draft, PROMPTS[:2], batch=2)
     assert [check.result for check in context.exact_context(subject)] == [FAIL, FAIL]
 
 
-def test_exact_context_looks_at_copies_of_later_blocks_and_at_partly_revealed_ones(target, draft):
+def test_exact_context_looks_at_states_of_later_blocks_and_at_partly_revealed_ones(target, draft):
     seen = context.exact_context(subject_of(target, draft))[0].figures
     assert seen["states"] >= 20 and 0 < seen["ahead"] < seen["states"]
     assert seen["identical"] == seen["states"] and seen["alone"] == 0
@@ -288,21 +277,22 @@ def test_temporal_leak_is_none_where_nothing_is_drafted_behind_the_judged_positi
 
 @pytest.mark.parametrize("strategy", distribution.STRATEGIES)
 def test_seeds_that_repeat_fail_the_law_of_texts(soft_target, soft_draft, strategy, monkeypatch):
-    opening = Lanes.open
-    monkeypatch.setattr(
-        Lanes, "open", lambda self, lane, tokens, end, seed: opening(self, lane, tokens, end, seed % 20)
-    )
+    opening = Slots.open
+
+    def repeating(self, slot, tokens, settings, kv_lens):
+        opening(self, slot, tokens, settings | {"seed": settings["seed"] % 20}, kv_lens)
+
+    monkeypatch.setattr(Slots, "open", repeating)
     assert distribution.text_law(subject_of(soft_target, soft_draft), strategy, 1e-3).result == FAIL
 
 
 def test_noise_of_the_wrong_size_fails_the_law_of_texts(soft_target, soft_draft, monkeypatch):
-    opening = Lanes.open
+    opening = Slots.open
 
-    def colder(self, lane, tokens, end, seed):
-        opening(self, lane, tokens, end, seed)
-        self.temperature.fill_(0.1)
+    def colder(self, slot, tokens, settings, kv_lens):
+        opening(self, slot, tokens, settings | {"temperature": 0.1}, kv_lens)
 
-    monkeypatch.setattr(Lanes, "open", colder)
+    monkeypatch.setattr(Slots, "open", colder)
     assert distribution.text_law(subject_of(soft_target, soft_draft), "sequential", 1e-3).result == FAIL
 
 

@@ -31,7 +31,7 @@ def decoded(monkeypatch) -> list[tuple[str, int]]:
 
     class Recorded(simsd.Decoder):
         def __init__(self, target, prompts, draft, config, seeds, max_batch):
-            super().__init__(target, prompts, draft, config, seeds, max_batch)
+            super().__init__(target, prompts, draft, config, seeds, max_batch=max_batch)
             mode = next(mode for mode in MODES if benchmarking.mode_config(mode, config) == config)
             self.entry = mode, max_batch
 
@@ -225,8 +225,15 @@ def test_the_clock_runs_forwards_of_one_block(length):
     model = random_sdar(0)
     rows, contexts = [], []
     clock = ForwardClock(model, length, capacity=48)
-    model.model.model.embed_tokens.register_forward_pre_hook(lambda _, given: rows.append(tuple(given[0].shape)))
-    model.model.model.rotary_emb.register_forward_pre_hook(lambda _, given: contexts.append(given[1].min().item()))
+    forward = clock.runner.forward
+
+    def seen(tokens, positions, *rest):
+        logits = forward(tokens, positions, *rest)
+        rows.append((clock.runner.rows, len(logits)))
+        contexts.append(int(positions.min()))
+        return logits
+
+    clock.runner.forward = seen
     assert clock.seconds(0) > 0 and clock.seconds(40) > 0
-    assert rows == [(1, length)] * 2 * (1 + ForwardClock.REPEATS)
+    assert rows == [(length, length)] * 2 * (1 + ForwardClock.REPEATS)
     assert contexts == [0] * (1 + ForwardClock.REPEATS) + [40] * (1 + ForwardClock.REPEATS)

@@ -180,8 +180,7 @@ def test_weights_are_cast_to_the_dtype_that_transformers_loads(tmp_path, tokens,
     loaded, stock = simsd.load(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path)
     assert {p.dtype for p in loaded.model.parameters()} == {getattr(torch, expected)} == {stock.dtype}
     assert all(torch.equal(p, loaded.model.get_parameter(name)) for name, p in stock.named_parameters())
-    if expected != "float32":  # in float32 on the CPU, ours may be deterministic, which rounds otherwise
-        assert not loaded.deterministic
+    if expected != "float32":  # in float32 on the CPU, our modules may be deterministic, which rounds otherwise
         assert torch.equal(logits_of(loaded.model, tokens), logits_of(stock, tokens))
     config = simsd.GenerationConfig(max_new_tokens=8)
     assert simsd.generate(loaded, [[5, 6, 7]], config=config)[0].finish_reason in ("length", "stop")

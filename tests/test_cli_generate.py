@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import byte_pair
-from simsd import exact, temporal
+from simsd.engine.runner import Runner
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -130,8 +130,7 @@ def test_statistics_name_drafts_and_bonus(run, pair):
 @pytest.mark.parametrize("mode", ["plain", "--stream", "--json"])
 @pytest.mark.parametrize("verify", ["exact", "temporal"])
 def test_interrupt_prints_what_is_committed(run, pair, monkeypatch, verify, mode):
-    loop = {"exact": exact.Exact, "temporal": temporal.Temporal}[verify]
-    step, calls = loop.step, []
+    step, calls = Runner.run, []
 
     def interrupted_later(*arguments):
         calls.append(1)
@@ -142,7 +141,7 @@ def test_interrupt_prints_what_is_committed(run, pair, monkeypatch, verify, mode
     settings = ("--max-new-tokens", 40, "--verify", verify, "--max-rows", 0, *pair)
     _, whole, _ = run("generate", "hello", "--json", *settings)
     monkeypatch.setattr("simsd.cli.generate._warm_up", lambda *_: None)
-    monkeypatch.setattr(loop, "step", interrupted_later)
+    monkeypatch.setattr(Runner, "run", interrupted_later)
     code, out, err = run("generate", "hello", *settings, *([] if mode == "plain" else [mode]))
     assert code == 130 and "Traceback" not in err
     if mode == "--json":
@@ -156,7 +155,7 @@ def test_interrupt_prints_what_is_committed(run, pair, monkeypatch, verify, mode
 
 
 def test_what_the_first_forward_costs_is_not_in_the_speed(run, pair, monkeypatch):
-    step, calls = exact.Exact.step, []
+    step, calls = Runner.run, []
 
     def slow_at_first(*arguments):
         calls.append(1)
@@ -164,7 +163,7 @@ def test_what_the_first_forward_costs_is_not_in_the_speed(run, pair, monkeypatch
             time.sleep(5)
         return step(*arguments)
 
-    monkeypatch.setattr(exact.Exact, "step", slow_at_first)
+    monkeypatch.setattr(Runner, "run", slow_at_first)
     code, out, _ = run("generate", "hello", "--max-new-tokens", 4, "--json", *pair)
     assert code == 0 and json.loads(out)["stats"]["total_seconds"] < 5
 

@@ -7,8 +7,8 @@ import json
 import pytest
 
 import simsd
-from simsd import exact
 from simsd.cli.prompts import Request, read_requests
+from simsd.engine.runner import Runner
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -95,7 +95,7 @@ def test_an_interrupt_keeps_what_is_finished(run, pair, tmp_path, monkeypatch):
     file.write_text("one\ntwo\nthree\n")
     settings = ("--prompts", file, "--max-new-tokens", 4, "--batch", 1, "--verify", "none", *pair)
     _, whole, _ = run("generate", *settings)
-    step, calls = exact.Exact.step, []
+    step, calls = Runner.run, []
 
     def interrupted_later(*arguments):
         calls.append(1)
@@ -104,7 +104,7 @@ def test_an_interrupt_keeps_what_is_finished(run, pair, tmp_path, monkeypatch):
         return step(*arguments)
 
     monkeypatch.setattr("simsd.cli.generate._warm_up", lambda *_: None)
-    monkeypatch.setattr(exact.Exact, "step", interrupted_later)
+    monkeypatch.setattr(Runner, "run", interrupted_later)
     code, _, err = run("generate", *settings, "--output", tmp_path / "out.jsonl")
     kept = lines_of((tmp_path / "out.jsonl").read_text())
     assert code == 130 and f"interrupted: {len(kept)} of 3 texts in " in err and 1 <= len(kept) < 3
@@ -112,7 +112,7 @@ def test_an_interrupt_keeps_what_is_finished(run, pair, tmp_path, monkeypatch):
 
 
 def test_finished_texts_that_wait_for_an_earlier_one_are_kept_too(run, pair, prompts, monkeypatch):
-    from simsd.decoding import Decoder
+    from simsd.engine.decoder import Decoder
 
     def third_first(decoder):
         updates = [update for update in everything(decoder) if update.result is not None]

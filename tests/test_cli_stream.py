@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from simsd import exact
+from simsd.engine.runner import Runner
 from terminal import Terminal
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -59,7 +59,7 @@ def test_the_block_on_its_way_is_dim_and_committed_text_is_not(run, run_in, pair
 
 
 def test_an_interrupt_leaves_no_provisional_text(run_in, pair, monkeypatch):
-    step, calls = exact.Exact.step, []
+    step, calls = Runner.run, []
 
     def interrupted_later(*arguments):
         calls.append(1)
@@ -68,7 +68,7 @@ def test_an_interrupt_leaves_no_provisional_text(run_in, pair, monkeypatch):
         return step(*arguments)
 
     monkeypatch.setattr("simsd.cli.generate._warm_up", lambda *_: None)
-    monkeypatch.setattr(exact.Exact, "step", interrupted_later)
+    monkeypatch.setattr(Runner, "run", interrupted_later)
     terminal = Terminal(80, 10)
     code, _ = run_in(terminal, "generate", "hello", "--verify", "none", "--stream", "--max-new-tokens", 20, *pair)
     assert code == 130 and terminal.text(dim=True).strip() == "" and terminal.text() != ""

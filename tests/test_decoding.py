@@ -9,12 +9,13 @@ import pytest
 import torch
 
 import simsd
-import simsd.exact
-import simsd.lanes
-import simsd.sequences
-import simsd.side
 from replays import PROMPTS, STRATEGIES, replay_native
 from simsd import GenerationConfig, SimsdError
+from simsd.decode.exchange import Report
+from simsd.decode.iteration import Parts, run_plan
+from simsd.decode.slots import Slots
+from simsd.engine.request import Request
+from simsd.engine.runner import Runner
 from stand_ins import MASK, VOCABULARY, disturbed, random_sdar
 
 DRAFTERS = ["none", "self", "model", "auto"]
@@ -76,7 +77,7 @@ def test_drafts_are_accepted_and_save_forwards(target, close_draft, drafter):
 
 
 def test_a_draft_that_is_the_target_takes_all_steps_of_its_lookahead_at_once(target):
-    changes = {"draft_steps": 4, "lookahead": 3, "max_rows": 200, "order_power": 1e3}
+    changes = {"draft_steps": 4, "lookahead": 3, "max_rows": 200, "order_sharpness": 1e3}
     config = settings_for("model", max_new_tokens=24, end_token_ids=(), **changes)
     result = simsd.generate(target, [PROMPTS[3]], random_sdar(0), config)[0]
     assert result.stats.acceptance == 1.0
@@ -89,18 +90,19 @@ def test_a_useless_draft_is_given_up(target, draft):
     assert result.stats.draft_forwards < 0.2 * result.stats.target_forwards
 
 
-def test_rows_are_budgeted_over_the_batch(target, close_draft, monkeypatch):
+def test_rows_are_budgeted_over_the_batch(target, close_draft):
     seen = []
-    forward = simsd.side.Side.forward
 
-    def counting(side, lanes, ends, rows, wanted, lifetimes):
-        if lifetimes is not None:  # the target's
-            seen.append(int((rows.slots >= side.scratch).sum()) - 4 * sum(start >= 0 for start in lanes.starts))
-        return forward(side, lanes, ends, rows, wanted, lifetimes)
+    def counting(*call):
+        runner, plan, *_ = call
+        current = 4 * int((plan.block[:, 0] >= 0).sum())
+        drafted = int(plan.draft_blocks_in_rows.sum()) * 4
+        seen.append(int((plan.slots >= runner.scratch).sum()) + drafted - current)
+        return run_plan(*call)
 
-    monkeypatch.setattr(simsd.side.Side, "forward", counting)
     config = settings_for("model", max_new_tokens=20, max_rows=24)
-    simsd.generate(target, PROMPTS, close_draft, config)
+    for _ in simsd.Decoder(target, PROMPTS, close_draft, config, parts=Parts(forward=counting)):
+        pass
     assert max(seen) <= 24 and max(seen) > 8
 
 
@@ -116,19 +118,14 @@ def test_a_prompt_s_text_does_not_depend_on_its_batch(target, close_draft, draft
 
 
 @pytest.mark.parametrize("verify", ["none", "exact", "temporal"])
-def test_a_device_that_runs_every_row_gives_the_same_text(target, close_draft, monkeypatch, verify):
-    config = GenerationConfig(verify=verify, max_new_tokens=13, temperature=0.7, max_rows=40)
-    packed = simsd.generate(target, PROMPTS, close_draft, config, max_batch=3)
-    init = simsd.side.Side.__init__
-
-    def unpacked(side, *arguments):
-        init(side, *arguments)
-        side.packs = False
-
-    monkeypatch.setattr(simsd.side.Side, "__init__", unpacked)
-    monkeypatch.setattr("simsd.side.PREFILL_ROWS", 8)
-    whole = simsd.generate(target, PROMPTS, close_draft, config, max_batch=3)
-    assert [r.tokens for r in whole] == [r.tokens for r in packed]
+def test_a_device_that_runs_every_row_gives_the_same_text(target, close_draft, verify):
+    config = GenerationConfig(verify=verify, max_new_tokens=13, temperature=0.7, max_rows=40, max_batch=3)
+    packed = simsd.generate(target, PROMPTS, close_draft, config)
+    whole = simsd.Decoder(target, PROMPTS, close_draft, config, parts=Parts(packed=False), prefill_rows=64)
+    for _ in whole:
+        pass
+    assert [r.tokens for r in whole.results()] == [r.tokens for r in packed]
+    assert [r.probs for r in whole.results()] == [r.probs for r in packed]
 
 
 def test_updates_bring_each_token_once_and_each_result_as_it_is_done(target, close_draft):
@@ -198,19 +195,17 @@ def test_interrupting_keeps_what_was_committed_and_can_go_on(target, close_draft
     assert [r.tokens for r in decoder.results()] == [r.tokens for r in whole]
 
 
-def test_an_error_in_the_middle_leaves_a_decoder_that_goes_on(target, close_draft, monkeypatch):
+def test_an_error_in_the_middle_leaves_a_decoder_that_goes_on(target, close_draft):
     config = settings_for("model", max_new_tokens=24, end_token_ids=())
     whole = simsd.generate(target, PROMPTS, close_draft, config)
-    decoder = simsd.Decoder(target, PROMPTS, close_draft, config, max_batch=2)
-    forward = simsd.side.Side.forward
     calls = itertools.count()
 
-    def failing(side, *arguments):
+    def failing(*call):
         if next(calls) in (3, 7, 8):
             raise KeyboardInterrupt
-        return forward(side, *arguments)
+        return run_plan(*call)
 
-    monkeypatch.setattr(simsd.side.Side, "forward", failing)
+    decoder = simsd.Decoder(target, PROMPTS, close_draft, config, max_batch=2, parts=Parts(forward=failing))
     for _ in range(4):
         try:
             for _ in decoder:
@@ -223,10 +218,11 @@ def test_an_error_in_the_middle_leaves_a_decoder_that_goes_on(target, close_draf
 @pytest.mark.parametrize(
     "place",
     [
-        (simsd.lanes.Lanes, "open"),
-        (simsd.lanes.Lanes, "advance"),
-        (simsd.exact.Exact, "_read"),
-        (simsd.sequences.Sequence, "commit"),
+        (Slots, "open"),
+        (Report, "read"),
+        (Runner, "run"),
+        (Request, "commit"),
+        (Request, "take"),
     ],
     ids=lambda place: place[1],
 )
@@ -236,8 +232,8 @@ def test_an_interrupt_between_decision_and_commit_loses_and_doubles_nothing(targ
     decoder = simsd.Decoder(target, PROMPTS, close_draft, config, max_batch=2)
     original, calls = getattr(*place), itertools.count()
 
-    def interrupted(*arguments):
-        result = original(*arguments)
+    def interrupted(*arguments, **named):
+        result = original(*arguments, **named)
         if next(calls) % 7 == 6:
             raise KeyboardInterrupt
         return result
@@ -326,11 +322,11 @@ def test_probabilities_are_the_targets(target):
     torch.testing.assert_close(torch.tensor(result.probs), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_prompt_longer_than_one_prefill_chunk(monkeypatch, target, close_draft):
+def test_a_prompt_longer_than_one_prefill_chunk(target, close_draft):
     prompt = [i % 50 + 1 for i in range(50)]
     whole = simsd.generate(target, [prompt], close_draft, GenerationConfig(max_new_tokens=8))[0]
-    monkeypatch.setattr("simsd.side.PREFILL_ROWS", 16)
-    chunked = simsd.generate(target, [prompt], close_draft, GenerationConfig(max_new_tokens=8))[0]
+    config = GenerationConfig(max_new_tokens=8, block_length=4, prefill_rows=16)
+    chunked = simsd.generate(target, [prompt], close_draft, config)[0]
     assert chunked.tokens == whole.tokens and chunked.probs == whole.probs
     assert chunked.stats.target_prefill_forwards == 2  # 16 + 16; the other 16 rode along
     assert whole.stats.target_prefill_forwards == 0

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from simsd import Decoder, GenerationConfig
 from simsd.config import STRATEGIES
-from simsd.side import Side
+from simsd.decode import iteration
 from simsd_kernels import INF
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "benchmarks"))
@@ -113,16 +113,15 @@ def test_a_difference_is_an_error_status_and_both_are_reported(tmp_path, monkeyp
     assert "## Differences" not in (tmp_path / "exactness.md").read_text()
 
 
-def test_copies_that_see_each_other_are_found_out(monkeypatch):
-    """What separates the copies of a block is their keys' death; without it, logits are near enough to look right."""
-    forward = Side.forward
+def test_states_that_see_each_other_are_found_out(monkeypatch):
+    """What separates the states of a block is their keys' death; without it, logits are near enough to look right."""
+    right = iteration.plan_states
 
-    def immortal(side, lanes, ends, rows, wanted, lifetimes):
-        if lifetimes is not None:
-            lifetimes = lifetimes[0], torch.full_like(lifetimes[1], INF)
-        return forward(side, lanes, ends, rows, wanted, lifetimes)
+    def immortal(*arguments):
+        plan = right(*arguments)
+        return plan._replace(death=torch.full_like(plan.death, INF))
 
-    monkeypatch.setattr(Side, "forward", immortal)
+    monkeypatch.setattr(iteration, "plan_states", immortal)
     setting = next(s for s in exactness_settings.settings() if s.name.startswith("block 4: near draft, batch 1"))
     outcome = exactness.run(dataclasses.replace(setting, numbers=tuple(range(10))), exactness.Natives())
     assert outcome.probs_differ == 10 and len(outcome.differences) > 3
@@ -151,7 +150,7 @@ def cases(draw) -> tuple[str | None, GenerationConfig, list[list[int]], list[int
         drafter=draw(st.sampled_from(("auto", "self") if draft is None else ("auto", "model", "self"))),
         lookahead=draw(st.integers(1, 4)),
         max_rows=draw(st.sampled_from((None, 0, 1, 8, 40, 200))),
-        order_power=draw(st.sampled_from((0.0, 0.5, 8.0))),
+        order_sharpness=draw(st.sampled_from((0.0, 0.5, 8.0))),
         draft_steps=draw(st.none() | st.integers(1, length)),
         end_token_ids=draw(st.sampled_from((None, (), (3, 17, 40)))),
     )

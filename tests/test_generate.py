@@ -12,9 +12,9 @@ import torch
 
 import byte_pair
 import simsd
-import simsd.decoding
 from replays import PROMPTS
 from simsd import GenerationConfig, SimsdError
+from simsd.decode.iteration import Parts, run_plan
 from simsd.seeds import sample_seed
 from small_tokenizers import for_stand_ins
 from stand_ins import MASK, disturbed, random_sdar
@@ -104,16 +104,16 @@ def test_deltas_of_text_are_together_the_result_s_text(target, draft, mode, stop
     assert any(result.text.strip("\ufffd").isascii() is False for result in results.values())
 
 
-def test_deltas_go_on_after_an_interrupt_and_end_with_a_cancelled_text(target, draft, monkeypatch):
-    decoder = simsd.Decoder(target, PROMPTS[2:4], draft, max_new_tokens=40, drafter="self", end_token_ids=())
-    forward, calls = simsd.side.Side.forward, itertools.count()
+def test_deltas_go_on_after_an_interrupt_and_end_with_a_cancelled_text(target, draft):
+    calls = itertools.count()
 
-    def failing(side, *arguments):
+    def failing(*call):
         if next(calls) in (3, 7):
             raise KeyboardInterrupt
-        return forward(side, *arguments)
+        return run_plan(*call)
 
-    monkeypatch.setattr(simsd.side.Side, "forward", failing)
+    config = simsd.GenerationConfig(max_new_tokens=40, drafter="self", end_token_ids=())
+    decoder = simsd.Decoder(target, PROMPTS[2:4], draft, config, parts=Parts(forward=failing))
     deltas, tokens = ["", ""], [[], []]
     for _ in range(3):
         try:

@@ -281,7 +281,7 @@ def test_every_prediction_is_of_a_case_that_is_measured():
     cases |= {f"{mode.name}, 64 rows" for mode in sampling.MODES}
     for model, shapes in linear.MATRICES.items():
         cases |= {f"{model} {name} {n} x {k}, {rows} rows" for name, (n, k) in shapes.items() for rows in linear.ROWS}
-    cases |= {"plan_block, batch 1, block 4", "block_verify.graph, batch 1, block 4"}
+    cases |= {"plan_block, batch 1, block 4", "verify_graph, batch 1, block 4"}
     cases |= {"exact-model, block 4, batch 1, wrong 0"}
     assert not {one.case for one in predictions.PREDICTIONS} - cases
 

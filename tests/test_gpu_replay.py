@@ -12,9 +12,10 @@ import simsd
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-from gpu.replay import Replay, Script, ScriptedTarget  # noqa: E402
+from gpu.replay import Replay, Script, scripted  # noqa: E402
 
 from gpu import end_to_end  # noqa: E402
+from simsd.decode.iteration import Parts  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -36,8 +37,9 @@ def test_replay_leaves_the_text_and_sets_the_acceptance(pair, verify):
     script = Script.recorded(native, target.block_length, CPU)
     shares, forwards = [], []
     for rate in RATES:
-        with Replay(script, rate, target.vocab_size, target.mask_token_id):
-            result = simsd.generate(target, PROMPT, draft, simsd.GenerationConfig(verify=verify, **settings))[0]
+        replay = Replay(script, rate, target.vocab_size, target.mask_token_id)
+        config = simsd.GenerationConfig(verify=verify, **settings)
+        result = decode(simsd.Decoder(target, PROMPT, draft, config, parts=replay.parts()))[0]
         assert result.tokens == native.tokens
         assert result.stats.draft_forwards > 0
         shares.append(result.stats.acceptance)
@@ -46,20 +48,17 @@ def test_replay_leaves_the_text_and_sets_the_acceptance(pair, verify):
     assert forwards == sorted(forwards) and forwards[0] < native.stats.target_forwards / 2
 
 
-def test_replay_puts_everything_back(pair):
-    from simsd import exact, side, temporal
-
-    script = Script.random(64, 4, 50, CPU)
-    before = exact.by_model, temporal.Temporal._draft, side.run
-    with ScriptedTarget(pair[0].model, script), Replay(script, 0.1, 50, 49):
-        assert exact.by_model is not before[0] and side.run is not before[2]
-    assert (exact.by_model, temporal.Temporal._draft, side.run) == before
+def decode(decoder: simsd.Decoder) -> list[simsd.Result]:
+    for _ in decoder:
+        pass
+    return decoder.results()
 
 
 def test_replay_refuses_to_draw(pair):
     config = simsd.GenerationConfig(temperature=0.5, drafter="model", max_new_tokens=8)
-    with Replay(Script.random(64, 4, 50, CPU), 0.1, 50, 49), pytest.raises(ValueError, match="a replay is greedy"):
-        simsd.generate(pair[0], PROMPT, pair[1], config)
+    parts = Replay(Script.random(64, 4, 50, CPU), 0.1, 50, 49).parts()
+    with pytest.raises(ValueError, match="a replay is greedy"):
+        decode(simsd.Decoder(pair[0], PROMPT, pair[1], config, parts=parts))
 
 
 def test_what_is_wrong_at_a_rate_is_wrong_at_larger_ones():
@@ -78,8 +77,7 @@ def test_scripted_target_writes_the_script_in_its_order(pair, batch):
     script.tokens[script.tokens == target.mask_token_id] = 5
     prompts = [[5, 6, 7, 8], [9] * 8, [4] * 4][:batch]
     config = simsd.GenerationConfig(verify="none", max_new_tokens=16, end_token_ids=())
-    with ScriptedTarget(target.model, script):
-        results = simsd.generate(target, prompts, None, config)
+    results = decode(simsd.Decoder(target, prompts, None, config, parts=Parts(forward=scripted(script))))
     for prompt, result in zip(prompts, results, strict=True):
         span = slice(len(prompt), len(prompt) + 16)
         assert result.tokens == script.tokens[span].tolist()

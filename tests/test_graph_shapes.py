@@ -36,7 +36,7 @@ def one_thread():
 def test_rows_of_native_forwards_are_the_block_and_what_it_commits(shapes):
     """9 prompt tokens and 4 + 4 + 4 of the answer: blocks of 3, 4 and 4 steps; two commits ride along."""
     target = random_sdar(0)
-    counter = shapes.RowCounter(target)
+    counter = shapes.RowCounter()
     config = simsd.GenerationConfig(max_new_tokens=11, block_length=4, verify="none", end_token_ids=())
     results, rows = shapes.decode(target, None, [list(range(1, 10))], config, counter)
     assert results[0].stats.target_forwards == counter.forwards == 11

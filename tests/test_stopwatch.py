@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import simsd
-from simsd import exact
-from simsd.policy import Line
+from simsd.decode.exchange import Report
+from simsd.engine.tuner import LatencyModel
 from simsd.stopwatch import Stopwatch
 from stand_ins import disturbed, random_sdar
 
@@ -61,19 +61,15 @@ def test_times_are_asked_for_after_the_iterations_one_read(monkeypatch, draft_st
             order.append("seconds")
             return 0.5
 
-    read = exact.Exact._read
-    monkeypatch.setattr("simsd.exact.Stopwatch", Watch)
-    monkeypatch.setattr("simsd.drafting.Stopwatch", Watch)
-    monkeypatch.setattr(exact.Exact, "_read", lambda *args: order.append("read") or read(*args))
+    read = Report.read
+    monkeypatch.setattr("simsd.engine.runner.Stopwatch", Watch)
+    monkeypatch.setattr(Report, "read", lambda *args, **named: order.append("read") or read(*args, **named))
     seen = []
-    monkeypatch.setattr(Line, "see", lambda line, rows, seconds: seen.append((rows, seconds)))
+    monkeypatch.setattr(LatencyModel, "observe", lambda model, rows, seconds: seen.append((rows, seconds)))
     settings = simsd.GenerationConfig(
         max_new_tokens=4, drafter="model", lookahead=1, draft_steps=draft_steps, max_rows=64
     )
     [result] = simsd.generate(random_sdar(0), [[1, 2, 3, 4]], disturbed(random_sdar(0)), settings)
-    forwards = result.stats.target_forwards + result.stats.draft_forwards
-    assert len(seen) == forwards and all(seconds == 0.5 and rows > 0 for rows, seconds in seen)
-    # One stop a draft forward, the read, the target's own stop, and only then the times.
-    first = order[: 2 * draft_steps + 4]
-    assert first[: draft_steps + 1] == ["stop"] * draft_steps + ["read"]
-    assert first[draft_steps + 1 : 2 * draft_steps + 3] == ["stop"] + ["seconds"] * (draft_steps + 1)
+    assert all(seconds in (0.5, 0.5 / draft_steps) and rows > 0 for rows, seconds in seen)
+    assert len(seen) == 2 * result.stats.target_forwards  # draft and target of each iteration
+    assert order[:5] == ["stop", "read", "stop", "seconds", "seconds"]

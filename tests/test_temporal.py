@@ -10,7 +10,7 @@ import torch
 import simsd
 from replays import PROMPTS, STRATEGIES, replay_simsd
 from simsd import GenerationConfig
-from simsd.side import Side
+from simsd.decode.iteration import Parts, run_plan
 from stand_ins import MASK, VOCABULARY, disturbed, random_sdar
 
 
@@ -122,13 +122,11 @@ def test_a_gated_end_token_still_makes_progress(target, draft, tail):
 @pytest.mark.parametrize("tail", ["target_argmax_all", "draft_argmax"])
 def test_a_tail_token_carries_its_own_probability(target, draft, tail):
     config = settings_for(max_new_tokens=4, rejected_tail=tail, accept="mrs", temperature=0.9, end_token_ids=())
-    decoder = simsd.Decoder(target, [PROMPTS[3]], draft, config)
     seen = []
-    forward = Side.forward
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Side, "forward", lambda side, *a: seen.append(forward(side, *a)) or seen[-1])
-        list(decoder)
-    logits = seen[-1][0] / 0.9  # the last forward is the target's
+    watch = Parts(forward=lambda *call: seen.append(run_plan(*call)) or seen[-1])
+    decoder = simsd.Decoder(target, [PROMPTS[3]], draft, config, parts=watch)
+    list(decoder)
+    logits = seen[-1] / 0.9
     logits[:, MASK] = -math.inf
     result = decoder.result()
     expected = logits.softmax(-1)[torch.arange(4), result.tokens]
@@ -141,15 +139,13 @@ def test_a_token_in_a_gated_end_token_s_place_carries_its_probability_among_all_
     """End tokens, which it was chosen without, and the temperature count in it as they do elsewhere."""
     ends = [i for i in range(VOCABULARY) if i != MASK][:60]
     config = settings_for(temperature=temperature, end_token_ids=ends, end_gate=1.0)
-    decoder = simsd.Decoder(target, [PROMPTS[3]], draft, config)
     seen = []
-    forward = Side.forward
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Side, "forward", lambda side, *a: seen.append(forward(side, *a)) or seen[-1])
-        next(iter(decoder))
+    watch = Parts(forward=lambda *call: seen.append(run_plan(*call)) or seen[-1])
+    decoder = simsd.Decoder(target, [PROMPTS[3]], draft, config, parts=watch)
+    next(iter(decoder))
     result = decoder.result()
     assert result.origins == ["bonus"] and result.tokens[0] not in ends
-    logits = seen[-1][0][0] / (temperature or 1.0)
+    logits = seen[-1][0] / (temperature or 1.0)
     logits[MASK] = -math.inf
     expected = logits.softmax(-1)[result.tokens[0]].item()
     assert result.probs == pytest.approx([expected], rel=1e-4) and expected < 0.2

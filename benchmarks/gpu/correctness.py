@@ -50,7 +50,9 @@ def test(bench: Bench) -> None:
 
 def test_triton(bench: Bench) -> None:
     """The Triton kernels; in a rehearsal in its interpreter, and only the cheapest of them."""
-    chosen = ("store_kv",) if bench.tiny else ops()
+    from simsd_kernels import dispatch
+
+    chosen = ("store_kv",) if bench.tiny else tuple(filter(dispatch.has_triton, ops()))
     settle(bench, {op: lambda op=op: tests_of(bench, op, "triton") for op in chosen})
 
 

@@ -15,13 +15,13 @@ from torch import Tensor
 
 import simsd
 from simsd.benchmarking import MODES, ForwardClock
-from simsd.models import forward
+from simsd.models import runner
 from simsd.models.loading import LoadedModel
 from simsd.models.sdar import SDARConfig
 from simsd.models.weights import assemble, skeleton
 
 from .contest import Bench, alive, in_one_line
-from .replay import Replay, Script, ScriptedTarget
+from .replay import Replay, Script, scripted
 
 LABEL = "random weights, simulated acceptance"
 MASK_ID = 151669
@@ -69,8 +69,7 @@ def run(bench: Bench) -> None:
     forward_times(bench, plan, target, draft)
     for length in plan.lengths:
         for batch in plan.batches:
-            with ScriptedTarget(target.model, script := _script(plan, length, target)):
-                decode_all(bench, plan, target, draft, script, length, batch)
+            decode_all(bench, plan, target, draft, _script(plan, length, target), length, batch)
 
 
 def _script(plan: Plan, length: int, target: LoadedModel) -> Script:
@@ -122,12 +121,17 @@ def decode_all(bench, plan: Plan, target, draft, script: Script, length: int, ba
 
         def once(new: int, config=config, mode=mode, rate=rate) -> tuple[float, list]:
             config = dataclasses.replace(config, max_new_tokens=new)
-            with Replay(script, rate, target.mask_token_id, target.mask_token_id):
-                bench.sync()
-                began = time.perf_counter()
-                results = simsd.generate(target, prompts, None if mode == NATIVE else draft, config, max_batch=batch)
-                bench.sync()
-                return time.perf_counter() - began, results
+            replay = Replay(script, rate, target.mask_token_id, target.mask_token_id)
+            parts = replay.parts(forward=scripted(script))
+            bench.sync()
+            began = time.perf_counter()
+            decoder = simsd.Decoder(
+                target, prompts, None if mode == NATIVE else draft, config, parts=parts, max_batch=batch
+            )
+            for _ in decoder:
+                pass
+            bench.sync()
+            return time.perf_counter() - began, decoder.results()
 
         try:
             with DenseAttention() if published else contextlib.nullcontext():
@@ -172,14 +176,15 @@ def _row(case: str, seconds: float, results: list, script: Script, plan: Plan) -
 
 
 class DenseAttention:
-    """While it is entered, forwards attend by sdpa with a dense mask, built once a forward: the published path."""
+    """While it is entered, decoders that are made attend by sdpa with a dense mask, built once a forward: the
+    published path."""
 
     def __enter__(self) -> None:
-        self.unchecked, self.seen = forward.unchecked, None
-        forward.unchecked = lambda *_: self.attend
+        self.unchecked, self.seen = runner.unchecked, None
+        runner.unchecked = lambda *_: self.attend
 
     def __exit__(self, *_) -> None:
-        forward.unchecked = self.unchecked
+        runner.unchecked = self.unchecked
 
     def attend(self, q, k, v, clock, birth, death, kv_len=None, scale=None) -> Tensor:
         if self.seen is None or self.seen[0] is not clock:

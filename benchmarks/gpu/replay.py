@@ -2,18 +2,21 @@
 
 Acceptance belongs to a pair of trained models. Where there is none, `Replay` keeps every forward of the draft model and
 puts another proposal in the place of the one that they led to: the text that native decoding gives, with each token
-wrong at a given rate. `ScriptedTarget` gives a target of random weights such a text in the first place, whatever
-rounding does: after each real forward the script's token gets the largest logit.
+wrong at a given rate. `scripted` gives a target of random weights such a text in the first place, whatever rounding
+does: after each real forward the script's token gets the largest logit.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from simsd import exact, side, temporal
+from simsd.decode.draft import by_model
+from simsd.decode.iteration import Parts, run_plan
+from simsd.decode.temporal import draft_blocks
 
 STEP = 8.0  # log-odds between positions that are revealed one after the other; exact in bf16 behind BASE
 BASE = 1024.0
@@ -53,8 +56,22 @@ class Script:
         return torch.where(chance < rate, other, self.tokens)
 
 
+def scripted(script: Script) -> Callable[..., Tensor]:
+    """The target's forward (`Parts.forward`) of greedy decoding that writes `script`, in its order; every forward is a
+    real one, and a few small kernels more."""
+    surest = BASE + STEP * (63 - script.rank).to(torch.float32)
+
+    def forward(target, plan, slots, shape) -> Tensor:
+        logits = run_plan(target, plan, slots, shape)
+        places = plan.positions.flatten()[plan.logits_index[: len(logits)]].long().clamp(0, len(surest) - 1)
+        return logits.scatter_(1, script.tokens[places][:, None], surest[places][:, None].to(logits.dtype))
+
+    return forward
+
+
 class Replay:
-    """While it is entered, the draft model's proposals are `script` with a share `rate` of its tokens wrong.
+    """Proposals that are `script` with a share `rate` of its tokens wrong, in place of those that the draft model's
+    forwards led to: `parts` for a decoder.
 
     In the exact verifier the draft then knows the order of the script and is as sure of each token as the rate allows;
     in the temporal one its own order stays. Greedy decoding only.
@@ -64,79 +81,39 @@ class Replay:
         self.script, self.rate = script, rate
         self.drafted = script.corrupted(rate, vocabulary, mask_id)
 
-    def __enter__(self) -> Replay:
-        self._by_model, self._draft = exact.by_model, temporal.Temporal._draft
-        exact.by_model = self.by_model
-        temporal.Temporal._draft = lambda loop, known: self.temporal_draft(loop, known)
-        return self
+    def parts(self, **others) -> Parts:
+        return Parts(proposer=self.propose, drafter=self.draft, **others)
 
-    def __exit__(self, *_) -> None:
-        exact.by_model, temporal.Temporal._draft = self._by_model, self._draft
-
-    def by_model(self, drafter, lanes, proposal, depths, sampler, times) -> list[int]:
-        """`simsd.drafting.by_model`, its blocks replaced afterwards."""
-        if proposal.logits is not None:
+    def propose(self, slots, commands, draft, shape) -> None:
+        """`simsd.decode.draft.by_model`, its blocks replaced afterwards."""
+        if shape.noise:
             raise ValueError("a replay is greedy: the target would draw from the draft's own logits")
-        before = list(proposal.depths)
-        counts = self._by_model(drafter, lanes, proposal, depths, sampler, times)
-        for k in range(max(proposal.depths, default=0)):
-            chosen = [lane for lane, depth in enumerate(proposal.depths) if depth > k >= before[lane]]
-            if chosen:
-                self._replace(lanes, proposal, torch.tensor(chosen, device=lanes.device), k)
-        return counts
+        before = slots.proposal_depth.clone()
+        by_model(slots, commands, draft, shape)
+        shown = slots.bits_in(slots.revealed)
+        for k in range(shape.draft_blocks):
+            places = self._places(slots, k)
+            token, rank = self.drafted[places], self.script.rank[places]
+            new = ((before <= k) & (slots.proposal_depth > k))[:, None]
+            if k == 0:
+                new = new & ~shown
+            for mine, value in (
+                (slots.draft_tokens, token),
+                (slots.draft_prob, min(1.0 - self.rate, 0.999)),
+                (slots.draft_log_odds, -STEP * rank.float()),
+                (slots.draft_entropy, 0.01 * (1.0 + rank.float())),
+            ):
+                mine[:, k] = torch.where(new, value, mine[:, k])
 
-    def _replace(self, lanes, proposal, at: Tensor, k: int) -> None:
-        places = self._places(lanes)[at] + k * lanes.length
-        places = places.clamp(max=len(self.drafted) - 1)
-        token, rank = self.drafted[places], self.script.rank[places]
-        if k == 0:
-            token = torch.where(lanes.shown[at], lanes.block(0)[at], token)
-        proposal.clean[at, k] = token
-        proposal.prob[at, k] = min(1.0 - self.rate, 0.999)
-        proposal.log_odds[at, k] = -STEP * rank.float()
-        proposal.entropy[at, k] = 0.01 * (1.0 + rank.float())
-
-    @staticmethod
-    def _places(lanes) -> Tensor:
-        """int64 [B, L], the positions of the current block."""
-        return lanes.start.clamp(min=0).long()[:, None] + lanes.index.long()
-
-    def temporal_draft(self, loop, known: list[int]):
-        """`Temporal._draft`, what it revealed replaced afterwards."""
-        drafts, lanes = self._draft(loop, known), loop.lanes
-        places = self._places(lanes).clamp(max=len(self.drafted) - 1)
-        fixed = lanes.index < torch.tensor(known, device=lanes.device)[:, None]
-        mine = lanes.bits_in(drafts.revealed) & ~fixed
-        drafts.tokens = torch.where(mine, self.drafted[places], drafts.tokens)
-        return drafts
-
-
-class ScriptedTarget:
-    """While it is entered, greedy decoding with `model` writes `script`, in its order; every forward is a real one, and
-    one small kernel more."""
-
-    def __init__(self, model, script: Script) -> None:
-        self.model, self.script = model, script
-        self.logits = BASE + STEP * (63 - script.rank).to(torch.float32)
-
-    def __enter__(self) -> ScriptedTarget:
-        self._run = side.run
-        side.run = self.run
-        return self
-
-    def __exit__(self, *_) -> None:
-        side.run = self._run
-
-    @torch.inference_mode()
-    def run(self, model, tokens, positions, *rest) -> Tensor | None:
-        """`simsd.models.forward.run`: rest = clock, birth, death, cache, slots[, logits_rows[, packing]]."""
-        logits = self._run(model, tokens, positions, *rest)
-        if logits is None or model is not self.model:
-            return logits
-        asked, packing = (*rest[5:], None, None)[:2]
-        places = positions if packing is None else packing.pack(positions)
-        places = places if asked is None else places.index_select(1, asked)
-        places = places.long().clamp(0, len(self.logits) - 1)
-        return logits.scatter_(
-            2, self.script.tokens[places][..., None], self.logits[places][..., None].to(logits.dtype)
+    def draft(self, slots, commands, draft, shape):
+        """`simsd.decode.temporal.draft_blocks`, what it revealed replaced afterwards."""
+        drafts = draft_blocks(slots, commands, draft, shape)
+        mine = drafts.step_map > 0
+        return dataclasses.replace(
+            drafts, tokens=torch.where(mine, self.drafted[self._places(slots, 0)], drafts.tokens)
         )
+
+    def _places(self, slots, block: int) -> Tensor:
+        """int64 [B, L], the positions of a block, counted from the current one."""
+        first = slots.start.clamp(min=0) + block * slots.length
+        return slots.span(first).long().clamp(max=len(self.drafted) - 1)

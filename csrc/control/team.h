@@ -242,9 +242,8 @@ struct Warp {
 
     template <typename Work>
     static SIMSD_CONTROL void grid(int rows, int columns, Work work) {
-        range(int64_t{rows} * columns, [&](int64_t n) {
-            work(static_cast<int>(n / columns), static_cast<int>(n % columns));
-        });
+        range(int64_t{rows} * columns,
+              [&](int64_t n) { work(static_cast<int>(n / columns), static_cast<int>(n % columns)); });
     }
 
     template <typename Holds>

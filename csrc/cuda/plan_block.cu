@@ -1,19 +1,19 @@
 // plan_block: from drafted blocks to the rows of one exact verification forward.
 //
-// Data path. One warp per slot grows its graph of states (control/plan/growth.h), its candidates in global memory, which
-// the L2 cache holds; a warp cuts the graphs to what the batch may have (control/plan/cut.h); one warp per slot writes
-// its rows (control/plan/layout.h). That is three launches where the draft's statistics are given. Where states have
-// draws of their own, every one must be drawn before it can be expanded: sample_logits draws the masked positions of
-// every slot's newest state, `step` expands it and asks for the next, C - 1 times whatever the graphs turn out to be. A
-// slot whose states share their draws (no temperature, or `sequential`) goes on as far as what it has leads.
+// Data path. One warp per slot grows its graph of states (control/plan/growth.h), its candidates in global memory,
+// which the L2 cache holds; a warp cuts the graphs to what the batch may have (control/plan/cut.h); one warp per slot
+// writes its rows (control/plan/layout.h). That is three launches where the draft's statistics are given. Where states
+// have draws of their own, every one must be drawn before it can be expanded: sample_logits draws the masked positions
+// of every slot's newest state, `step` expands it and asks for the next, C - 1 times whatever the graphs turn out to
+// be. A slot whose states share their draws (no temperature, or `sequential`) goes on as far as what it has leads.
 //
 // A block is one warp; that one is to fit on a multiprocessor keeps the compiler from spilling registers.
 //
-// Floor. Latency: a round is some ten trips of one warp to the L2 cache and an exponential or two, about 3 us; 15 rounds
-// 45 us, all slots at a time. Outputs of 8 slots of 31 states, L = 16, 8k KV slots are 0.65 MB, 0.2 us at 3.35 TB/s.
-#include "cuda/plan_block.h"
-
+// Floor. Latency: a round is some ten trips of one warp to the L2 cache and an exponential or two, about 3 us; 15
+// rounds 45 us, all slots at a time. Outputs of 8 slots of 31 states, L = 16, 8k KV slots are 0.65 MB, 0.2 us at 3.35
+// TB/s.
 #include "cuda/launch.h"
+#include "cuda/plan_block.h"
 
 namespace simsd::control {
 namespace {
@@ -71,9 +71,9 @@ __global__ void __launch_bounds__(WARP, 1) step(const PlanWork w) {
         if (!growth.expands()) continue;
         const int64_t block = blocks + growth.progress().block;
         if (shares ? !d.ready[block] : !drawn) break;
-        growth.expand(shares ? proposal_at(d.shared_token, d.shared_prob, d.shared_log_odds, d.shared_entropy,
-                                           block * p.length)
-                             : proposal_at(d.token, d.prob, d.log_odds, d.entropy, first));
+        growth.expand(
+            shares ? proposal_at(d.shared_token, d.shared_prob, d.shared_log_odds, d.shared_entropy, block * p.length)
+                   : proposal_at(d.token, d.prob, d.log_odds, d.entropy, first));
     }
     const Progress now = growth.progress();
     Warp::sync();

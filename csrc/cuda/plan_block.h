@@ -7,8 +7,8 @@
 
 namespace simsd::control {
 
-// What is drawn for a slot's newest state, contiguous [B, L], and what tells one draw from another; `shared`, [B, K, L]:
-// draws of blocks whose states share them.
+// What is drawn for a slot's newest state, contiguous [B, L], and what tells one draw from another; `shared`, [B, K,
+// L]: draws of blocks whose states share them.
 struct GrowthDraws {
     sample::PerRow<float> temperature;  // [B]
     bool seeded;                        // without a seed every draw is the argmax

@@ -1,9 +1,9 @@
 // propose_block: what a draft's logits for one block propose.
 //
-// Data path. `prepare_block` gives every masked position the row of its logits and the key of its noise; sample_logits draws
-// there; `settle`, one warp per slot with two positions per lane, takes the draws. With noise a slot reveals some of
-// them by its rule and draws the others again, which is L rounds of both, as the host does not ask how many steps the
-// slots' schedules have: a round in which a slot has nothing left to draw reads no logits for it.
+// Data path. `prepare_block` gives every masked position the row of its logits and the key of its noise; sample_logits
+// draws there; `settle`, one warp per slot with two positions per lane, takes the draws. With noise a slot reveals some
+// of them by its rule and draws the others again, which is L rounds of both, as the host does not ask how many steps
+// the slots' schedules have: a round in which a slot has nothing left to draw reads no logits for it.
 //
 // Floor. Without noise that of sample_logits on B x L rows: 64 x 4 rows x 151,936 x 2 bytes = 78 MB, 23 us at 3.35
 // TB/s, and one launch of some 3 us. With noise the rows still masked are read again in each round, from the L2 cache

@@ -8,19 +8,23 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from simsd.config import GenerationConfig
-    from simsd.decoding import Decoder, generate, stream
+    from simsd.config import EngineConfig, GenerationConfig, SamplingParams
+    from simsd.engine.decoder import Decoder, generate, stream
+    from simsd.engine.engine import Engine
+    from simsd.engine.request import Update
     from simsd.errors import SimsdError
     from simsd.hf import hf_generate
     from simsd.models.loading import LoadedModel, load
     from simsd.results import Result, Stats
-    from simsd.sequences import Update
 
 __all__ = [
     "Decoder",
+    "Engine",
+    "EngineConfig",
     "GenerationConfig",
     "LoadedModel",
     "Result",
+    "SamplingParams",
     "SimsdError",
     "Stats",
     "Update",
@@ -31,17 +35,20 @@ __all__ = [
 ]
 
 _MODULES = {
-    "Decoder": "simsd.decoding",
+    "Decoder": "simsd.engine.decoder",
+    "Engine": "simsd.engine.engine",
+    "EngineConfig": "simsd.config",
     "GenerationConfig": "simsd.config",
     "LoadedModel": "simsd.models.loading",
     "Result": "simsd.results",
+    "SamplingParams": "simsd.config",
     "SimsdError": "simsd.errors",
     "Stats": "simsd.results",
-    "Update": "simsd.sequences",
-    "generate": "simsd.decoding",
+    "Update": "simsd.engine.request",
+    "generate": "simsd.engine.decoder",
     "hf_generate": "simsd.hf",
     "load": "simsd.models.loading",
-    "stream": "simsd.decoding",
+    "stream": "simsd.engine.decoder",
 }
 
 

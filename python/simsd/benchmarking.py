@@ -9,15 +9,15 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from simsd import layouts, tasks
+from simsd import tasks
 from simsd.config import GenerationConfig
-from simsd.decoding import Decoder
+from simsd.decode.rows import SCRATCH_ALIGNMENT, aligned
+from simsd.engine.decoder import Decoder
+from simsd.engine.request import Update
 from simsd.errors import SimsdError
-from simsd.models.cache import BlockCache
-from simsd.models.forward import run
 from simsd.models.loading import LoadedModel
+from simsd.models.runner import ModelRunner
 from simsd.results import Result
-from simsd.sequences import Update
 from simsd_kernels import INF
 
 NATIVE = "native"
@@ -104,26 +104,27 @@ class ForwardClock:
     REPEATS = 3
 
     def __init__(self, model: LoadedModel, length: int, capacity: int) -> None:
-        self.model, self.length = model, length
-        self.scratch = layouts.aligned(capacity, layouts.SCRATCH_ALIGNMENT)
-        self.cache = BlockCache(model.config, 1, self.scratch + length, model.dtype, model.device)
-        self.cache.keys.normal_()  # untouched zeros may all be one page of memory
-        self.cache.values.normal_()
-        self.index = torch.arange(self.scratch + length, dtype=torch.int32, device=model.device)[None]
+        scratch = aligned(capacity, SCRATCH_ALIGNMENT)
+        self.runner = ModelRunner(model, 1, scratch + length, scratch)
+        for values in (self.runner.cache.keys, self.runner.cache.values):
+            values.normal_()  # untouched zeros may all be one page of memory
+        self.index = torch.arange(scratch + length, dtype=torch.int32, device=model.device)[None]
         self.rows = self.index[:, :length]
         self.tokens = self.rows.long() % model.vocab_size
+        self.wanted = torch.arange(length, device=model.device)
 
     def seconds(self, context: int) -> float:
         """Median of a few forwards behind `context` tokens, one before them thrown away."""
-        birth = torch.where((self.index < context) | (self.index >= self.scratch), 0, INF).to(torch.int32)
+        scratch, device = self.runner.scratch, self.runner.device
+        birth = torch.where((self.index < context) | (self.index >= scratch), 0, INF).to(torch.int32)
         death = torch.full_like(birth, INF)
-        clock, slots, positions = torch.zeros_like(self.rows), self.rows + self.scratch, self.rows + context
+        clock, slots, positions = torch.zeros_like(self.rows), self.rows + scratch, self.rows + context
         taken = []
         for _ in range(1 + self.REPEATS):
             began = time.perf_counter()
-            run(self.model.model, self.tokens, positions, clock, birth, death, self.cache, slots)
-            if self.model.device.type == "cuda":
-                torch.cuda.synchronize(self.model.device)
+            self.runner.forward(self.tokens, positions, slots, clock, birth, death, self.wanted)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
             taken.append(time.perf_counter() - began)
         return statistics.median(taken[1:])
 
@@ -154,7 +155,7 @@ def compare(
 
     def decoder(mode: str, chosen: Sequence[int], batch: int) -> Decoder:
         texts, noise = [prompts[i] for i in chosen], [seeds[i] for i in chosen]
-        return Decoder(target, texts, draft, configs[mode], noise, batch)
+        return Decoder(target, texts, draft, configs[mode], noise, max_batch=batch)
 
     everything = range(len(items))
     checked = [decoder(mode, everything, 1) for mode in modes]
@@ -169,7 +170,7 @@ def compare(
         for i in chosen:
             turns = {mode: _next_result(updates[mode]) for mode in _rotated(modes, i)}
             results, seconds = _columns(modes, turns)
-            context = layouts.aligned(len(prompts[i]) + len(results[NATIVE].tokens) // 2, checked[0].block_length)
+            context = aligned(len(prompts[i]) + len(results[NATIVE].tokens) // 2, checked[0].block_length)
             yield Measurement(items[i], results, seconds, *(clock.seconds(context) for clock in clocks))
         for batch in batches:
             for again in range(ROUNDS):

@@ -1,11 +1,11 @@
-"""What to generate and how: one frozen dataclass, checked when it is made."""
+"""What to generate and how: frozen dataclasses, checked when they are made."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from simsd.errors import SimsdError
 from simsd.values import is_integer, is_list, plain
@@ -21,26 +21,26 @@ INT32_MAX = 2**31 - 1
 # Logits divided by it stay finite in float32: those of float16 models (65504 at most) and far beyond.
 MIN_TEMPERATURE = 1e-30
 MAX_FLOAT32 = 3.4028234663852886e38
+MAX_BATCH = 8
 # The settings that are numbers >= 0, and the largest value of each.
 _NUMBERS = {
     "threshold": 1.0,
     "entropy_bound": MAX_FLOAT32,
     "temperature": MAX_FLOAT32,
     "top_p": 1.0,
-    "order_power": MAX_FLOAT32,
+    "order_sharpness": MAX_FLOAT32,
     "end_gate": 1.0,
 }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerationConfig:
-    """Settings of one generation; a bad value raises `SimsdError` with the allowed ones.
-
-    Numbers may be numpy's or torch's, lists may be arrays or tensors; kept are Python's ints, floats and tuples.
+class SamplingParams:
+    """What one request may ask for; requests of one engine may differ in all of it. A bad value raises `SimsdError`
+    with the allowed ones. Numbers may be numpy's or torch's, lists may be arrays or tensors; kept are Python's ints,
+    floats and tuples.
 
     Attributes:
         max_new_tokens: tokens to return at most; whole blocks are decoded and the last one is cut.
-        block_length: tokens per block, None for the target's own.
         steps: denoising steps T per block, 1 <= T <= block length; None for one token per step.
         strategy: which masked positions a step reveals (SDAR's four rules).
         threshold: probability above which `low_confidence_dynamic` reveals a position.
@@ -48,11 +48,8 @@ class GenerationConfig:
         temperature: 0 is greedy; statistics and confidences are then taken at temperature 1. Else 1e-30 or more.
         top_k: ids kept before drawing (ties with the k-th stay), 0 for all.
         top_p: probability mass kept before drawing, 1.0 for all.
-        seed: of the counter-based noise: an int for every prompt, one int per prompt, or None, which draws one for each
-            prompt from the operating system. `Result.seed` tells which it was. Equal seed, prompt and settings give
-            equal texts, whatever else is in the batch.
-        n: samples per prompt. Sample 0 has the prompt's seed, sample i the seed Philox(seed, i) (see
-            `simsd.seeds.sample_seed`). Results come prompt by prompt: sample i of prompt p is number p * n + i.
+        seed: of the counter-based noise; None draws one from the operating system. `Result.seed` tells which it was.
+            Equal seed, prompt and settings give equal texts, whatever else is in the batch.
         stop: strings before the first of which, by its place in the text, the text ends, or one string. They are looked
             for in the text of committed tokens, in which special tokens have none (see `end_token_ids`), and where they
             stand in it does not depend on tokens, blocks or who drafts. `Result.tokens` goes on to the token that
@@ -62,14 +59,10 @@ class GenerationConfig:
         drafter: who drafts for "exact": "model" (the draft model), "self" (the target's own logits for the state
             before) or "auto" (whichever pays, block by block, or neither; "self" where there is no draft model). Never
             changes the text.
-        lookahead: blocks that one exact verification may go through, the current one included; "auto" takes fewer where
-            that pays.
-        max_rows: rows that one exact verification may add for drafted states, over the whole batch (rows of current
-            states and of commits come on top); None for what the measured time of a row is worth.
-        order_power: how far the draft's confidence is believed to tell the order in which the target reveals: a
-            position that it ranks x lower in log-odds is exp(-order_power * x) times as likely to be next. Large values
-            leave a chain of states, 0 takes every order for equally likely. None: 0.25 for the draft model, 1 for the
-            target's own logits.
+        order_sharpness: how far the draft's confidence is believed to tell the order in which the target reveals: a
+            position that it ranks x lower in log-odds is exp(-order_sharpness * x) times as likely to be next. Large
+            values leave a chain of states, 0 takes every order for equally likely. None: 0.25 for the draft model, 1
+            for the target's own logits.
         accept: "match" (the target's own token, greedy or with shared noise) or "mrs" (modified rejection sampling,
             "temporal" only).
         rejected_tail: what becomes of a drafted block after its first rejected position, "temporal" only:
@@ -84,7 +77,6 @@ class GenerationConfig:
     """
 
     max_new_tokens: int = 256
-    block_length: int | None = None
     steps: int | None = None
     strategy: str = "low_confidence_static"
     threshold: float = 0.85
@@ -92,14 +84,11 @@ class GenerationConfig:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
-    seed: int | Sequence[int] | None = 0
-    n: int = 1
+    seed: int | None = 0
     stop: str | Sequence[str] = ()
     verify: str = "exact"
     drafter: str = "auto"
-    lookahead: int = 2
-    max_rows: int | None = None
-    order_power: float | None = None
+    order_sharpness: float | None = None
     accept: str = "match"
     rejected_tail: str = "truncate"
     draft_steps: int | None = None
@@ -107,27 +96,20 @@ class GenerationConfig:
     end_token_ids: int | Sequence[int] | None = None
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, plain(getattr(self, field.name)))
+        _plain_values(self)
         _one_of("strategy", self.strategy, STRATEGIES)
         _one_of("verify", self.verify, VERIFIERS)
         _one_of("drafter", self.drafter, DRAFTERS)
-        integer("lookahead", self.lookahead, 1, MAX_LOOKAHEAD)
         _one_of("accept", self.accept, RULES)
         _one_of("rejected_tail", self.rejected_tail, REJECTED_TAILS)
         integer("max_new_tokens", self.max_new_tokens, 0)
-        integer("n", self.n, 1)
-        if self.block_length is not None:
-            integer("block_length", self.block_length, 1, MAX_BLOCK_LENGTH)
         for name in ("steps", "draft_steps"):
             if getattr(self, name) is not None:
-                integer(name, getattr(self, name), 1, self.block_length or MAX_BLOCK_LENGTH)
-        for name in ("top_k", "max_rows"):
-            if getattr(self, name) is not None or name == "top_k":
-                integer(name, getattr(self, name), 0)
-                object.__setattr__(self, name, min(getattr(self, name), INT32_MAX))  # more than there can be
+                integer(name, getattr(self, name), 1, getattr(self, "block_length", None) or MAX_BLOCK_LENGTH)
+        integer("top_k", self.top_k, 0)
+        object.__setattr__(self, "top_k", min(self.top_k, INT32_MAX))  # more than there can be
         for name, high in _NUMBERS.items():
-            if getattr(self, name) is not None or name != "order_power":
+            if getattr(self, name) is not None or name != "order_sharpness":
                 _number(name, getattr(self, name), high)
                 object.__setattr__(self, name, float(getattr(self, name)))
         if self.top_p == 0.0:
@@ -137,10 +119,7 @@ class GenerationConfig:
 
     def _set_lists(self) -> None:
         """Checks what may be a list, and keeps it as a tuple."""
-        seed = _tuple("seed", self.seed, "a list of integers") if is_list(self.seed) else self.seed
-        seeds = seed if isinstance(seed, tuple) else () if seed is None else (seed,)
-        for value in seeds:
-            integer("seed", value, -(2**63), 2**63 - 1, "an integer {}, one per prompt, or None")
+        self._set_seed()
         ends = (self.end_token_ids,) if is_integer(self.end_token_ids) else self.end_token_ids
         if ends is not None:
             ends = _tuple("end_token_ids", ends, "a list of token ids")
@@ -150,8 +129,12 @@ class GenerationConfig:
         stop = _tuple("stop", stop, "a list of strings")
         if not all(isinstance(string, str) and string for string in stop):
             raise SimsdError(f"stop must be a list of strings, none of them empty, got {self.stop!r:.80}")
-        for name, value in (("seed", seed), ("end_token_ids", ends), ("stop", stop)):
+        for name, value in (("end_token_ids", ends), ("stop", stop)):
             object.__setattr__(self, name, value)
+
+    def _set_seed(self) -> None:
+        if self.seed is not None:
+            integer("seed", self.seed, -(2**63), 2**63 - 1, "an integer {} or None")
 
     def _refuse_temporal_settings(self) -> None:
         """An exact verifier that took them silently would not do what was asked."""
@@ -178,6 +161,76 @@ class GenerationConfig:
         base, extra = divmod(block_length, self.block_steps(block_length))
         return [base + (step < extra) for step in range(self.block_steps(block_length))]
 
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """What is fixed for all requests of an engine.
+
+    Attributes:
+        block_length: tokens per block, None for the target's own.
+        lookahead: blocks that one exact verification may go through, the current one included; "auto" takes fewer where
+            that pays.
+        max_rows: rows that one exact verification may add for drafted states, over the whole batch (rows of current
+            states and of commits come on top); None for what the measured time of a row is worth.
+        max_batch: requests to decode at a time; texts do not depend on it.
+        max_length: tokens of the longest sequence, its prompt included; None: 4096, or what the models' positions allow
+            where that is less. Keys and values take memory for max_batch times as many.
+        prefill_rows: prompt tokens of one request that may ride along with an iteration; longer prompts go ahead, in
+            chunks of as many.
+    """
+
+    block_length: int | None = None
+    lookahead: int = 2
+    max_rows: int | None = None
+    max_batch: int = MAX_BATCH
+    max_length: int | None = None
+    prefill_rows: int = 2048
+
+    def __post_init__(self) -> None:
+        _plain_values(self)
+        integer("lookahead", self.lookahead, 1, MAX_LOOKAHEAD)
+        integer("max_batch", self.max_batch, 1)
+        integer("prefill_rows", self.prefill_rows, MAX_BLOCK_LENGTH if self.block_length is None else self.block_length)
+        if self.block_length is not None:
+            integer("block_length", self.block_length, 1, MAX_BLOCK_LENGTH)
+        if self.max_length is not None:
+            integer("max_length", self.max_length, 1)
+        if self.max_rows is not None:
+            integer("max_rows", self.max_rows, 0)
+            object.__setattr__(self, "max_rows", min(self.max_rows, INT32_MAX))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerationConfig(EngineConfig, SamplingParams):
+    """Settings of one generation: those of `SamplingParams`, the same for every prompt, and those of `EngineConfig`.
+
+    Attributes:
+        seed: an int for every prompt, one int per prompt, or None, which draws one for each prompt from the operating
+            system.
+        n: samples per prompt. Sample 0 has the prompt's seed, sample i the seed Philox(seed, i) (see
+            `simsd.seeds.sample_seed`). Results come prompt by prompt: sample i of prompt p is number p * n + i.
+    """
+
+    seed: int | Sequence[int] | None = 0
+    n: int = 1
+
+    def __post_init__(self) -> None:
+        EngineConfig.__post_init__(self)
+        SamplingParams.__post_init__(self)
+        integer("n", self.n, 1)
+
+    def _set_seed(self) -> None:
+        seed = _tuple("seed", self.seed, "a list of integers") if is_list(self.seed) else self.seed
+        for value in seed if isinstance(seed, tuple) else () if seed is None else (seed,):
+            integer("seed", value, -(2**63), 2**63 - 1, "an integer {}, one per prompt, or None")
+        object.__setattr__(self, "seed", seed)
+
+    def engine(self, **changes: Any) -> EngineConfig:
+        return EngineConfig(**_fields_of(EngineConfig, self) | changes)
+
+    def sampling(self, seed: int | None) -> SamplingParams:
+        return SamplingParams(**_fields_of(SamplingParams, self) | {"seed": seed})
+
     def seeds(self, prompts: int) -> list[int]:
         """The seed of every sample of `prompts` prompts, prompt by prompt."""
         from simsd.seeds import fresh_seed, sample_seed  # loads torch, which the command line's help does without
@@ -193,10 +246,14 @@ class GenerationConfig:
         return [sample_seed(seed, i) for seed in seeds for i in range(self.n)]
 
 
+Config = TypeVar("Config", EngineConfig, SamplingParams, GenerationConfig)
+
+
 def config_with(
-    config: GenerationConfig | Mapping[str, Any] | None, settings: Mapping[str, Any], others: Sequence[str] = ()
-) -> GenerationConfig:
-    """`config` (None: the defaults) with `settings` in place of its own.
+    config: object, settings: Mapping[str, Any], others: Sequence[str] = (), kind: type[Config] = GenerationConfig
+) -> Config:
+    """`config` (of `kind`, a dict of its fields, or None: the defaults) with `settings` in place of its own. A
+    `GenerationConfig` is taken for what of it `kind` has.
 
     Args:
         others: names that a caller takes besides settings, for the sake of those who misspell them.
@@ -204,17 +261,19 @@ def config_with(
     Raises:
         SimsdError: an unknown setting, with those that it may have been meant for; a bad value; no config.
     """
-    if config is not None and not isinstance(config, GenerationConfig | Mapping):
-        kind = f"{type(config).__module__.partition('.')[0]}.{type(config).__qualname__}"
-        raise SimsdError(f"config must be a simsd.GenerationConfig, a dict of settings or None, got {kind}")
-    names = [field.name for field in dataclasses.fields(GenerationConfig)]
+    if isinstance(config, GenerationConfig) and kind is not GenerationConfig:
+        config = config.engine() if kind is EngineConfig else config.sampling(config.seed)
+    if config is not None and not isinstance(config, kind | Mapping):
+        given = f"{type(config).__module__.partition('.')[0]}.{type(config).__qualname__}"
+        raise SimsdError(f"config must be a simsd.{kind.__name__}, a dict of settings or None, got {given}")
+    names = [field.name for field in dataclasses.fields(kind)]
     given = config if isinstance(config, Mapping) else {}
     for name in (*given, *settings):
         if name not in names:
             raise SimsdError(f"unknown setting {name!r}: {_meant(str(name), [*names, *others])}")
-    if isinstance(config, GenerationConfig):
+    if isinstance(config, kind):
         return dataclasses.replace(config, **settings) if settings else config
-    return GenerationConfig(**{**given, **settings})
+    return kind(**{**given, **settings})
 
 
 def _meant(name: str, names: Sequence[str]) -> str:
@@ -249,3 +308,12 @@ def _tuple(name: str, value: object, allowed: str) -> tuple:
     if not is_list(value):
         raise SimsdError(f"{name} must be {allowed}, got {value!r:.80}")
     return tuple(plain(item) for item in value)
+
+
+def _plain_values(config: object) -> None:
+    for field in dataclasses.fields(config):
+        object.__setattr__(config, field.name, plain(getattr(config, field.name)))
+
+
+def _fields_of(kind: type, config: object) -> dict[str, Any]:
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(kind)}

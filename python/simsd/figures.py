@@ -15,7 +15,7 @@ import torch
 from simsd import tasks
 from simsd.benchmarking import MODES, NATIVE, BatchMeasurement, Measurement
 from simsd.config import GenerationConfig
-from simsd.decoding import block_length
+from simsd.engine.pair import block_length
 from simsd.models.loading import LoadedModel
 from simsd.results import Stats
 

@@ -22,7 +22,7 @@ from transformers.generation import (
 )
 
 from simsd.config import GenerationConfig
-from simsd.decoding import Decoder
+from simsd.engine.decoder import Decoder
 from simsd.errors import SimsdError
 from simsd.models import weights
 from simsd.models.cache import CACHE_ARGUMENT

@@ -110,10 +110,8 @@ control::PlanTensors plan_block(
     }
 
     const OnDevice device(text);
-    const control::PlanTensors out =
-        control::plan_outputs(p, [&](std::initializer_list<int64_t> sizes, ScalarType type) {
-            return allocate_like(text, sizes, type);
-        });
+    const control::PlanTensors out = control::plan_outputs(
+        p, [&](std::initializer_list<int64_t> sizes, ScalarType type) { return allocate_like(text, sizes, type); });
     w.extent = control::extent_of(p);
     w.graph_bytes = control::Graph::bytes(p, w.extent);
     int64_t scratch_bytes = 0;

@@ -29,7 +29,7 @@ from simsd.audit.report import (
     describe,
     machine,
 )
-from simsd.decoding import Decoder
+from simsd.engine.decoder import Decoder
 from simsd.errors import SimsdError
 from simsd.models.loading import LoadedModel
 from simsd.prompts import encode_prompts

@@ -7,9 +7,11 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from simsd.audit.forwards import Alone, Forward, Watched, decode, plain_logits, tolerance
+from simsd.audit.forwards import Alone, Forward, decode, plain_logits, tolerance, watching
 from simsd.audit.report import FAIL, INCONCLUSIVE, PASS, REPORTED, Check, Subject
-from simsd.exact import Exact
+from simsd.decode.iteration import Shape
+from simsd.decode.slots import Slots
+from simsd.engine.decoder import Decoder
 from simsd_kernels import Plan
 
 PER_FORWARD = 6  # states looked at in one forward, so that many forwards are
@@ -17,7 +19,7 @@ PER_FORWARD = 6  # states looked at in one forward, so that many forwards are
 
 @dataclasses.dataclass
 class State:
-    """A state among the copies of one forward: `rows` of the logits of its `masked` positions."""
+    """A state among those of one forward: `rows` of the logits of its `masked` positions."""
 
     prefix: list[int]
     block: list[int]
@@ -37,13 +39,13 @@ class Distances:
 
 
 def exact_context(subject: Subject) -> list[Check]:
-    """Rows of copies in the forwards of real exact decoding, several copies, finished blocks and lookahead included."""
+    """Rows of states in the forwards of real exact decoding, several states, finished blocks and lookahead included."""
     target, found = subject.target, Distances()
     config = subject.exact(lookahead=3)
 
-    def see(loop: Exact, forward: Forward, plan: Plan, ahead: int) -> tuple[Tensor, Tensor]:
-        logits, index = forward(plan, ahead)
-        for state in states(loop, plan, ahead, index)[: max(0, subject.settings.states - found.states)]:
+    def see(slots: Slots, shape: Shape, forward: Forward, plan: Plan) -> Tensor:
+        logits = forward(plan)
+        for state in states(slots, shape, plan, target.mask_token_id)[: max(0, subject.settings.states - found.states)]:
             verified = logits[state.rows]
             plain = plain_logits(target, state.prefix, [state.block])[0, state.masked]
             single = alone.logits(state.prefix, state.block, state.masked)
@@ -54,31 +56,33 @@ def exact_context(subject: Subject) -> list[Check]:
             found.alone = max(found.alone, _distance(verified, single))
             found.excess = max(found.excess, distance / tolerance(plain))
             found.identical += bool(torch.equal(verified, single))
-        return logits, index
+        return logits
 
-    decoder = Watched(see, target, subject.prompts, subject.draft, config, max_batch=subject.settings.batch)
+    batch = subject.settings.batch
+    decoder = Decoder(target, subject.prompts, subject.draft, config, max_batch=batch, parts=watching(see))
     alone = Alone(target, decoder.capacity)
     decode(decoder)
     return _judge(found)
 
 
-def states(loop: Exact, plan: Plan, ahead: int, index: Tensor) -> list[State]:
-    """Some of the states of a forward: none of those that have nothing masked, none where it has one copy alone."""
-    mask_id, length = loop.target.model.mask_token_id, loop.lanes.length
+def states(slots: Slots, shape: Shape, plan: Plan, mask_id: int) -> list[State]:
+    """Some of the states of a forward: none of those that have nothing masked, none where there is one alone."""
+    length = slots.length
+    before = (shape.pending + shape.lookahead) * length  # rows before those of states
     chosen = []
-    for lane, start in enumerate(loop.lanes.starts):
-        copies = (plan.block[lane] >= 0).nonzero().flatten().tolist()
-        if start < 0 or len(copies) < 2:
+    for slot in range(slots.count):
+        there = (plan.block[slot] >= 0).nonzero().flatten().tolist()
+        if len(there) < 2:
             continue
-        text = loop.lanes.text[lane, :start].tolist()
-        finished = plan.tokens[lane, : ahead * length].tolist()
-        step = max(1, len(copies) // PER_FORWARD)
-        for c in copies[::-1][::step]:  # from the last: copies of later blocks stand at the end
-            k, shown = int(plan.block[lane, c]), int(plan.revealed[lane, c])
+        text = slots.text[slot, : int(slots.start[slot])].tolist()
+        finished = plan.tokens[slot, shape.pending * length : before].tolist()
+        step = max(1, len(there) // PER_FORWARD)
+        for c in there[::-1][::step]:  # from the last: states of later blocks stand at the end
+            k, shown = int(plan.block[slot, c]), int(plan.state_revealed[slot, c])
             masked = [i for i in range(length) if not shown >> i & 1]
-            tokens = plan.states[lane, c].tolist()
+            tokens = plan.states[slot, c].tolist()
             block = [mask_id if i in masked else tokens[i] for i in range(length)]
-            rows = index[lane, c, masked].long()
+            rows = plan.state_rows[slot, c, masked].long()
             chosen.append(State(text + finished[: k * length], block, masked, rows, k))
     return chosen
 

@@ -12,7 +12,7 @@ import simsd_kernels as kernels
 from simsd.audit import chi_squared
 from simsd.audit.forwards import allowed, decode, plain_logits
 from simsd.audit.report import FAIL, INCONCLUSIVE, PASS, REPORTED, Check, Subject
-from simsd.decoding import Decoder
+from simsd.engine.decoder import Decoder
 from simsd.models.loading import LoadedModel
 
 DRAW_BATCH = 32

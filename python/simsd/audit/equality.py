@@ -7,7 +7,7 @@ from typing import Any
 
 from simsd.audit.forwards import decode, plain_logits
 from simsd.audit.report import FAIL, INCONCLUSIVE, PASS, REPORTED, Check, Subject
-from simsd.decoding import Decoder
+from simsd.engine.decoder import Decoder
 from simsd.models.loading import LoadedModel
 from simsd.results import Result, Stats
 

@@ -7,17 +7,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from simsd import layouts
-from simsd.config import GenerationConfig
-from simsd.decoding import Decoder
-from simsd.exact import Exact
-from simsd.lanes import Lanes
+from simsd.decode.iteration import Parts, Shape, run_plan
+from simsd.decode.rows import SCRATCH_ALIGNMENT, STRIDE, Rows, aligned, key_lifetimes, pending_rows, span, state_stride
+from simsd.decode.slots import Slots
+from simsd.engine.decoder import Decoder
 from simsd.models.loading import LoadedModel
+from simsd.models.runner import ModelRunner
 from simsd.results import Result
-from simsd.side import Side
 from simsd_kernels import Plan
+from simsd_kernels.rows import copy_rows
 
-Forward = Callable[[Plan, int], tuple[Tensor, Tensor]]
+Forward = Callable[[Plan], Tensor]
 
 # Rounding that two ways to compute the same logits may differ by, in units of eps * the largest logit.
 ROUNDING = {torch.float32: 64.0, torch.bfloat16: 4.0, torch.float16: 4.0}
@@ -50,47 +50,59 @@ def allowed(logits: Tensor, banned: list[int]) -> Tensor:
 
 
 class Alone:
-    """One block at a time through the loop's own forward, as native decoding runs it: one sequence, one copy."""
+    """One block at a time through the loop's own forward, as native decoding runs it: one slot, one state."""
 
-    def __init__(self, target: LoadedModel, capacity: int, copies: int = 1) -> None:
-        """`capacity`: positions of the longest prefix and the block behind it. `copies`: room for rows, in blocks."""
+    def __init__(self, target: LoadedModel, capacity: int, states: int = 1) -> None:
+        """`capacity`: positions of the longest prefix and the block behind it. `states`: room for rows, in blocks."""
         length = self.length = target.block_length
         self.target = target
-        self.capacity = layouts.aligned(capacity, length)
-        self.lanes = Lanes(1, length, self.capacity + 2 * length, GenerationConfig(), target.device)
-        self.side = Side(target, self.lanes, self.capacity, copies)
+        scratch = aligned(aligned(capacity, length), SCRATCH_ALIGNMENT)
+        kv_slots = aligned(scratch + states * state_stride(length) + 1, 16)
+        self.runner = ModelRunner(target, 1, kv_slots, scratch)
         self.prefix: list[int] | None = None
+        self.written = 0  # tokens of it whose keys and values are in place
+
+    @property
+    def start(self) -> Tensor:
+        """int32 [1], where the block behind the whole blocks of the prefix begins."""
+        start = len(self.prefix) // self.length * self.length
+        return torch.tensor([start], dtype=torch.int32, device=self.target.device)
 
     def open(self, tokens: list[int]) -> None:
         """Puts `tokens` in; what is no whole block is known in the current one."""
         if tokens != self.prefix:
-            self.lanes.open(0, tokens, self.capacity, 0)
-            self.side.open(0)
-            self.prefix = list(tokens)
+            self.prefix, self.written = list(tokens), 0
 
     def logits(self, prefix: list[int], block: list[int], masked: list[int]) -> Tensor:
         """[n, V] of the positions `masked` of `block` behind `prefix`, whole blocks."""
         self.open(prefix)
-        rows = layouts.state_rows(torch.tensor([block], device=self.target.device), self.lanes.start, self.side.scratch)
-        return self.run(rows, torch.ones_like(rows.tokens, dtype=torch.bool))[masked]
+        positions = span(self.start, self.length)
+        slots = self.runner.scratch + torch.arange(self.length, dtype=torch.int32, device=self.target.device)[None]
+        tokens = torch.tensor([block], device=self.target.device)
+        rows = Rows(tokens, positions, slots, *copy_rows(0, positions // self.length, STRIDE))
+        return self.run(rows, torch.tensor(masked, device=self.target.device))
 
-    def run(self, rows: layouts.Rows, wanted: Tensor) -> Tensor:
-        """[n, V] of the `wanted` rows (bool [1, R])."""
-        logits, index = self.side.forward(self.lanes, self.lanes.starts, rows, wanted, None)
-        return logits[index[wanted].long()]
+    def run(self, rows: Rows, wanted: Tensor) -> Tensor:
+        """[n, V] of the rows `wanted` (int64 [n])."""
+        start, waiting = self.start, len(self.prefix) // self.length * self.length - self.written
+        text = torch.tensor([self.prefix or [0]], device=self.target.device)
+        written = torch.full_like(start, self.written)
+        ahead = pending_rows(text, written, start, waiting, self.length)
+        columns = (
+            torch.cat([getattr(ahead, name), getattr(rows, name)], 1)
+            for name in ("tokens", "positions", "slots", "clock")
+        )
+        lifetimes = key_lifetimes(rows, start, self.length, self.runner.kv_slots)
+        logits = self.runner.forward(*columns, *lifetimes, waiting + wanted)
+        self.written += waiting
+        return logits
 
 
-class Watched(Decoder):
-    """An exact decoder whose target forwards are run by `see(loop, forward, plan, ahead)`, which may look and repeat.
+def watching(see: Callable[[Slots, Shape, Forward, Plan], Tensor]) -> Parts:
+    """Parts of a decoder whose target forwards are run by `see(slots, shape, forward, plan)`, which may look and
+    repeat; it returns what `forward(plan)` returns, the logits [N, V]."""
 
-    `see` returns what `forward(plan, ahead)` returns: logits [N, V] and their rows, int32 [B, C, L].
-    """
+    def run(target: ModelRunner, plan: Plan, slots: Slots, shape: Shape) -> Tensor:
+        return see(slots, shape, lambda changed: run_plan(target, changed, slots, shape), plan)
 
-    def __init__(self, see: Callable[[Exact, Forward, Plan, int], tuple[Tensor, Tensor]], *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        self._see = see
-
-    def _build(self) -> None:
-        super()._build()
-        loop, forward = self._loop, self._loop._forward
-        loop._forward = lambda plan, ahead: self._see(loop, forward, plan, ahead)
+    return Parts(forward=run)

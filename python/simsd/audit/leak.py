@@ -7,12 +7,13 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from simsd import layouts
-from simsd.audit.forwards import Alone, Forward, Watched, allowed, decode, plain_logits, tolerance
+from simsd.audit.forwards import Alone, Forward, allowed, decode, plain_logits, tolerance, watching
 from simsd.audit.report import FAIL, INCONCLUSIVE, PASS, REPORTED, Check, Subject
 from simsd.config import GenerationConfig
-from simsd.decoding import Decoder
-from simsd.exact import Exact
+from simsd.decode.iteration import Shape
+from simsd.decode.rows import temporal_rows
+from simsd.decode.slots import Slots
+from simsd.engine.decoder import Decoder
 from simsd.models.loading import LoadedModel
 from simsd_kernels import Plan
 
@@ -62,24 +63,24 @@ def exact_leak(subject: Subject) -> Check:
     it; copies that do not hold it must give its position the same logits, to the last bit."""
     shifts, banned, turn = Shifts(), subject.target.banned_ids, [0]
 
-    def see(loop: Exact, forward: Forward, plan: Plan, ahead: int) -> tuple[Tensor, Tensor]:
-        logits, index = forward(plan, ahead)
+    def see(slots: Slots, shape: Shape, forward: Forward, plan: Plan) -> Tensor:
+        logits = forward(plan)
         moved = []
         for _ in range(PER_FORWARD):
             turn[0] += 1
-            changed, judged = change_tokens(plan, ahead, index, logits, banned, turn[0])
+            changed, judged = change_tokens(plan, shape, logits, banned, turn[0])
             if not judged:
-                return logits, index
-            after, _ = forward(plan._replace(tokens=changed), ahead)
+                return logits
+            after = forward(plan._replace(tokens=changed))
             moved += [(rows, after[rows]) for rows in judged]
-        # The true one again: the first brought committed tokens along, and what is compared should have the same rows.
-        # And last, since finished blocks went to their final slots.
-        logits, index = forward(plan, ahead)
+        # The true one again, and last, since finished blocks went to their final slots.
+        logits = forward(plan)
         for rows, after in moved:
             shifts.see(logits[rows], after, banned)
-        return logits, index
+        return logits
 
-    decode(Watched(see, subject.target, subject.prompts, subject.draft, subject.exact(), max_batch=1))
+    config = subject.exact()
+    decode(Decoder(subject.target, subject.prompts, subject.draft, config, max_batch=1, parts=watching(see)))
     figures = shifts.figures()
     summary = shifts.summary()
     result = PASS if figures["max"] == 0 else FAIL
@@ -92,39 +93,41 @@ def exact_leak(subject: Subject) -> Check:
 
 
 def change_tokens(
-    plan: Plan, ahead: int, index: Tensor, logits: Tensor, banned: list[int], turn: int
+    plan: Plan, shape: Shape, logits: Tensor, banned: list[int], turn: int
 ) -> tuple[Tensor, list[Tensor]]:
     """Changes one drafted token in every sequence of a plan, to the target's best other token.
 
     Returns:
         tokens int64 [B, R], and for each sequence that has such a token the rows (int64 [n]) of the logits of its
-        position in copies that do not hold it. `turn` picks the position.
+        position in states that do not hold it. `turn` picks the position.
     """
-    batch, copies, length = plan.states.shape
-    tokens = plan.tokens.clone().view(batch, ahead + copies, length)
+    batch, _, length = plan.states.shape
+    before = shape.pending + shape.lookahead  # blocks of rows before those of states
+    tokens = plan.tokens.clone().view(batch, -1, length)
     judged = []
-    for lane in range(batch):
-        block = plan.block[lane]  # [C]
-        shown = (plan.revealed[lane][:, None] >> torch.arange(length, device=block.device)) & 1 == 1  # [C, L]
+    for slot in range(batch):
+        block = plan.block[slot]  # [C]
+        shown = (plan.state_revealed[slot][:, None] >> torch.arange(length, device=block.device)) & 1 == 1  # [C, L]
+        passed = int(plan.draft_blocks_in_rows[slot])
         places = []
         for k in sorted(set(block[block >= 0].tolist())):
             for i in range(length):
                 mine = block == k
                 holds, lacks = mine & shown[:, i], mine & ~shown[:, i]
-                held = bool(holds.any()) or k < int(plan.cleaned[lane])
-                if held and lacks.any():
+                if (bool(holds.any()) or k < passed) and lacks.any():
                     places.append((k, i, holds, lacks))
         if not places:
             continue
         k, i, holds, lacks = places[turn % len(places)]
-        rows = index[lane][lacks][:, i].long()
-        drafted = int(plan.states[lane][holds][0, i]) if holds.any() else int(tokens[lane, k, i])
+        rows = plan.state_rows[slot][lacks][:, i].long()
+        finished = shape.pending + k  # where its rows as a finished block are
+        drafted = int(plan.states[slot][holds][0, i]) if holds.any() else int(tokens[slot, finished, i])
         other = another(logits[rows[0]], drafted, banned)
         if other is None:
             continue
-        tokens[lane, ahead:, i] = torch.where(holds, other, tokens[lane, ahead:, i])
-        if k < int(plan.cleaned[lane]):
-            tokens[lane, k, i] = other
+        tokens[slot, before:, i] = torch.where(holds, other, tokens[slot, before:, i])
+        if k < passed:
+            tokens[slot, finished, i] = other
         judged.append(rows)
     return tokens.view(batch, -1), judged
 
@@ -185,24 +188,22 @@ class TemporalForward:
     def __init__(self, target: LoadedModel, blocks: list[Drafted]) -> None:
         longest = max(len(block.prefix) for block in blocks)
         self.target = target
-        self.alone = Alone(target, longest + target.block_length, copies=2)
+        self.alone = Alone(target, longest + target.block_length, states=2)
 
     def __call__(self, block: Drafted, tokens: list[int]) -> Tensor:
         """[L, V], the logits that judge each position of `block`, drafted as `tokens`."""
         alone, device, length = self.alone, self.target.device, len(tokens)
         alone.open(block.prefix)
-        rows, wanted = layouts.temporal_rows(
+        rows = temporal_rows(
             torch.tensor([tokens], device=device),
             torch.tensor([block.steps], dtype=torch.int32, device=device),
             torch.tensor([block.known], dtype=torch.int32, device=device),
-            alone.lanes.start,
-            alone.side.scratch,
+            alone.start,
+            alone.runner.scratch,
             self.target.mask_token_id,
         )
-        # Known positions come first, and their rows before all mask rows: the wanted rows are in position order.
-        logits = alone.run(rows, wanted)
-        assert len(logits) == length
-        return logits
+        index = torch.arange(length, device=device)
+        return alone.run(rows, torch.where(index < block.known, index, length + index))
 
 
 def temporal_leak(subject: Subject, blocks: list[Drafted]) -> Check:

@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from simsd.config import STRATEGIES, GenerationConfig
-from simsd.decoding import MAX_BATCH
+from simsd.config import MAX_BATCH, STRATEGIES, GenerationConfig
 from simsd.errors import SimsdError
 from simsd.models.loading import LoadedModel
 

@@ -17,7 +17,7 @@ from simsd.errors import SimsdError
 
 if TYPE_CHECKING:
     from simsd.config import GenerationConfig
-    from simsd.decoding import Decoder
+    from simsd.engine.decoder import Decoder
     from simsd.models.loading import LoadedModel
     from simsd.results import Result
 
@@ -106,7 +106,7 @@ def generate(
     if system is not None and target_model.tokenizer.backend.chat_template is None:
         raise SimsdError(f"--system needs a chat template, and the tokenizer of {target} has none")
 
-    from simsd.decoding import Decoder
+    from simsd.engine.decoder import Decoder
     from simsd.prompts import encode_prompts
 
     tokens = encode_prompts(target_model, chats)
@@ -140,7 +140,8 @@ def _prompt(given: str | None) -> str:
 
 def _warm_up(target: LoadedModel, draft: LoadedModel | None, config: GenerationConfig, prompt: list[int]) -> None:
     """Decodes a block and throws it away: what libraries do at their first call is not the model's speed."""
-    from simsd.decoding import Decoder, block_length
+    from simsd.engine.decoder import Decoder
+    from simsd.engine.pair import block_length
 
     length = block_length(target, draft, config)
     short = dataclasses.replace(config, max_new_tokens=min(config.max_new_tokens, length), n=1, stop=())

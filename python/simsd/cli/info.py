@@ -58,7 +58,7 @@ def batch_invariance() -> dict[str, str]:
         "attention, triton": f"yes{unmeasured}",
         "torch linear, cpu float32": _torch_linear("float32"),
         "torch linear, cpu bfloat16": _torch_linear("bfloat16"),
-        "thin_linear, cpu": promise("thin_linear", "CPU", " (simsd.load(..., deterministic=True) runs on it)"),
+        "thin_linear, cpu": promise("thin_linear", "CPU", " (what decoding runs on)"),
         "thin_linear, cuda": promise("thin_linear", "CUDA", unmeasured),
         "thin_linear, reference": "yes, but slow",
     }

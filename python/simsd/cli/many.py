@@ -14,7 +14,7 @@ from simsd.cli.prompts import Request
 from simsd.errors import SimsdError
 
 if TYPE_CHECKING:
-    from simsd.decoding import Decoder
+    from simsd.engine.decoder import Decoder
     from simsd.results import Result
 
 IN_A_LINE = ("text", "finish_reason", "seed", "tokens", "stats")
@@ -32,7 +32,7 @@ def decode(decoder: Decoder, requests: list[Request], output: Path | None) -> bo
     """Decodes everything, and writes each text's line as soon as those before it are written; returns whether Ctrl-C
     came before the end, after which the finished ones are there."""
     began, tokens, failed, interrupted = time.perf_counter(), 0, 0, False
-    total = len(decoder.sequences)
+    total = len(decoder)
     with contextlib.ExitStack() as stack:
         file = sys.stdout if output is None else stack.enter_context(output.open("w", encoding="utf-8"))
         advance = stack.enter_context(_progress(total, shown=output is not None or not sys.stdout.isatty()))

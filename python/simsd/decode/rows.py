@@ -1,7 +1,7 @@
 """Rows of one forward for a batch: which tokens, at which positions and cache slots, alive when (DESIGN's tables).
 
-A committed token at position p lives in slot p; every other row writes to the scratch region behind the sequence's
-last slot. Clocks of block b are `b * STRIDE + moment`, so that no moment of one block reaches into the next. The rows
+A committed token at position p lives in KV slot p; every other row writes to the scratch region behind the sequence's
+last one. Clocks of block b are `b * STRIDE + moment`, so that no moment of one block reaches into the next. The rows
 of the exact verifier come from `simsd_kernels.plan_block`.
 """
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from simsd_kernels import rows as lifetimes
+from simsd_kernels.plan_block.reference import copy_stride
 
 STRIDE = 1024
 # Attention sums keys in splits of 256 slots. Scratch starts on such a boundary, so that a row's sums are grouped alike
@@ -44,17 +45,9 @@ class Rows:
         )
 
 
-def state_rows(tokens: Tensor, start: Tensor, scratch: int) -> Rows:
-    """Blocks [B, L] at `start` (int32 [B]) in their current state (mask tokens where nothing is revealed): they see the
-    committed prefix and themselves, and are gone after this forward."""
-    positions = span(start, tokens.shape[1])
-    slots = _scratch(positions, scratch)
-    return Rows(tokens, positions, slots, *lifetimes.copy_rows(0, positions // tokens.shape[1], STRIDE))
-
-
 def temporal_rows(
     tokens: Tensor, reveal_step: Tensor, known: Tensor, start: Tensor, scratch: int, mask_id: int
-) -> tuple[Rows, Tensor]:
+) -> Rows:
     """SimSD's verification rows (arXiv 2606.02544, temporal mask): known and reference tokens, then mask tokens.
 
     Args:
@@ -65,8 +58,7 @@ def temporal_rows(
         start: int32 [B], positions of the blocks' first tokens. scratch: first free slot.
 
     Returns:
-        The 2L rows (the mask rows of known positions dead) and bool [B, 2L], the rows that carry the L logits of each
-        block: its mask tokens, for a known position the known row itself, whose logits nobody needs.
+        The 2L rows. Position i is judged at row L + i; where it is known that row is dead, and nobody needs its logits.
     """
     length = tokens.shape[1]
     positions = span(start, length)
@@ -75,7 +67,7 @@ def temporal_rows(
     steps = torch.where(is_known, lifetimes.KNOWN, drafted)
     reference, mask = lifetimes.temporal_rows(steps, positions // length, STRIDE)
     clock, birth, death = lifetimes.concatenate(reference, mask)
-    rows = Rows(
+    return Rows(
         torch.cat([tokens, torch.full_like(tokens, mask_id)], 1),
         positions.repeat(1, 2),
         _scratch(torch.cat([positions, positions], 1), scratch).masked_fill(clock < 0, -1),
@@ -83,7 +75,6 @@ def temporal_rows(
         birth,
         death,
     )
-    return rows, torch.cat([is_known, ~is_known], 1)
 
 
 def pending_rows(text: Tensor, committed: Tensor, end: Tensor, count: int, block_length: int) -> Rows:
@@ -121,6 +112,11 @@ def aligned(slot: int, alignment: int) -> int:
 def span(first: Tensor, length: int) -> Tensor:
     """int32 [B, length]: first[b], first[b] + 1, ..."""
     return first[:, None] + torch.arange(length, dtype=torch.int32, device=first.device)
+
+
+def state_stride(length: int) -> int:
+    """KV slots of scratch that a state of a block takes."""
+    return copy_stride(length)
 
 
 def _scratch(positions: Tensor, scratch: int) -> Tensor:

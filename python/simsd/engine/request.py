@@ -1,4 +1,4 @@
-"""One prompt on its way: what is committed, how it came, and when it ends. Host side only."""
+"""One request on its way: what is committed, how it came, and when it ends. Host side only."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import math
 import time
 from collections.abc import Sequence as Seq
 
-from simsd.config import GenerationConfig
+from simsd.config import STRATEGIES, SamplingParams
+from simsd.decode import draft, rows, slots
 from simsd.models.tokenizer import Tokenizer
 from simsd.results import Result, Stats
 from simsd.text import AnswerText
@@ -15,16 +16,17 @@ from simsd.text import AnswerText
 
 @dataclasses.dataclass(frozen=True)
 class Update:
-    """News of one sequence.
+    """News of one request.
 
     Attributes:
-        index: of the sequence: of its prompt, or with n samples per prompt, prompt * n + sample.
+        index: the request's number: what `Engine.add` returned; in `simsd.stream` that of its prompt, or with n samples
+            per prompt, prompt * n + sample.
         tokens: ids newly committed; they never change again.
         provisional: the block on its way behind them, as far as the text may go, None where masked. Under
             `verify="exact"` and "none" what is revealed there stays, too, except that the text may end before it.
-        text: newly certain text, None without a tokenizer. All of a sequence's are together its result's text; a
+        text: newly certain text, None without a tokenizer. All of a request's are together its result's text; a
             character is never split, and what may still become a stop string is held back.
-        result: the result, once the sequence is done.
+        result: the result, once the request is done.
     """
 
     index: int
@@ -34,7 +36,7 @@ class Update:
     result: Result | None = None
 
 
-class Sequence:
+class Request:
     """Tokens, step map, probabilities and origins of one prompt, cut at the first end token, stop string or the
     limit."""
 
@@ -42,26 +44,52 @@ class Sequence:
         self,
         index: int,
         prompt: list[int],
+        params: SamplingParams,
         seed: int,
-        config: GenerationConfig,
         end_ids: tuple[int, ...],
         tokenizer: Tokenizer | None,
-    ):
-        self.index, self.prompt, self.seed = index, prompt, seed
+    ) -> None:
+        """`params.seed` is not looked at: `seed` is the one to use."""
+        self.index, self.prompt, self.params, self.seed = index, prompt, params, seed
         self.end_ids, self.tokenizer = end_ids, tokenizer
-        self.limit = len(prompt) + config.max_new_tokens
+        self.limit = len(prompt) + params.max_new_tokens
         self.tokens = list(prompt)
         self.steps: list[int] = []
         self.probs: list[float] = []
         self.logprobs: list[float] = []
         self.origins: list[str] = []
-        self.answer = None if tokenizer is None else AnswerText(tokenizer, config.stop)
+        self.answer = None if tokenizer is None else AnswerText(tokenizer, params.stop)
         self.provisional: list[int | None] = []
-        self.finish_reason: str | None = None if config.max_new_tokens else "length"
+        self.finish_reason: str | None = None if params.max_new_tokens else "length"
         self.delivered = 0  # generated tokens that updates have brought
         self.reported = False  # its last update is out
         self.stats = Stats()
         self.began: float | None = None
+
+    def slot_settings(self, block_length: int, epoch: int, stop_ids: int) -> dict[str, object]:
+        """The packed fields of a slot that the request fixes; of its end tokens the first `stop_ids`: the host looks
+        for all of them."""
+        params = self.params
+        counts = params.reveal_counts(block_length)
+        bounded = params.strategy == "entropy_bounded"
+        sharpness = params.order_sharpness
+        ends = list(self.end_ids[:stop_ids])
+        return {
+            "end": rows.aligned(self.limit, block_length),
+            "prompt_len": len(self.prompt),
+            "request_epoch": epoch,
+            "seed": self.seed,
+            "temperature": params.temperature,
+            "top_k": params.top_k,
+            "top_p": params.top_p,
+            "strategy": STRATEGIES.index(params.strategy),
+            "end_gate": params.end_gate,
+            "threshold": params.entropy_bound if bounded else params.threshold,
+            "schedule": counts + [0] * (block_length - len(counts)),
+            "steps": len(counts),
+            "stop_ids": ends + [slots.NO_STOP_ID] * (stop_ids - len(ends)),
+            "order_sharpness": draft.DEFAULT_SHARPNESS if sharpness is None else (sharpness, sharpness),
+        }
 
     @property
     def new(self) -> list[int]:
@@ -109,7 +137,7 @@ class Sequence:
             del column[count:]
 
     def settle(self) -> None:
-        """Brings the text up to the tokens; ends the sequence where its first stop string is complete."""
+        """Brings the text up to the tokens; ends the request where its first stop string is complete."""
         if self.answer is None:
             return
         known = len(self.prompt) + len(self.answer.tokens)

@@ -1,0 +1,163 @@
+"""What the device knows of the sequences being decoded: every per-sequence tensor, once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from simsd.decode.fields import Fields, Layout
+
+NEVER = 2**30  # blocks after which a draft has ended the text, where it has not
+NO_STOP_ID = -1
+
+
+def layout(length: int, stop_ids: int) -> Layout:
+    """The packed fields of a slot: block length L, room for E stop ids."""
+    int32, int64, float32 = torch.int32, torch.int64, torch.float32
+    return {
+        "seed": (int64, ()),
+        "revealed": (int64, ()),
+        "stop_ids": (int64, (stop_ids,)),
+        "start": (int32, ()),
+        "end": (int32, ()),
+        "prompt_len": (int32, ()),
+        "request_epoch": (int32, ()),
+        "step": (int32, ()),
+        "step_map": (int32, (length,)),
+        "prob": (float32, (length,)),
+        "origin": (int32, (length,)),
+        "target_kv_len": (int32, ()),
+        "draft_kv_len": (int32, ()),
+        "temperature": (float32, ()),
+        "top_k": (int32, ()),
+        "top_p": (float32, ()),
+        "strategy": (int32, ()),
+        "threshold": (float32, ()),
+        "schedule": (int32, (length,)),
+        "steps": (int32, ()),
+        "order_sharpness": (float32, (2,)),
+        "end_gate": (float32, ()),
+        "last_rows": (int32, (length,)),
+        "proposal_depth": (int32, ()),
+        "draft_end": (int32, ()),
+        "draft_forwards": (int32, ()),
+    }
+
+
+class Slots:
+    """B sequences, ragged: each has its own context, block, reveal set and settings. L: block length, K: lookahead.
+
+    A slot is filled by `open`, from then on only iterations write to it, and it is free again once its `start` is
+    negative. Whoever decides what is decoded next keeps the requests; nothing here is kept on the host, too.
+
+    Attributes ([B] where no shape is given; packed fields are strided views):
+        text: int64 [B, T]: prompt and committed tokens, then the current block where it is revealed; what stands behind
+            is of no meaning (proposals pass through there).
+        start: int32, position of the current block; negative: the slot is free. end: int32, where the last block that
+            may be decoded ends. prompt_len: int32.
+        request_epoch: int32, tells a late report of an earlier occupant from one of the present.
+        revealed: int64, step: int32, of the current block; step_map int32, prob float32, origin int32 [B, L] likewise.
+        target_kv_len, draft_kv_len: int32, tokens whose keys and values are in place.
+        temperature, top_k, top_p, seed, strategy, threshold, schedule [B, L], steps: as the ops take them. end_gate:
+            float32.
+        order_sharpness: float32 [B, 2], for proposals of the target itself and of a draft model.
+        stop_ids: int64 [B, E], NO_STOP_ID where there are fewer.
+        last_rows: int32 [B, L], rows of the target's last logits that tell of masked positions of the current block;
+            -1: none do.
+        draft_tokens int64, draft_prob, draft_log_odds, draft_entropy float32 [B, K, L], draft_sharpness float32 [B, K]:
+            the standing proposal, proposal_depth (int32) blocks of it; draft_end: int32, blocks after which the draft
+            has ended the text.
+        draft_logits: [B, K, L, V], what proposals are drawn from; None until `allow_noise`.
+        draft_forwards: int32, forwards of the draft model that the sequence took part in.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        length: int,
+        capacity: int,
+        lookahead: int,
+        stop_ids: int,
+        banned_ids: Sequence[int],
+        device: torch.device,
+    ) -> None:
+        """`capacity`: positions of the longest sequence, whole blocks. `banned_ids`: never generated, see `banned`."""
+        self.count, self.length, self.capacity, self.lookahead = count, length, capacity, lookahead
+        self.device = device
+        self._banned_ids: dict[tuple[int, ...], Tensor] = {}
+        self.ban(banned_ids)
+        self._layout = layout(length, stop_ids)
+        self._fields = Fields(self._layout, count, device)
+        vars(self).update(self._fields.views)
+        # A walk may write this far behind the last block that counts.
+        self.text = torch.zeros((count, capacity + (lookahead + 2) * length), dtype=torch.int64, device=device)
+        proposal = (count, lookahead, length)
+        self.draft_tokens = torch.zeros(proposal, dtype=torch.int64, device=device)
+        self.draft_prob, self.draft_log_odds, self.draft_entropy = (
+            torch.zeros(proposal, dtype=torch.float32, device=device) for _ in range(3)
+        )
+        self.draft_sharpness = torch.zeros(proposal[:2], dtype=torch.float32, device=device)
+        self.draft_logits: Tensor | None = None
+        self.index = torch.arange(count, device=device)
+        self.offsets = torch.arange(length, dtype=torch.int32, device=device)
+        self.nothing = torch.zeros(count, dtype=torch.int32, device=device)
+        self.start.fill_(-1)
+
+    def ban(self, ids: Sequence[int], allowed: tuple[int, ...] = ()) -> None:
+        """Sets what iterations ban where their shape has these `allowed_ids`: all of `ids` but those. Once for each:
+        a captured iteration reads that memory."""
+        if allowed in self._banned_ids:
+            return
+        kept = [i for i in ids if i not in allowed]
+        self._banned_ids[allowed] = torch.tensor(kept, dtype=torch.int64, device=self.device)
+
+    def banned(self, allowed: tuple[int, ...]) -> Tensor:
+        """int64 [n], the ids that an iteration never generates."""
+        return self._banned_ids[allowed]
+
+    def allow_noise(self, vocabulary: int, dtype: torch.dtype) -> None:
+        """Makes `draft_logits`, which only sequences that draw with noise need."""
+        if self.draft_logits is None:
+            shape = (*self.draft_tokens.shape, vocabulary)
+            self.draft_logits = torch.zeros(shape, dtype=dtype, device=self.device)
+
+    @torch.inference_mode()
+    def open(
+        self, slot: int, tokens: list[int], settings: dict[str, object], kv_lens: tuple[int, int] = (0, 0)
+    ) -> None:
+        """Puts a sequence of `tokens` into a slot; what is no whole block of them is known in the current one.
+
+        Args:
+            settings: values of the packed fields that a request fixes (see `Request.slot_settings`).
+            kv_lens: target_kv_len and draft_kv_len, where the slot holds keys and values of these tokens already.
+        """
+        start = len(tokens) // self.length * self.length
+        row = Fields(self._layout, 1, "cpu", pinned=self.device.type == "cuda")
+        values = {
+            "start": start,
+            "revealed": (1 << (len(tokens) - start)) - 1,
+            "prob": 1.0,
+            "target_kv_len": kv_lens[0],
+            "draft_kv_len": kv_lens[1],
+            "last_rows": -1,
+            "draft_end": NEVER,
+            **settings,
+        }
+        for name, value in values.items():
+            row.views[name][0] = torch.tensor(value) if isinstance(value, tuple | list) else value
+        self.text[slot, : len(tokens)].copy_(torch.tensor(tokens, dtype=torch.int64), non_blocking=True)
+        self._fields.copy_row(slot, row)
+
+    @torch.inference_mode()
+    def close(self, slot: int) -> None:
+        self.start[slot].fill_(-1)  # `= -1` would be a copy that waits for the device
+
+    def bits_in(self, sets: Tensor) -> Tensor:
+        """bool [..., L], the positions in the sets int64 [...]."""
+        return (sets[..., None] >> self.offsets) & 1 == 1
+
+    def span(self, first: Tensor) -> Tensor:
+        """int32 [B, L]: first[b], first[b] + 1, ..."""
+        return first[:, None] + self.offsets

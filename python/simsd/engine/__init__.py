@@ -1,0 +1,1 @@
+"""Requests in, updates out: schedules slots, runs iterations, delivers what they bring."""

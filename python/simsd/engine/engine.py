@@ -1,0 +1,358 @@
+"""The engine: requests come and go while a batch of slots is decoded, one iteration at a time."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from simsd.ambient import undisturbed
+from simsd.config import EngineConfig, SamplingParams, config_with
+from simsd.decode import rows
+from simsd.decode.exchange import ORIGINS, SlotReport
+from simsd.decode.iteration import PARTS, Parts
+from simsd.decode.prefill import prefill
+from simsd.decode.slots import Slots
+from simsd.engine.pair import block_length, check_device, check_length, check_pair, check_params
+from simsd.engine.request import Request, Update
+from simsd.engine.runner import Outcome, Runner
+from simsd.engine.scheduler import Occupant, Scheduler
+from simsd.engine.shapes import Group, group_of, row_budget, shape_of, states_needed
+from simsd.engine.tuner import IDLE, NONE, Tuner, history_of
+from simsd.errors import SimsdError
+from simsd.models.loading import LoadedModel, load
+from simsd.models.runner import ModelRunner
+from simsd.models.tokenizer import Prompt
+from simsd.prompts import encode_prompts
+from simsd.results import Result
+from simsd.seeds import fresh_seed
+
+Model = LoadedModel | str | Path | nn.Module
+DEFAULT_LENGTH = 4096
+STOP_IDS = 8  # end tokens of a request that the device looks for, unless the first requests have more
+
+
+class Engine:
+    """Decodes requests, up to `max_batch` at a time; `add` may be called at any time.
+
+    What a request's text is does not depend on the others. `step` runs one iteration and returns what it brought;
+    `stream` goes on until nothing is left to do. Either may be interrupted at any point and taken up again.
+
+    Args:
+        target: the model whose text it is (`simsd.load`); a built-in name, a folder, a hub id or a module is loaded.
+        draft: a smaller model with the target's vocabulary, or what loads one (on the target's device).
+        config: `EngineConfig` or a dict of its fields; settings by name override it.
+        parts: of an iteration, for those who look into it.
+
+    Raises:
+        SimsdError: a bad setting, models that do not fit together.
+    """
+
+    def __init__(
+        self,
+        target: Model,
+        draft: Model | None = None,
+        config: EngineConfig | Mapping | None = None,
+        *,
+        parts: Parts = PARTS,
+        **settings: Any,
+    ) -> None:
+        config = config_with(config, settings, others=("draft", "config", "parts"), kind=EngineConfig)
+        target = target if isinstance(target, LoadedModel) else load(target)
+        if not isinstance(draft, LoadedModel | None):
+            draft = load(draft) if isinstance(draft, nn.Module) else load(draft, device=target.device)
+        target, draft = target.in_evaluation(), None if draft is None else draft.in_evaluation()
+        self.target, self.draft, self.config = target, draft, config
+        self.block_length = length = block_length(target, draft, config)
+        check_pair(target, draft)
+        check_device(target.device)
+        positions = min(m.max_positions or DEFAULT_LENGTH for m in (target, draft) if m is not None)
+        longest = min(DEFAULT_LENGTH, positions) if config.max_length is None else config.max_length
+        self.capacity = rows.aligned(longest, length)
+        history = history_of(target.model, None if draft is None else draft.model, target.device)
+        self.tuner = Tuner(config, length, config.max_batch, history)
+        self._requests: dict[int, Request] = {}
+        self._numbers = itertools.count()
+        self._scheduler = Scheduler(config.max_batch)
+        self._done: list[int] = []  # requests whose last update is out; they are kept until the next iteration
+        self._updates: collections.deque[Update] = collections.deque()
+        self._banned = tuple(target.banned_ids)
+        self._parts = parts
+        self._runner: Runner | None = None
+        self._unsettled = False
+
+    def add(self, prompt: Prompt, params: SamplingParams | Mapping | None = None, **settings: Any) -> int:
+        """Queues a request; returns its number, by which updates name it.
+
+        Args:
+            prompt: a string (sent as a user turn through the chat template where there is one), a chat (a list of
+                {"role", "content"}) or token ids (a list, an array or a tensor).
+            params: `SamplingParams` or a dict of its fields; settings by name override it.
+
+        Raises:
+            SimsdError: a bad prompt or setting, or a sequence over the engine's length; nothing is queued then.
+        """
+        params = config_with(params, settings, others=("prompt", "params"), kind=SamplingParams)
+        (tokens,) = encode_prompts(self.target, [prompt])
+        if params.verify == "temporal" and self.draft is None:
+            params = dataclasses.replace(params, verify="none")
+        check_params(self.target, self.draft, params, self.block_length)
+        needed = rows.aligned(len(tokens) + params.max_new_tokens, self.block_length)
+        check_length(needed, len(tokens), params, self.target, self.draft)
+        if needed > self.capacity:
+            raise SimsdError(
+                f"{len(tokens)} prompt tokens + max_new_tokens {params.max_new_tokens}, in whole blocks {needed},"
+                f" exceed the engine's max_length {self.capacity}: raise it, shorten the prompt or lower max_new_tokens"
+            )
+        seed = fresh_seed() if params.seed is None else params.seed
+        ends = tuple(self.target.end_token_ids if params.end_token_ids is None else params.end_token_ids)
+        request = Request(next(self._numbers), tokens, params, seed, ends, self.target.tokenizer)
+        self._requests[request.index] = request
+        self._scheduler.waiting.append(request)
+        return request.index
+
+    def cancel(self, index: int) -> None:
+        """Ends a request, waiting or running, where it is; one that is done is left alone."""
+        if index in self._requests:
+            self._requests[index].stop(None, "cancelled")
+
+    def stop(self, index: int, count: int) -> None:
+        """Ends a text behind its first `count` generated tokens, where a criterion of the caller's is met; also one
+        that is done, until the next iteration."""
+        if index in self._requests:
+            self._requests[index].stop(count, "stop")
+
+    def result(self, index: int) -> Result:
+        """What a request has so far. KeyError: it was done before the last iteration."""
+        return self._requests[index].result()
+
+    def step(self) -> list[Update]:
+        """One iteration of everything that runs; what it, or what came before it, brought."""
+        self._iterate()
+        updates = list(self._updates)
+        self._updates.clear()
+        return updates
+
+    def stream(self) -> Iterator[Update]:
+        """Iterations until every request is done."""
+        while True:
+            while self._updates:
+                yield self._updates.popleft()
+            if not self._scheduler:
+                return
+            self._iterate()
+
+    def generate(self, prompts: Any, params: SamplingParams | Mapping | None = None, **settings: Any) -> list[Result]:
+        """The results of prompts with the same settings, in order; requests added before go on meanwhile."""
+        numbers = [self.add(prompt, params, **settings) for prompt in encode_prompts(self.target, prompts)]
+        results = {update.index: update.result for update in self.stream() if update.result is not None}
+        return [results[number] for number in numbers]
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request is not done."""
+        return bool(self._scheduler)
+
+    @undisturbed()
+    def _iterate(self) -> None:
+        """Schedule, run, deliver."""
+        for index in self._done:
+            del self._requests[index]
+        self._done.clear()
+        self._release()
+        self._admit()
+        groups: dict[Group, list[int]] = {}
+        for slot, occupant in self._scheduler.occupied:
+            allowed = self._allowed(occupant.request)
+            group = group_of(occupant.request.params, allowed, self.block_length, groups)
+            groups.setdefault(group, []).append(slot)
+        if self._unsettled:
+            self._restore()
+        self._unsettled = True
+        for group, members in groups.items():
+            self._prefill(members)
+            for outcome in self._run(group, members):
+                self._deliver(outcome)
+        if not groups and self._runner is not None:
+            for outcome in self._runner.flush():
+                self._deliver(outcome)
+        self._unsettled = False
+
+    def _restore(self) -> None:
+        """After an interrupt in the middle of an iteration: every slot again from what its request has committed."""
+        self._runner.forget()
+        for slot, occupant in self._scheduler.occupied:
+            request = occupant.request
+            request.stop(len(request.new), "")
+            request.finish_reason = request.finish_reason or None
+            start = len(request.tokens) // self.block_length * self.block_length
+            written = self._slots.target_kv_len[slot], self._slots.draft_kv_len[slot]
+            self._scheduler.slots[slot] = self._open(slot, request, tuple(min(int(n), start) for n in written))
+
+    def _prefill(self, members: list[int]) -> None:
+        """The keys and values of long prompts, as far as they do not come along with an iteration."""
+        length, runner = self.block_length, self._runner
+        limits = (1, 2) if runner.static else (self.config.prefill_rows // length,) * 2
+        sides = (
+            (runner.target, self._slots.target_kv_len, "pending", "target_prefill_forwards"),
+            (runner.draft, self._slots.draft_kv_len, "draft_lag", "draft_prefill_forwards"),
+        )
+        for (model, kv_len, lag, count), limit in zip(sides, limits, strict=True):
+            while model is not None:
+                late = [o for o in (self._scheduler.slots[s] for s in members) if getattr(o, lag) > limit * length]
+                if not late:
+                    break
+                chunk = min(self.config.prefill_rows, max(getattr(o, lag) for o in late)) // length
+                prefill(self._slots, model, kv_len, chunk)
+                for slot in members:
+                    occupant = self._scheduler.slots[slot]
+                    if occupant in late:
+                        setattr(occupant.request.stats, count, getattr(occupant.request.stats, count) + 1)
+                    setattr(occupant, lag, max(getattr(occupant, lag) - chunk * length, 0))
+
+    def _run(self, group: Group, members: list[int]) -> list[Outcome]:
+        occupants = self._scheduler.slots
+        situations = [IDLE] * len(occupants)
+        for slot in members:
+            situations[slot] = occupants[slot].situation(self.block_length)
+        tuner, config = self.tuner, self.config
+        modes = tuner.choose(situations, self.draft is not None)
+        running = [occupants[slot] for slot in members]
+        self_drafts = any(o.request.params.verify == "exact" and o.request.params.drafter != "model" for o in running)
+        shape = shape_of(
+            *(group, running, [modes[slot] for slot in members], config, self.block_length, len(modes)),
+            *(self._runner.static, self_drafts),
+        )
+        columns = {
+            "runs": [int(slot in members) for slot in range(len(modes))],
+            "mode": [mode.kind for mode in modes],
+            "depth": [mode.depth for mode in modes],
+            "calibration": tuner.calibration(),
+            "min_visit_prob": [tuner.min_visit_prob()] * len(modes),
+            "row_budget": [row_budget(config, len(members))] * len(modes),
+        }
+        note = [None if occupant is None else (occupant.epoch, modes[slot]) for slot, occupant in enumerate(occupants)]
+        return self._runner.run(columns, shape, note)
+
+    def _deliver(self, outcome: Outcome) -> None:
+        """Takes over what an iteration brought, slot by slot."""
+        moved = []
+        forwards = 0
+        for slot, report in outcome.reports:
+            occupant = self._scheduler.occupant(slot, report.epoch)
+            if occupant is None:
+                continue  # the request that it tells of is gone
+            drafted = report.draft_forwards - occupant.draft_forwards
+            forwards = max(forwards, drafted)
+            self._observe(slot, outcome, report, drafted)
+            self._commit(occupant, report, drafted)
+            occupant.take(report)
+            moved.append(occupant.request)
+        self.tuner.observe_times(outcome, forwards)
+        for request in moved:
+            self._update(request)
+
+    def _observe(self, slot: int, outcome: Outcome, report: SlotReport, drafted: int) -> None:
+        _, mode = outcome.note[slot]
+        if mode != NONE:
+            extra_rows = (report.states - 1) * self.block_length
+            self.tuner.observe(slot, mode, report.judged, report.accepted, report.taken - 1, extra_rows, drafted)
+
+    def _commit(self, occupant: Occupant, report: SlotReport, drafted: int) -> None:
+        request = occupant.request
+        request.touch()
+        stats = request.stats
+        if report.states > 1 or request.params.verify == "temporal":
+            stats.target_verify_forwards += 1
+        else:
+            stats.target_denoise_forwards += 1
+        stats.draft_denoise_forwards += drafted
+        stats.drafted += report.judged
+        stats.accepted += report.accepted
+        if report.failed and request.finish_reason is None:
+            request.finish_reason = "failed"
+        for block in report.blocks:
+            if request.finish_reason is None:
+                known = len(request.tokens) % self.block_length
+                origins = [ORIGINS[origin] for origin in block.origins[known:]]
+                stats.bonus += origins.count("bonus")
+                logprobs = None if block.logprobs is None else block.logprobs[known:]
+                request.commit(block.tokens[known:], block.steps[known:], block.probs[known:], origins, logprobs)
+        request.provisional = report.provisional[len(request.tokens) % self.block_length :]
+
+    def _update(self, request: Request) -> None:
+        tokens, text = request.take()
+        if request.finish_reason is not None:
+            request.reported = True
+            self._updates.append(Update(request.index, tokens, [], text, request.result()))
+            self._done.append(request.index)
+            return
+        ahead = [] if request.unsettled else request.provisional[: request.limit - len(request.tokens)]
+        end = next((i for i, token in enumerate(ahead) if token in request.end_ids), len(ahead) - 1)
+        self._updates.append(Update(request.index, tokens, ahead[: end + 1], text))
+
+    def _release(self) -> None:
+        """Frees the slots of what is done, however it came to be."""
+        for slot, occupant in self._scheduler.occupied:
+            if occupant.request.finish_reason is not None:
+                self._slots.close(slot)
+                self._scheduler.slots[slot] = None
+                if not occupant.request.reported:
+                    self._update(occupant.request)
+
+    def _admit(self) -> None:
+        waiting = self._scheduler.waiting
+        while waiting:
+            if waiting[0].finish_reason is not None:
+                if not waiting[0].reported:
+                    self._update(waiting[0])
+                waiting.popleft()
+                continue
+            slot = self._scheduler.free_slot()
+            if slot is None:
+                return
+            # It waits until it is in: an interrupt on the way must not lose it.
+            occupant = self._open(slot, waiting[0], (0, 0))
+            self._scheduler.slots[slot] = occupant
+            waiting.popleft()
+
+    def _open(self, slot: int, request: Request, kv_lens: tuple[int, int]) -> Occupant:
+        if self._runner is None:
+            self._build()
+        request.touch()
+        if request.params.temperature > 0:
+            self._slots.allow_noise(self.target.vocab_size, self.target.dtype)
+        epoch = self._scheduler.next_epoch()
+        settings = request.slot_settings(self.block_length, epoch, self._slots.stop_ids.shape[1])
+        self._slots.open(slot, request.tokens, settings, kv_lens)
+        if allowed := self._allowed(request):
+            self._slots.ban(self._banned, allowed)
+        self.tuner.open(slot)
+        start = len(request.tokens) // self.block_length * self.block_length
+        return Occupant(request, epoch, start - kv_lens[0], start - kv_lens[1])
+
+    def _allowed(self, request: Request) -> tuple[int, ...]:
+        """End tokens of a request that the model bans otherwise; the mask token stays banned whatever ends a text."""
+        ends = set(request.end_ids) - {self.target.mask_token_id}
+        return tuple(sorted(ends.intersection(self._banned)))
+
+    def _build(self) -> None:
+        target, config, length = self.target, self.config, self.block_length
+        # The mask token stays banned whatever ends a text.
+        stop_ids = max(STOP_IDS, *(len(request.end_ids) for request in self._requests.values()))
+        self._slots = Slots(
+            *(config.max_batch, length, self.capacity, config.lookahead, stop_ids, self._banned, target.device)
+        )
+        states = max(states_needed(config, length), 2)  # temporal verification has rows for two
+        scratch = rows.aligned(self.capacity, rows.SCRATCH_ALIGNMENT)
+        runners = []
+        for model, room, kept in ((target, states, config.max_batch * states * length), (self.draft, 1, 0)):
+            # One to spare: see rows.key_lifetimes.
+            kv_slots = rows.aligned(scratch + room * rows.state_stride(length) + 1, 16)
+            runners.append(model and ModelRunner(model, config.max_batch, kv_slots, scratch, self._parts.packed, kept))
+        self._runner = Runner(self._slots, *runners, self._parts)

@@ -1,0 +1,71 @@
+"""Whether models, settings and prompts fit together."""
+
+from __future__ import annotations
+
+import torch
+
+from simsd.config import MAX_BLOCK_LENGTH, EngineConfig, SamplingParams
+from simsd.errors import SimsdError
+from simsd.models.loading import LoadedModel
+from simsd_kernels import dispatch
+
+CONTROL_OPS = ("plan_block", "propose_block", "verify_graph", "advance_slots", "reveal")
+
+
+def check_device(device: torch.device) -> None:
+    """Raises SimsdError where the ops of an iteration would have to look at a GPU's values on the host."""
+    if device.type != "cuda":
+        return
+    for op in CONTROL_OPS:
+        if why := dispatch.compiled_obstacle(op, "CUDA"):
+            raise SimsdError(
+                f"decoding on {device} needs the package's CUDA ops, and {op} is missing: {why}; install with nvcc on"
+                f" PATH: SIMSD_BUILD_CUDA=1 {dispatch.REINSTALL}"
+            )
+
+
+def block_length(target: LoadedModel, draft: LoadedModel | None, config: EngineConfig) -> int:
+    """The block length to decode with: the config's, else the models' own, which must then agree."""
+    if config.block_length is None and draft is not None and draft.block_length != target.block_length:
+        raise SimsdError(
+            f"target {target.name} has block length {target.block_length}, draft {draft.name} {draft.block_length}: "
+            "use a pair of one block length or set block_length"
+        )
+    length = config.block_length or target.block_length
+    if not 1 <= length <= MAX_BLOCK_LENGTH:
+        raise SimsdError(f"block length must be in 1..{MAX_BLOCK_LENGTH}, got {length} from {target.name}")
+    return length
+
+
+def check_pair(target: LoadedModel, draft: LoadedModel | None) -> None:
+    if draft is None:
+        return
+    for what in ("vocab_size", "mask_token_id", "device"):
+        ours, theirs = getattr(target, what), getattr(draft, what)
+        if ours != theirs:
+            raise SimsdError(
+                f"draft {draft.name} does not fit target {target.name}: "
+                f"{what.replace('_', ' ')} {theirs} against {ours}"
+            )
+
+
+def check_length(
+    capacity: int, prompt_tokens: int, params: SamplingParams, target: LoadedModel, draft: LoadedModel | None
+) -> None:
+    """`capacity`: positions that a request needs, in whole blocks."""
+    for model in (target, draft):
+        if model is not None and model.max_positions is not None and capacity > model.max_positions:
+            raise SimsdError(
+                f"{prompt_tokens} prompt tokens + max_new_tokens {params.max_new_tokens}, in whole blocks {capacity}, "
+                f"exceed the {model.max_positions} positions of {model.name}: shorten the prompt or lower "
+                "max_new_tokens"
+            )
+
+
+def check_params(target: LoadedModel, draft: LoadedModel | None, params: SamplingParams, block_length: int) -> None:
+    """Raises SimsdError where a request's settings do not fit the models or the block length."""
+    params.block_steps(block_length)
+    if params.stop and target.tokenizer is None:
+        raise SimsdError(f"stop strings need a tokenizer, and {target.name} has none: use end_token_ids")
+    if params.verify == "exact" and params.drafter == "model" and draft is None:
+        raise SimsdError("drafter='model' needs a draft model, got None: name one, or use drafter='auto' or 'self'")

@@ -1,0 +1,71 @@
+"""Which request is in which slot, and who waits."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Iterator
+
+from simsd.decode.exchange import SlotReport
+from simsd.engine.request import Request
+from simsd.engine.tuner import Situation
+
+
+@dataclasses.dataclass
+class Occupant:
+    """A request in a slot, and what the host was last told of it.
+
+    Attributes:
+        epoch: of its time in the slot; reports of another are not its own.
+        pending, draft_lag: tokens of whole blocks whose keys and values the target, the draft lacks.
+        masked, standing: see `Situation`.
+        draft_forwards: as reported.
+    """
+
+    request: Request
+    epoch: int
+    pending: int
+    draft_lag: int
+    masked: int = 0
+    standing: int = 0
+    draft_forwards: int = 0
+
+    def take(self, report: SlotReport) -> None:
+        self.pending, self.draft_lag = 0, report.draft_lag
+        self.masked, self.standing = report.self_draftable, report.proposed
+        self.draft_forwards = report.draft_forwards
+
+    def situation(self, length: int) -> Situation:
+        params = self.request.params
+        left = -(-self.request.limit // length) - len(self.request.tokens) // length
+        drafter = params.drafter if params.verify == "exact" else "none"
+        return Situation(drafter, left, self.masked, self.standing)
+
+
+class Scheduler:
+    """First come, first served, into the lowest free slot."""
+
+    def __init__(self, slots: int) -> None:
+        self.slots: list[Occupant | None] = [None] * slots
+        self.waiting: collections.deque[Request] = collections.deque()
+        self._epochs = 0
+
+    def __bool__(self) -> bool:
+        """Whether anything waits or runs."""
+        return bool(self.waiting) or any(self.slots)
+
+    @property
+    def occupied(self) -> Iterator[tuple[int, Occupant]]:
+        return ((slot, occupant) for slot, occupant in enumerate(self.slots) if occupant is not None)
+
+    def free_slot(self) -> int | None:
+        return self.slots.index(None) if None in self.slots else None
+
+    def next_epoch(self) -> int:
+        self._epochs = (self._epochs + 1) % 2**31
+        return self._epochs
+
+    def occupant(self, slot: int, epoch: int) -> Occupant | None:
+        """Who is in the slot, if it is still the one of that epoch."""
+        occupant = self.slots[slot]
+        return occupant if occupant is not None and occupant.epoch == epoch else None

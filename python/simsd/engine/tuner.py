@@ -1,0 +1,274 @@
+"""How many rows, whose draft, how far ahead: what exact verification spends, from measured times and acceptance.
+
+Nothing here touches the text: a draft decides how many steps the target takes per forward, never which.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import nn
+
+from simsd.config import EngineConfig
+from simsd.decode.exchange import MODEL_DRAFT, NO_DRAFT, SELF_DRAFT
+
+if TYPE_CHECKING:
+    from simsd.engine.runner import Outcome
+
+FIRST_PATIENCE = 64  # iterations that a draft mode rests which others surpass; doubled each time it is tried in vain
+MAX_PATIENCE = 2048
+TRIES = 2  # before a draft mode is judged by its record
+
+
+class LatencyModel:
+    """seconds = base + slope * rows, fitted to what was seen, the latest weighing most."""
+
+    DECAY = 0.97
+
+    def __init__(self, slope_over_base: float) -> None:
+        self.prior = slope_over_base
+        self.n = self.x = self.y = self.xx = self.xy = 0.0
+
+    def observe(self, rows: float, seconds: float) -> None:
+        expected = self.base + self.slope * rows
+        if self.n >= 2 and seconds > 4 * expected:
+            return  # an outlier: ignored
+        if self.n and seconds < expected / 4:  # what came before was one: the first forward of a process, say
+            self.n = self.x = self.y = self.xx = self.xy = 0.0
+        for name, value in (("n", 1.0), ("x", rows), ("y", seconds), ("xx", rows * rows), ("xy", rows * seconds)):
+            setattr(self, name, getattr(self, name) * self.DECAY + value)
+
+    @property
+    def base(self) -> float:
+        return self._mean() / (1 + self._ratio() * self._rows())
+
+    @property
+    def slope(self) -> float:
+        return self.base * self._ratio()
+
+    def _ratio(self) -> float:
+        """slope / base; never far from the prior, however much the times scatter."""
+        spread = self.n * self.xx - self.x * self.x
+        if self.n < 4 or spread < 0.05 * self.x * self.x:  # rows hardly vary
+            return self.prior
+        slope = (self.n * self.xy - self.x * self.y) / spread
+        base = (self.y - slope * self.x) / self.n
+        ratio = slope / base if base > 0 else 4 * self.prior
+        return min(max(ratio, self.prior / 20), 4 * self.prior)
+
+    def _mean(self) -> float:
+        return self.y / self.n if self.n else 1.0
+
+    def _rows(self) -> float:
+        return self.x / self.n if self.n else 0.0
+
+
+@dataclasses.dataclass
+class Record:
+    """What came of one draft mode, the latest weighing most."""
+
+    DECAY: ClassVar[float] = 0.9
+
+    tries: float = 0.0
+    extra: float = 0.0  # steps of the target beyond the first
+    rows: float = 0.0  # that the target ran for drafted states
+    forwards: float = 0.0  # of the draft model
+    idle: int = 0  # times that it was passed over since
+    patience: int = FIRST_PATIENCE
+
+    def observe(self, **values: float) -> None:
+        for name, value in {"tries": 1.0, **values}.items():
+            setattr(self, name, getattr(self, name) * self.DECAY + value)
+
+    def mean(self, name: str) -> float:
+        return getattr(self, name) / max(self.tries, 1.0)
+
+
+@dataclasses.dataclass
+class Acceptance:
+    """The share of judged tokens that the target took."""
+
+    judged: float = 0.0
+    accepted: float = 0.0
+
+    def observe(self, judged: int, accepted: int) -> None:
+        self.judged, self.accepted = self.judged * 0.9 + judged, self.accepted * 0.9 + accepted
+
+    def share(self, prior: float) -> float:
+        """`prior` weighs as much as six tokens."""
+        return (self.accepted + 6 * prior) / (self.judged + 6)
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftMode:
+    """Who proposes the current block (see `exchange`), and how many blocks ahead, the current one included, the draft
+    model goes (0: it is not asked)."""
+
+    kind: int
+    depth: int
+
+
+NONE = DraftMode(NO_DRAFT, 0)
+OWN = DraftMode(SELF_DRAFT, 0)
+
+
+class History:
+    """What is known of a pair of models, whatever was decoded: times by rows, how far drafts were right, and what each
+    draft mode brought, by the situation: about how many sequences the batch has (rows and forwards weigh
+    differently then) and which part of the block is still masked."""
+
+    def __init__(self, device: torch.device) -> None:
+        per_row = 1 / 80 if device.type == "cpu" else 1 / 2000
+        self.target, self.draft = LatencyModel(per_row), LatencyModel(per_row)
+        self.acceptance = {kind: Acceptance() for kind in (SELF_DRAFT, MODEL_DRAFT)}
+        self.records: dict[tuple[int, int, DraftMode], Record] = {}
+
+    def record(self, active: int, quarter: int, mode: DraftMode) -> Record:
+        return self.records.setdefault((active.bit_length(), quarter, mode), Record())
+
+
+# Kept while the models live, so that a call of `generate` need not learn anew what the last one found out.
+_histories: weakref.WeakKeyDictionary[nn.Module, weakref.WeakKeyDictionary[nn.Module, History]]
+_histories = weakref.WeakKeyDictionary()
+
+
+def history_of(target: nn.Module, draft: nn.Module | None, device: torch.device) -> History:
+    of_target = _histories.setdefault(target, weakref.WeakKeyDictionary())
+    return of_target.setdefault(target if draft is None else draft, History(device))
+
+
+@dataclasses.dataclass(frozen=True)
+class Situation:
+    """What a choice for one slot rests on.
+
+    Attributes:
+        drafter: its request's, "none" where nothing may be drafted.
+        blocks_left: the current one included.
+        masked: positions of the current block that are masked and that the target's last logits tell of.
+        standing: blocks of an earlier proposal that still stand.
+    """
+
+    drafter: str
+    blocks_left: int
+    masked: int
+    standing: int = 0
+
+
+IDLE = Situation("none", 0, 0)
+
+
+class Tuner:
+    """Chooses each slot's draft mode, and what a drafted state must be worth."""
+
+    def __init__(self, config: EngineConfig, block_length: int, slots: int, history: History) -> None:
+        self.config, self.length, self.history = config, block_length, history
+        self.target, self.draft = history.target, history.draft
+        self.active = 1
+        self.modes = [NONE] * slots
+        self._quarters = [0] * slots
+        self._drafters = ["none"] * slots
+        self._acceptance = [self._no_acceptance() for _ in range(slots)]
+
+    @staticmethod
+    def _no_acceptance() -> dict[int, Acceptance]:
+        return {kind: Acceptance() for kind in (SELF_DRAFT, MODEL_DRAFT)}
+
+    def open(self, slot: int) -> None:
+        self._acceptance[slot] = self._no_acceptance()
+
+    def choose(self, situations: list[Situation], has_model: bool) -> list[DraftMode]:
+        """By slot; `situations`: IDLE for slots that do not run."""
+        self.active = max(sum(situation.blocks_left > 0 for situation in situations), 1)
+        for slot, now in enumerate(situations):
+            ahead = min(self.config.lookahead, now.blocks_left)
+            self._drafters[slot] = now.drafter
+            if not now.blocks_left or now.drafter == "none":
+                self.modes[slot] = NONE
+            elif now.drafter == "model":
+                self.modes[slot] = DraftMode(MODEL_DRAFT, ahead)
+            elif now.drafter == "self":
+                self.modes[slot] = OWN if now.masked else NONE
+            else:
+                self._quarters[slot] = self._quarter(now.masked)
+                self.modes[slot] = self._best(self._quarters[slot], ahead, now.masked > 0, has_model)
+        return self.modes
+
+    def _quarter(self, masked: int) -> int:
+        """How many quarters of the block are masked, rounded up; 0: it is fresh."""
+        return -(-4 * masked // self.length)
+
+    def _best(self, quarter: int, ahead: int, has_self: bool, has_model: bool) -> DraftMode:
+        """The mode that saves most time by its record; untried ones first, and now and then one that was surpassed.
+
+        The target's own logits propose the current block wherever there are some: they cost nothing.
+        """
+        further = range(2, ahead + 1) if has_model else ()
+        own = [OWN, *(DraftMode(SELF_DRAFT, depth) for depth in further)]
+        modes = own if has_self else [DraftMode(MODEL_DRAFT, depth) for depth in (1, *further) if has_model]
+        records = {mode: self.history.record(self.active, quarter, mode) for mode in modes}
+        for mode, record in records.items():
+            if record.tries < TRIES - 0.5:
+                return mode
+            if record.idle >= record.patience:
+                record.idle, record.patience = 0, min(2 * record.patience, MAX_PATIENCE)
+                return mode
+        saved = {NONE: 0.0} | {mode: self.saved(quarter, mode) for mode in modes}
+        if not has_self:
+            # A step on the current state alone leaves logits for a draft of the target's own next time.
+            later = self._quarter(self.length - 1)
+            saved[NONE] = max(0.0, *(self.saved(later, mode, steps=2) for mode in own))
+        best = max(saved, key=saved.__getitem__)
+        for mode, record in records.items():
+            record.idle = 0 if mode == best else record.idle + 1
+            record.patience = FIRST_PATIENCE if mode == best else record.patience
+        return best
+
+    def saved(self, quarter: int, mode: DraftMode, steps: int = 1) -> float:
+        """Seconds per step that a draft mode saves by its record, `steps` being those that it takes anyway."""
+        record = self.history.record(self.active, quarter, mode)
+        spent = record.mean("rows") * self.target.slope + record.mean("forwards") * self.draft_seconds()
+        extra = record.mean("extra")
+        return (extra * self.step_seconds() - spent) / (steps + extra)
+
+    def calibration(self) -> list[float]:
+        """By slot, how far the draft's probabilities are believed."""
+        overall = self.history.acceptance
+        return [
+            1.0 if mode.kind == NO_DRAFT or drafter != "auto" else own[mode.kind].share(overall[mode.kind].share(1.0))
+            for mode, drafter, own in zip(self.modes, self._drafters, self._acceptance, strict=True)
+        ]
+
+    def step_seconds(self) -> float:
+        """What one native step of one sequence costs in a batch of `active`."""
+        return self.target.base / self.active + self.target.slope * self.length
+
+    def draft_seconds(self) -> float:
+        """What one draft forward of one sequence costs, as far as it is known."""
+        if not self.draft.n:
+            return 0.0
+        return self.draft.base / self.active + self.draft.slope * self.length
+
+    def min_visit_prob(self) -> float:
+        """The least probability of being visited at which a drafted state pays for its rows."""
+        if self.config.max_rows is not None:
+            return 0.0
+        return min(1.0, self.target.slope * self.length / self.step_seconds())
+
+    def observe_times(self, outcome: Outcome, draft_forwards: int) -> None:
+        """What an iteration took, with `draft_forwards` of the draft model."""
+        self.target.observe(outcome.target_rows, outcome.target_seconds)
+        if draft_forwards:
+            self.draft.observe(outcome.draft_rows, outcome.draft_seconds / draft_forwards)
+
+    def observe(
+        self, slot: int, mode: DraftMode, judged: int, accepted: int, extra: int, rows: int, forwards: int
+    ) -> None:
+        """What came of a slot's draft mode: tokens judged and accepted, steps beyond the first, the rows that the
+        target ran for it and the draft model's forwards."""
+        record = self.history.record(self.active, self._quarters[slot], mode)
+        record.observe(extra=extra, rows=rows, forwards=forwards)
+        self._acceptance[slot][mode.kind].observe(judged, accepted)
+        self.history.acceptance[mode.kind].observe(judged, accepted)

@@ -1,0 +1,170 @@
+"""An iteration recorded once, and a batch of requests decoded by replaying the record: what a CUDA graph does, on the
+CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import simsd
+from simsd import SamplingParams
+from simsd.decode.exchange import MODEL_DRAFT, NO_DRAFT, ORIGINS, SELF_DRAFT, Block, Commands, Report
+from simsd.decode.iteration import Shape, iterate
+from simsd.decode.prefill import prefill
+from simsd.decode.rows import SCRATCH_ALIGNMENT, aligned, state_stride
+from simsd.decode.slots import Slots
+from simsd.engine.request import Request
+from simsd.models.runner import ModelRunner
+
+STOP_IDS = 2
+
+
+class Batch:
+    """Slots for a pair, and all else that iterations of some shapes read and write; nothing is packed."""
+
+    def __init__(
+        self, target: simsd.LoadedModel, draft: simsd.LoadedModel, shapes: Sequence[Shape], count: int, capacity: int
+    ) -> None:
+        length, lookahead = target.block_length, max(1, *(shape.lookahead for shape in shapes))
+        self.shapes = shapes
+        self.slots = Slots(
+            *(count, length, aligned(capacity, length), lookahead, STOP_IDS, target.banned_ids, target.device)
+        )
+        if any(shape.noise for shape in shapes):
+            self.slots.allow_noise(target.vocab_size, target.dtype)
+        self.commands = Commands(count, target.device)
+        self.report = Report.allocate(count, lookahead, length, target.device)
+        scratch = aligned(capacity, SCRATCH_ALIGNMENT)
+        states = max(2, *(shape.states for shape in shapes))
+        self.target, self.draft = (
+            ModelRunner(model, count, aligned(scratch + room * state_stride(length) + 1, 16), scratch, packed=False)
+            for model, room in ((target, states), (draft, 1))
+        )
+        rows = max(shape.logits_rows for shape in shapes)
+        self.target.keep_logits(torch.zeros(rows, target.vocab_size, dtype=target.dtype, device=target.device))
+        for shape in shapes:
+            self.iterate(shape)  # no slot runs; tables are made in a first call
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Everything but the weights, in one order for all batches of the same shapes."""
+        holders = (self.slots, self.commands, self.report, self.target, self.draft)
+        found = [x for holder in holders for x in vars(holder).values() if isinstance(x, Tensor)]
+        for runner in (self.target, self.draft):
+            for layers in runner.cache.stored():
+                found += layers
+        return [*found, self.slots.banned(())]
+
+    @torch.inference_mode()
+    def iterate(self, shape: Shape) -> None:
+        report = self.report.of(shape.lookahead)
+        iterate(self.slots, self.commands, self.target, self.draft, shape, report)
+
+
+@torch.inference_mode()
+def record(batch: Batch, shape: Shape) -> fx.GraphModule:
+    """`iterate` as a graph of calls, a function of `batch.tensors`."""
+    return make_fx(lambda *tensors: batch.iterate(shape))(*batch.tensors)
+
+
+def constants(graph: fx.GraphModule) -> list[Tensor]:
+    """Tensors of the record that are no inputs: they were there, or were made from data, while it was recorded."""
+    return [getattr(graph, node.target) for node in graph.graph.nodes if node.op == "get_attr"]
+
+
+@dataclasses.dataclass
+class Decoded:
+    """What replays brought: the requests, iterations, and how many of the judged tokens were accepted."""
+
+    requests: list[Request]
+    iterations: int = 0
+    judged: int = 0
+    accepted: int = 0
+
+
+def request(index: int, target: simsd.LoadedModel, prompt: Sequence[int], **settings) -> Request:
+    params = SamplingParams(**settings)
+    ends = target.end_token_ids if params.end_token_ids is None else params.end_token_ids
+    return Request(index, list(prompt), params, params.seed, tuple(ends), None)
+
+
+@torch.inference_mode()
+def decode(
+    batch: Batch, run: Callable[[Shape], None], requests: list[Request], seed: int, cancels: float = 0.0
+) -> Decoded:
+    """Decodes the requests, first come, first served: `run` is an iteration of the batch.
+
+    Everything that a host decides is drawn: the shape of an iteration, who sits it out, who drafts and how far ahead,
+    how far a draft is believed, how many rows there are and, with probability `cancels`, who is cancelled.
+    """
+    draw, done = random.Random(seed), Decoded(requests)
+    waiting, epochs = list(requests), iter(range(1, 10**6))
+    occupants: list[tuple[int, Request] | None] = [None] * batch.slots.count
+    while waiting or any(occupants):
+        for slot, occupant in enumerate(occupants):
+            if occupant is None and waiting:
+                occupants[slot] = next(epochs), waiting.pop(0)
+                _open(batch, slot, *occupants[slot])
+            elif occupant is not None and draw.random() < cancels:
+                occupant[1].stop(None, "cancelled")
+                batch.slots.close(slot)
+                occupants[slot] = None
+        shape = draw.choice(batch.shapes)
+        _prefill(batch, shape)
+        batch.commands.write(**_commands(batch, shape, [occupant is not None for occupant in occupants], draw))
+        run(shape)
+        done.iterations += 1
+        for slot, report in batch.report.of(shape.lookahead).read(partly=shape.temporal is not None):
+            epoch, occupant = occupants[slot]
+            assert report.epoch == epoch and not report.failed
+            done.judged, done.accepted = done.judged + report.judged, done.accepted + report.accepted
+            _commit(occupant, report.blocks, batch.slots.length)
+            if occupant.finish_reason is not None:
+                batch.slots.close(slot)
+                occupants[slot] = None
+            else:
+                assert not report.ended
+    return done
+
+
+def _open(batch: Batch, slot: int, epoch: int, occupant: Request) -> None:
+    settings = occupant.slot_settings(batch.slots.length, epoch, STOP_IDS)
+    batch.slots.open(slot, occupant.tokens, settings)
+
+
+def _prefill(batch: Batch, shape: Shape) -> None:
+    """As an engine does: what does not come along with an iteration goes ahead."""
+    slots = batch.slots
+    sides = [(batch.target, slots.target_kv_len, shape.pending)]
+    if shape.draft_blocks or shape.temporal is not None:
+        sides.append((batch.draft, slots.draft_kv_len, shape.draft_pending))
+    for model, kv_len, most in sides:
+        while bool((slots.start - kv_len > most * slots.length).any()):
+            prefill(slots, model, kv_len, 2)
+
+
+def _commands(batch: Batch, shape: Shape, taken: list[bool], draw: random.Random) -> dict[str, list]:
+    modes = [NO_DRAFT] + [SELF_DRAFT] * shape.self_draft + [MODEL_DRAFT] * (3 if shape.draft_blocks else 0)
+    most = batch.slots.count * (shape.states - 1) * batch.slots.length
+    return {
+        "runs": [int(here and draw.random() < 0.9) for here in taken],
+        "mode": [draw.choice(modes) for _ in taken],
+        "depth": [draw.randint(0, shape.draft_blocks) for _ in taken],
+        "calibration": [draw.choice((0.3, 0.8, 1.0)) for _ in taken],
+        "min_visit_prob": [draw.choice((0.0, 0.001, 0.1)) for _ in taken],
+        "row_budget": [draw.choice((0, most // 3, most))] * len(taken),
+    }
+
+
+def _commit(occupant: Request, blocks: list[Block], length: int) -> None:
+    for block in blocks:
+        if occupant.finish_reason is None:
+            new = slice(len(occupant.tokens) % length, None)
+            origins = [ORIGINS[origin] for origin in block.origins[new]]
+            logprobs = None if block.logprobs is None else block.logprobs[new]
+            occupant.commit(block.tokens[new], block.steps[new], block.probs[new], origins, logprobs)

@@ -1,0 +1,149 @@
+"""What the automatic drafter spends, given times and what drafts brought: no clock is read here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from simsd import EngineConfig
+from simsd.decode.exchange import MODEL_DRAFT, SELF_DRAFT
+from simsd.engine.tuner import FIRST_PATIENCE, IDLE, NONE, OWN, DraftMode, History, LatencyModel, Situation, Tuner
+
+MODEL, FURTHER, OWN_FURTHER = DraftMode(MODEL_DRAFT, 1), DraftMode(MODEL_DRAFT, 2), DraftMode(SELF_DRAFT, 2)
+
+
+def tuner(base: float = 2e-3, slope: float = 25e-6, draft: float = 4e-4, slots: int = 1, **changes) -> Tuner:
+    """A tuner that has seen forwards of these times."""
+    made = Tuner(EngineConfig(**changes), 4, slots, History(torch.device("cpu")))
+    for rows in (4, 64, 16, 100) * 5:
+        made.target.observe(rows, base + slope * rows)
+        made.draft.observe(rows, draft + 1e-6 * rows)
+    return made
+
+
+def choose(made: Tuner, blocks_left: list[int], masked: list[int], has_model: bool, drafter: str = "auto"):
+    situations = [
+        Situation(drafter, left, here) if left else IDLE for left, here in zip(blocks_left, masked, strict=True)
+    ]
+    return list(made.choose(situations, has_model))
+
+
+def teach(made: Tuner, mode: DraftMode, extra: int, rows: int, masked: int = 0, active: int = 1) -> None:
+    """A draft mode brought `extra` steps for so many rows."""
+    for _ in range(20):
+        record = made.history.record(active, -(-4 * masked // 4), mode)
+        record.observe(extra=extra, rows=rows, forwards=mode.depth - (mode.kind == SELF_DRAFT and mode.depth > 0))
+
+
+def teach_all(made: Tuner, model: int, further: int, own: int, own_further: int, active: int = 1) -> None:
+    """Steps brought by each mode: on a fresh block by the model's, behind a step by the target's own."""
+    teach(made, MODEL, model, 28, active=active)
+    teach(made, FURTHER, further, 60, active=active)
+    for masked in (1, 2, 3):
+        teach(made, OWN, own, 20, masked, active)
+        teach(made, OWN_FURTHER, own_further, 60, masked, active)
+
+
+def test_a_latency_model_is_recovered_from_what_was_seen():
+    model = LatencyModel(1 / 80)
+    for rows in (4, 64, 16, 100) * 5:
+        model.observe(rows, 2e-3 + 25e-6 * rows)
+    assert model.base == pytest.approx(2e-3, rel=0.02) and model.slope == pytest.approx(25e-6, rel=0.05)
+
+
+@pytest.mark.parametrize("slow", [(), (0,), (3, 10, 17)], ids=["steady", "slow at first", "hiccups"])
+def test_a_latency_model_stays_sane_whatever_it_sees(slow):
+    model = LatencyModel(1 / 80)
+    assert model.base > 0 and model.slope > 0
+    for n in range(20):
+        model.observe(8, 50e-3 if n in slow else 1e-3)
+    assert 0 < model.slope < model.base
+    assert model.base + 8 * model.slope == pytest.approx(1e-3, rel=0.01)
+
+
+def test_every_mode_is_tried_before_any_is_judged():
+    made = tuner()
+    for masked, modes in ((0, {MODEL, FURTHER}), (2, {OWN, OWN_FURTHER})):
+        tried = set()
+        for _ in range(4):
+            (mode,) = choose(made, [9], [masked], True)
+            tried.add(mode)
+            made.observe(0, mode, 1, 0, 0, 20, mode.depth)
+        assert tried == modes
+    assert choose(made, [9], [0], False) == [NONE]
+
+
+def test_a_good_draft_looks_further_ahead_than_a_poor_one():
+    good, poor = tuner(), tuner()
+    teach_all(good, model=3, further=6, own=1, own_further=1)
+    teach_all(poor, model=2, further=2, own=0, own_further=0)
+    assert choose(good, [9], [0], True) == [FURTHER]
+    assert choose(poor, [9], [0], True) == [MODEL]
+    assert choose(good, [1], [0], True) == [MODEL]  # no further than the text may go
+
+
+def test_a_draft_that_never_helps_is_asked_less_and_less():
+    made = tuner()
+    asked = []
+    for n in range(2000):
+        (mode,) = choose(made, [9], [0], True)
+        if mode.kind == MODEL_DRAFT:
+            asked.append(n)
+            made.observe(0, mode, 1, 0, 0, 20, mode.depth)
+    gaps = [b - a for a, b in zip(asked, asked[1:], strict=False)]
+    assert len(asked) < 20 and max(gaps) > 4 * FIRST_PATIENCE
+
+
+def test_a_draft_too_slow_for_what_it_brings_is_not_asked():
+    made = tuner(draft=20e-3)
+    teach_all(made, model=3, further=6, own=0, own_further=0)
+    assert choose(made, [9], [0], True) == [NONE]
+    assert choose(made, [9], [2], True) == [NONE]
+
+
+def test_a_batch_waits_for_the_target_s_own_logits_where_the_draft_model_costs_too_many_rows():
+    made = tuner(slots=8)
+    teach_all(made, model=3, further=6, own=2, own_further=3)
+    teach_all(made, model=1, further=1, own=2, own_further=2, active=8)
+    assert choose(made, [9] + [0] * 7, [0] * 8, True)[0] == FURTHER
+    assert choose(made, [9] * 8, [0] * 8, True) == [NONE] * 8
+    assert choose(made, [9] * 8, [3] * 8, True) == [OWN] * 8
+
+
+def test_rows_that_bring_too_little_are_not_spent():
+    made = tuner(slots=8)
+    for active in (1, 8):
+        teach(made, OWN, 1, 60, masked=2, active=active)
+    assert choose(made, [9] + [0] * 7, [2] * 8, False)[0] == OWN  # a step saved is worth more than 60 rows
+    assert choose(made, [9] * 8, [2] * 8, False)[0] == NONE  # an eighth of a forward is not
+
+
+def test_rows_cost_more_in_a_batch():
+    made = tuner(slots=8)
+    floors = []
+    for active in (1, 2, 8):
+        choose(made, [9] * active + [0] * (8 - active), [0] * 8, False)
+        floors.append(made.min_visit_prob())
+    assert 0 < floors[0] < floors[1] < floors[2] < 1
+
+
+def test_an_explicit_row_budget_replaces_the_floor():
+    assert tuner(max_rows=64).min_visit_prob() == 0.0
+
+
+def test_calibration_follows_acceptance_by_slot():
+    made = tuner(slots=2)
+    choose(made, [9, 9], [2, 2], False)
+    assert made.modes == [OWN, OWN]
+    for _ in range(30):
+        made.observe(0, OWN, 4, 4, 2, 20, 0)
+        made.observe(1, OWN, 4, 0, 0, 20, 0)
+    sure, unsure = made.calibration()
+    assert sure > 0.85 and unsure < 0.4
+
+
+@pytest.mark.parametrize("drafter, masked, mode", [("model", 2, FURTHER), ("self", 2, OWN), ("self", 0, NONE)])
+def test_a_named_drafter_is_almodes_used(drafter, masked, mode):
+    made = tuner()
+    teach_all(made, model=0, further=0, own=0, own_further=0)
+    assert choose(made, [9], [masked], True, drafter) == [mode] and made.calibration() == [1.0]
