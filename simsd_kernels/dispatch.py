@@ -230,3 +230,16 @@ def choose(op: str, backend: str | None, device: torch.device, obstacle: Callabl
             _log.debug("%s: passing over %s: %s", op, name, reason)
     lines = [f"  {name}: {why_not(name) or 'can serve this call'}" for name in BACKENDS]
     raise RuntimeError(f"{op}: backend {requested or 'auto'!r} cannot serve this call.\n" + "\n".join(lines))
+
+
+_chosen: dict[tuple[str, torch.device, str | None], str] = {}
+
+
+def choose_for(op: str, device: torch.device) -> str:
+    """`choose` by the device alone, asked once: for loops that call an op thousands of times a second."""
+    if _assumed is not None:
+        return _assumed
+    key = op, device, os.environ.get("SIMSD_BACKEND")
+    if key not in _chosen:
+        _chosen[key] = choose(op, None, device, lambda backend: None)
+    return _chosen[key]

@@ -68,7 +68,7 @@ _references: dict[str, Callable] = {}
 def serving(op: str, device: torch.device) -> Callable:
     """What serves `op` by the automatic choice (or SIMSD_BACKEND), as a function of the schema's arguments by position:
     for callers who know that they are right, since compiled ops check what memory safety needs and no more."""
-    backend = dispatch.choose(op, None, device, lambda backend: None)
+    backend = dispatch.choose_for(op, device)
     return _references[op] if backend == "reference" else dispatch.operator(op, backend)
 
 

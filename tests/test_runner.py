@@ -113,11 +113,27 @@ def test_spare_logits_rows_may_point_anywhere(packed):
         assert torch.equal(runner.forward(*arguments, spare, len(live)), expected)
 
 
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "static"])
+def test_memory_that_holds_no_keys_and_values_is_not_looked_at(packed):
+    expected = decode(load(), [[8, 4], [4, 0], [4, 4]], 8, packed)
+    runner, batch = ModelRunner(load(), 2, KV_SLOTS, packed=packed), Batch(2)
+    for values in (runner.cache.keys, runner.cache.values):
+        values.fill_(torch.nan)
+    found = [[], []]
+    for counts in ([8, 4], [4, 0], [4, 4]):
+        arguments = batch.rows(counts, 8)
+        logits = runner.forward(*arguments, live_rows(arguments[2])).split(counts)
+        found = [[*mine, new] for mine, new in zip(found, logits, strict=True)]
+    for mine, theirs in zip(found, expected, strict=True):
+        assert torch.equal(torch.cat(mine), theirs)
+
+
 @pytest.mark.parametrize("position", [7, -1, 10**6])
 @pytest.mark.parametrize("deterministic", [True, False], ids=["deterministic", "plain"])
 def test_a_batch_without_live_rows_changes_nothing(deterministic, position):
     runner, arguments = ModelRunner(load(deterministic=deterministic), 2, KV_SLOTS), Batch(2).rows([0, 0], 6)
     arguments[1].fill_(position)
+    runner.cache.keys.zero_()
     assert runner.forward(*arguments, torch.tensor([0, 3])).shape == (2, VOCABULARY)
     assert runner.rows <= 4
     assert not runner.cache.keys.any()

@@ -32,6 +32,8 @@ class GrowingText:
         self._shown = ""
 
     def push(self, tokens: Sequence[int]) -> str:
+        if not tokens:
+            return ""
         self.tokens += tokens
         end = len(self.tokens) - self._unfinished_run()
         window = self.tokenizer.decode(self.tokens[self._anchor : end])
@@ -98,7 +100,7 @@ class AnswerText:
 
     def push(self, tokens: Sequence[int], last: bool = False) -> None:
         """Adds tokens; `last`: no more will come."""
-        if self.ended:
+        if self.ended or not (tokens or last):
             return
         self._growing.push(tokens)
         if last:

@@ -50,18 +50,20 @@ def by_model(slots: Slots, commands: Commands, draft: ModelRunner, shape: Shape)
     """The draft model proposes what is not proposed yet, block after block, `draft_steps` forwards each: behind the
     current block it sees the proposed ones, whose clean rows ride along. It stops behind a block in which it ended the
     text, and where it lags behind the text by more than the forward has rows for."""
-    wanted = torch.where((commands.runs > 0) & (slots.start >= 0), commands.depth, 0)
-    fresh = torch.zeros_like(slots.revealed), torch.zeros_like(slots.step)
+    left = (slots.end - slots.start).div(slots.length, rounding_mode="floor")  # blocks of the text
+    wanted = torch.where((commands.runs > 0) & (slots.start >= 0), commands.depth.minimum(left), 0)
+    if draft.packed and not (slots.proposal_depth < wanted.minimum(slots.draft_end)).any():
+        return
     for k in range(shape.draft_blocks):
         begin = slots.start + k * slots.length
         here = (slots.proposal_depth == k) & (wanted.minimum(slots.draft_end) > k)
-        here &= begin < slots.end
         here &= begin - slots.draft_kv_len <= shape.draft_pending * slots.length
         if draft.packed and not here.any():
-            break
-        _propose_block(
-            slots, draft, torch.where(here, begin, -1), *((slots.revealed, slots.step) if k == 0 else fresh), k, shape
-        )
+            continue
+        state = slots.revealed, slots.step
+        if k > 0:
+            state = torch.zeros_like(slots.revealed), torch.zeros_like(slots.step)
+        _propose_block(slots, draft, torch.where(here, begin, -1), *state, k, shape)
         slots.draft_kv_len.copy_(torch.where(here, begin, slots.draft_kv_len))
         _set_sharpness(slots, here, k, MODEL)
 
@@ -98,11 +100,11 @@ def state_logits(
 ) -> tuple[Tensor, Tensor]:
     """A forward of a draft model on one state of a block: logits [B * L, V], and the row of each masked position, int32
     [B, L], -1 elsewhere."""
+    nothing = slots.proposal(0)
     planned = serving("plan_block", slots.device)(
         *(slots.text, revealed, at, slots.end, step, slots.draft_kv_len),
-        *(slots.draft_tokens[:, :0], slots.nothing, slots.draft_end),
-        *(slots.draft_prob[:, :0], slots.draft_log_odds[:, :0], slots.draft_entropy[:, :0]),
-        *(slots.prob[:, 0], slots.draft_sharpness[:, :0], slots.temperature, slots.nothing[:1]),
+        *(nothing.tokens, slots.nothing, slots.draft_end, nothing.prob, nothing.log_odds, nothing.entropy),
+        *(slots.prob[:, 0], nothing.sharpness, slots.temperature, slots.nothing[:1]),
         *(slots.schedule, slots.steps, slots.strategy, slots.threshold),
         *(None,) * 6,
         *(model.mask_token_id, shape.draft_pending, 1, slots.count * slots.length),

@@ -45,10 +45,8 @@ class Commands:
         self._fields.copy(other._fields)
 
     def write(self, **columns: list) -> None:
-        """Sets fields from lists of one value per slot; of commands in the host's memory."""
-        for name, values in columns.items():
-            view = getattr(self, name)
-            view.copy_(torch.tensor(values, dtype=view.dtype))
+        """Sets every field from a list of one value per slot; of commands in the host's memory."""
+        self._fields.write(columns)
 
 
 class Block(NamedTuple):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+import struct
 from collections.abc import Mapping
 
 import torch
@@ -9,10 +12,13 @@ from torch import Tensor
 
 Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 _ROW_ALIGNMENT = 8  # bytes: the widest field is int64
+_CODES = {torch.int64: "q", torch.int32: "i", torch.float32: "f"}  # of module struct
 
 
 class Fields:
     """`count` rows of fields; each field is a view [count, *shape] of `buffer`, by its name in `views`.
+
+    Values are packed by Python, not by a tensor each: a row has dozens of fields of a few bytes.
 
     Attributes:
         buffer: uint8 [count, bytes].
@@ -20,27 +26,45 @@ class Fields:
 
     def __init__(self, layout: Layout, count: int, device: torch.device | str, pinned: bool = False) -> None:
         widest_first = sorted(layout.items(), key=lambda field: -field[1][0].itemsize)
-        ends, at = {}, 0
+        self._names = [name for name, _ in widest_first]
+        self._format = ""
+        places, width = {}, 0
         for name, (dtype, shape) in widest_first:
-            size = dtype.itemsize
-            for length in shape:
-                size *= length
-            ends[name] = at, at + size
-            at += size
-        width = -(-at // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
-        self.buffer = torch.zeros((count, width), dtype=torch.uint8, device=device, pin_memory=pinned)
+            size = math.prod(shape)
+            places[name] = width, width + size * dtype.itemsize
+            width += size * dtype.itemsize
+            self._format += f"{size}{_CODES[dtype]}"
+        padding = -width % _ROW_ALIGNMENT
+        self._format += f"{padding}x"
+        self.buffer = torch.zeros((count, width + padding), dtype=torch.uint8, device=device, pin_memory=pinned)
         self.views: dict[str, Tensor] = {}
         for name, (dtype, shape) in layout.items():
-            first, end = ends[name]
-            self.views[name] = (
-                self.buffer[:, first:end].view(dtype).unflatten(1, shape)
-                if shape
-                else (self.buffer[:, first:end].view(dtype).squeeze(1))
-            )
+            first, end = places[name]
+            self.views[name] = self.buffer[:, first:end].view(dtype).unflatten(1, shape or (1,))
+            if not shape:
+                self.views[name] = self.views[name].squeeze(1)
 
-    def copy_row(self, row: int, other: Fields) -> None:
-        """Takes over row 0 of `other`, which has the same layout."""
-        self.buffer[row].copy_(other.buffer[0], non_blocking=True)
+    def write(self, columns: Mapping[str, list]) -> None:
+        """Sets every field, none of which has a shape, from a list of one value per row; of fields in the host's
+        memory."""
+        values = itertools.chain.from_iterable(zip(*(columns[name] for name in self._names), strict=True))
+        self.buffer.view(-1).copy_(_bytes("=" + self._format * len(self.buffer), values))
+
+    def write_row(self, row: int, values: Mapping[str, object]) -> None:
+        """Sets every field of a row: a value, or as many in a tuple or list as the field has."""
+        flat: list = []
+        for name in self._names:
+            value = values[name]
+            flat.extend(value) if isinstance(value, tuple | list) else flat.append(value)
+        packed = _bytes("=" + self._format, flat)
+        if self.buffer.device.type == "cuda":
+            packed = packed.pin_memory()
+        self.buffer[row].copy_(packed, non_blocking=True)
 
     def copy(self, other: Fields) -> None:
         self.buffer.copy_(other.buffer, non_blocking=True)
+
+
+def _bytes(form: str, values) -> Tensor:
+    """uint8 [n], the values packed as `struct` says."""
+    return torch.frombuffer(bytearray(struct.pack(form, *values)), dtype=torch.uint8)

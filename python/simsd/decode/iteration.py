@@ -137,13 +137,12 @@ def verify(
 
 
 def plan_states(slots: Slots, commands: Commands, target: ModelRunner, shape: Shape) -> kernels.Plan:
-    K = shape.lookahead
+    drafted = slots.proposal(shape.lookahead)
     start = torch.where(commands.runs > 0, slots.start, -1)
     planned = serving("plan_block", slots.device)(
         *(slots.text, slots.revealed, start, slots.end, slots.step, slots.target_kv_len),
-        *(slots.draft_tokens[:, :K], slots.proposal_depth, slots.draft_end),
-        *(slots.draft_prob[:, :K], slots.draft_log_odds[:, :K], slots.draft_entropy[:, :K]),
-        *(commands.calibration, slots.draft_sharpness[:, :K], commands.min_visit_prob, commands.row_budget[:1]),
+        *(drafted.tokens, slots.proposal_depth, slots.draft_end, drafted.prob, drafted.log_odds, drafted.entropy),
+        *(commands.calibration, drafted.sharpness, commands.min_visit_prob, commands.row_budget[:1]),
         *(slots.schedule, slots.steps, slots.strategy, slots.threshold),
         *drafting.noise_of(slots, shape),
         target.mask_token_id,
@@ -156,7 +155,7 @@ def plan_states(slots: Slots, commands: Commands, target: ModelRunner, shape: Sh
 def walk_states(slots: Slots, logits: Tensor, plan: kernels.Plan, shape: Shape) -> kernels.Walk:
     walked = serving("verify_graph", slots.device)(
         *(logits, plan.state_rows, plan.states, plan.state_revealed, plan.block),
-        *(slots.draft_tokens[:, : shape.lookahead], plan.draft_blocks_in_rows, slots.proposal_depth),
+        *(slots.proposal(shape.lookahead).tokens, plan.draft_blocks_in_rows, slots.proposal_depth),
         *(slots.start, slots.step, slots.step_map, slots.prob, slots.origin, slots.temperature),
         *(slots.schedule, slots.steps, slots.strategy, slots.threshold),
         *(slots.top_k if shape.filters[0] else None, slots.top_p if shape.filters[1] else None),
@@ -170,8 +169,7 @@ def advance(slots: Slots, walk: kernels.Walk, plan: kernels.Plan, shape: Shape, 
     serving("advance_slots", slots.device)(
         *(slots.text, slots.start, slots.revealed, slots.step, slots.step_map, slots.prob, slots.origin),
         *(slots.target_kv_len, slots.draft_kv_len, slots.last_rows),
-        *(slots.draft_tokens[:, :K], slots.draft_prob[:, :K], slots.draft_log_odds[:, :K]),
-        *(slots.draft_entropy[:, :K], slots.draft_sharpness[:, :K], slots.proposal_depth, slots.draft_end),
+        *(*slots.proposal(K), slots.proposal_depth, slots.draft_end),
         report.buffer,
         *(slots.end, slots.prompt_len, slots.request_epoch, slots.stop_ids),
         *walk,

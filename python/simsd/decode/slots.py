@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,6 +45,16 @@ def layout(length: int, stop_ids: int) -> Layout:
         "draft_end": (int32, ()),
         "draft_forwards": (int32, ()),
     }
+
+
+class Proposal(NamedTuple):
+    """Blocks of the standing proposal: [B, blocks, L], `sharpness` [B, blocks]; see `Slots`."""
+
+    tokens: Tensor
+    prob: Tensor
+    log_odds: Tensor
+    entropy: Tensor
+    sharpness: Tensor
 
 
 class Slots:
@@ -88,8 +99,7 @@ class Slots:
         self.device = device
         self._banned_ids: dict[tuple[int, ...], Tensor] = {}
         self.ban(banned_ids)
-        self._layout = layout(length, stop_ids)
-        self._fields = Fields(self._layout, count, device)
+        self._fields = Fields(layout(length, stop_ids), count, device)
         vars(self).update(self._fields.views)
         # A walk may write this far behind the last block that counts.
         self.text = torch.zeros((count, capacity + (lookahead + 2) * length), dtype=torch.int64, device=device)
@@ -117,6 +127,11 @@ class Slots:
         """int64 [n], the ids that an iteration never generates."""
         return self._banned_ids[allowed]
 
+    def proposal(self, blocks: int) -> Proposal:
+        """The first blocks of the standing proposal."""
+        fields = (self.draft_tokens, self.draft_prob, self.draft_log_odds, self.draft_entropy, self.draft_sharpness)
+        return Proposal(*(field[:, :blocks] for field in fields))
+
     def allow_noise(self, vocabulary: int, dtype: torch.dtype) -> None:
         """Makes `draft_logits`, which only sequences that draw with noise need."""
         if self.draft_logits is None:
@@ -130,25 +145,27 @@ class Slots:
         """Puts a sequence of `tokens` into a slot; what is no whole block of them is known in the current one.
 
         Args:
-            settings: values of the packed fields that a request fixes (see `Request.slot_settings`).
+            settings: values of the other packed fields, which a request fixes (see `Request.slot_settings`).
             kv_lens: target_kv_len and draft_kv_len, where the slot holds keys and values of these tokens already.
         """
         start = len(tokens) // self.length * self.length
-        row = Fields(self._layout, 1, "cpu", pinned=self.device.type == "cuda")
+        zeros, ones = [0] * self.length, [1] * self.length
         values = {
             "start": start,
             "revealed": (1 << (len(tokens) - start)) - 1,
-            "prob": 1.0,
+            "step": 0,
+            "step_map": zeros,
+            "prob": ones,
+            "origin": zeros,
             "target_kv_len": kv_lens[0],
             "draft_kv_len": kv_lens[1],
-            "last_rows": -1,
+            "last_rows": [-1] * self.length,
+            "proposal_depth": 0,
             "draft_end": NEVER,
-            **settings,
+            "draft_forwards": 0,
         }
-        for name, value in values.items():
-            row.views[name][0] = torch.tensor(value) if isinstance(value, tuple | list) else value
         self.text[slot, : len(tokens)].copy_(torch.tensor(tokens, dtype=torch.int64), non_blocking=True)
-        self._fields.copy_row(slot, row)
+        self._fields.write_row(slot, values | settings)
 
     @torch.inference_mode()
     def close(self, slot: int) -> None:

@@ -38,7 +38,8 @@ class Runner:
         self.slots, self.target, self.draft, self.parts = slots, target, draft, parts
         self.static = not target.packed
         self._commands = Commands(slots.count, slots.device)
-        self._report = Report.allocate(slots.count, slots.lookahead, slots.length, slots.device)
+        report = Report.allocate(slots.count, slots.lookahead, slots.length, slots.device)
+        self._report, self._reports = report, [report.of(blocks) for blocks in range(slots.lookahead + 1)]
         self._graphs: dict[Shape, _Captured] = {}
         self._late: collections.deque[_Launched] = collections.deque()
         if self.static and slots.device.type == "cuda":
@@ -75,7 +76,7 @@ class Runner:
         drafts = propose(self.slots, self._commands, self.target, self.draft, shape, self.parts)
         drafting.stop()
         verifying = Stopwatch(self.slots.device)
-        report = self._report.of(shape.lookahead)
+        report = self._reports[shape.lookahead]
         verify(self.slots, self._commands, self.target, shape, report, drafts, self.parts)
         reports = list(report.read(partly=shape.temporal is not None))
         verifying.stop()
@@ -104,7 +105,7 @@ class Runner:
         """Both halves of an iteration as graphs. No slot runs meanwhile, so nothing changes."""
         if len(self._graphs) == MAX_SHAPES:
             raise SimsdError(f"more than {MAX_SHAPES} shapes of iterations were asked for: set max_rows or lookahead")
-        report = self._report.of(shape.lookahead)
+        report = self._reports[shape.lookahead]
         began, before = time.perf_counter(), torch.cuda.memory_allocated(self.slots.device)
         slots, target, draft = self.slots, self.target, self.draft
         self._commands.runs.zero_()

@@ -182,6 +182,7 @@ class Tuner:
     def choose(self, situations: list[Situation], has_model: bool) -> list[DraftMode]:
         """By slot; `situations`: IDLE for slots that do not run."""
         self.active = max(sum(situation.blocks_left > 0 for situation in situations), 1)
+        best: dict[tuple[int, int, bool], DraftMode] = {}
         for slot, now in enumerate(situations):
             ahead = min(self.config.lookahead, now.blocks_left)
             self._drafters[slot] = now.drafter
@@ -192,16 +193,21 @@ class Tuner:
             elif now.drafter == "self":
                 self.modes[slot] = OWN if now.masked else NONE
             else:
-                self._quarters[slot] = self._quarter(now.masked)
-                self.modes[slot] = self._best(self._quarters[slot], ahead, now.masked > 0, has_model)
+                key = self._quarter(now.masked), ahead, now.masked > 0
+                if key not in best:
+                    self.modes[slot], best[key] = self._best(*key, has_model)
+                else:
+                    self.modes[slot] = best[key]
+                self._quarters[slot] = key[0]
         return self.modes
 
     def _quarter(self, masked: int) -> int:
         """How many quarters of the block are masked, rounded up; 0: it is fresh."""
         return -(-4 * masked // self.length)
 
-    def _best(self, quarter: int, ahead: int, has_self: bool, has_model: bool) -> DraftMode:
-        """The mode that saves most time by its record; untried ones first, and now and then one that was surpassed.
+    def _best(self, quarter: int, ahead: int, has_self: bool, has_model: bool) -> tuple[DraftMode, DraftMode]:
+        """For the first slot in a situation, and for the others in it: the mode that saves most time by its record;
+        untried ones before, and for the first slot now and then one that was surpassed.
 
         The target's own logits propose the current block wherever there are some: they cost nothing.
         """
@@ -211,20 +217,21 @@ class Tuner:
         records = {mode: self.history.record(self.active, quarter, mode) for mode in modes}
         for mode, record in records.items():
             if record.tries < TRIES - 0.5:
-                return mode
-            if record.idle >= record.patience:
-                record.idle, record.patience = 0, min(2 * record.patience, MAX_PATIENCE)
-                return mode
+                return mode, mode
         saved = {NONE: 0.0} | {mode: self.saved(quarter, mode) for mode in modes}
         if not has_self:
             # A step on the current state alone leaves logits for a draft of the target's own next time.
             later = self._quarter(self.length - 1)
             saved[NONE] = max(0.0, *(self.saved(later, mode, steps=2) for mode in own))
-        best = max(saved, key=saved.__getitem__)
+        best = first = max(saved, key=saved.__getitem__)
         for mode, record in records.items():
-            record.idle = 0 if mode == best else record.idle + 1
-            record.patience = FIRST_PATIENCE if mode == best else record.patience
-        return best
+            if mode == best:
+                record.idle, record.patience = 0, FIRST_PATIENCE
+            elif record.idle >= record.patience and first == best:
+                first, record.idle, record.patience = mode, 0, min(2 * record.patience, MAX_PATIENCE)
+            else:
+                record.idle += 1
+        return first, best
 
     def saved(self, quarter: int, mode: DraftMode, steps: int = 1) -> float:
         """Seconds per step that a draft mode saves by its record, `steps` being those that it takes anyway."""

@@ -21,7 +21,7 @@ def unchecked(op: Callable, device: torch.device, dtype: torch.dtype, name: str 
     and the checks in Python cost a small model a tenth of its forward. `name`: of the op, where it is not `op`'s own.
     """
     name = name or op.__name__
-    backend = dispatch.choose(name, None, device, lambda backend: None)
+    backend = dispatch.choose_for(name, device)
     if dtype in validate.FLOATS and backend in ("cpu", "cuda"):
         return dispatch.operator(name, backend)
     return op

@@ -8,6 +8,7 @@ know are left to the stock modules (`simsd.models.stock`), which define what is 
 from __future__ import annotations
 
 import dataclasses
+import operator
 import os
 import weakref
 from collections.abc import Callable, Iterator
@@ -155,7 +156,7 @@ class FusedLayers:
         tensors = [m._parameters for m in self._watched] + [self._rotary._buffers]
         known = [(owner, name) for owner in children + tensors for name in owner]
         known += [(owner, name) for owner in attributes for name in _SETTINGS if name in owner]
-        self._known = [(owner, name, owner[name]) for owner, name in known]
+        self._known = [owner for owner, _ in known], [name for _, name in known], [owner[n] for owner, n in known]
         if any(isinstance(weight, FakeTensor) for weight in self._joined):
             self._joined = []  # they have no addresses
         self._addresses = [weight.data_ptr() for weight in self._joined]
@@ -197,11 +198,10 @@ class FusedLayers:
     def is_current(self) -> bool:
         """Whether modules, their classes and forwards, hooks, weights, settings and the choice of a backend are those
         that this was made of."""
-        for owner, name, value in self._known:
-            if owner.get(name) is not value:
-                return False
+        owners, names, values = self._known
         return (
-            list(map(type, self._watched)) == self._kinds
+            all(map(operator.is_, map(dict.get, owners, names), values))
+            and list(map(type, self._watched)) == self._kinds
             and list(map(len, self._owners)) == self._counts
             and not (any(self._hooks) or _has_any_global_hook())
             and list(map(Tensor.data_ptr, self._joined)) == self._addresses
