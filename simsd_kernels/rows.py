@@ -6,8 +6,6 @@ once per forward and concatenate. `simsd_kernels.visibility` builds whole masks 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -104,12 +102,6 @@ def copy_rows(copy: Tensor | int, block_index: Tensor, stride: int, clean: bool 
     """
     moment = (block_index * stride + 1 + copy).to(torch.int32)
     return moment, moment.clone(), torch.full_like(moment, INF) if clean else moment.clone()
-
-
-def dead_rows(shape: Sequence[int], device: torch.device | str | None = None) -> Rows:
-    """Rows that see nothing and that nothing sees: padding, unwritten cache slots."""
-    clock = torch.full(tuple(shape), -1, dtype=torch.int32, device=device)
-    return clock, torch.full_like(clock, INF), clock.clone()
 
 
 def concatenate(*rows: Rows) -> Rows:

@@ -25,7 +25,6 @@ from simsd_kernels.rows import (
     clean_rows,
     concatenate,
     copy_rows,
-    dead_rows,
     stride_for,
     temporal_rows,
 )
@@ -40,7 +39,6 @@ __all__ = [
     "clean_rows",
     "concatenate",
     "copy_rows",
-    "dead_rows",
     "stride_for",
     "temporal_rows",
 ]

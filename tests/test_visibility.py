@@ -20,7 +20,6 @@ from simsd_kernels.visibility import (
     clean_rows,
     concatenate,
     copy_rows,
-    dead_rows,
     stride_for,
     temporal_rows,
 )
@@ -253,9 +252,8 @@ def test_rows_are_those_of_the_design_table():
     reference, mask = temporal_rows(torch.tensor([1, 4, KNOWN, NEVER]), 3, 10)
     assert [v.tolist() for v in reference] == [[32, 35, 30, -1], [32, 35, 30, INF], [INF, INF, INF, -1]]
     assert [v.tolist() for v in mask] == [[31, 34, -1, 37], [31, 31, INF, 31], [31, 34, -1, 37]]
-    every = concatenate(clean_rows(block, 10), copy_rows(0, block, 10), reference_batch := dead_rows((1, 3)))
-    assert [v.dtype for v in every] == [torch.int32] * 3 and every[0].shape == (1, 7)
-    assert [v.tolist() for v in reference_batch] == [[[-1] * 3], [[INF] * 3], [[-1] * 3]]
+    every = concatenate(clean_rows(block, 10), copy_rows(0, block, 10))
+    assert [v.dtype for v in every] == [torch.int32] * 3 and every[0].shape == (1, 4)
 
 
 def test_a_later_block_sees_clean_and_reference_rows_only():
@@ -287,7 +285,8 @@ def test_stride_and_block_limits():
 
 
 def test_dead_queries_and_keys_see_and_show_nothing():
-    visibility = Visibility(*concatenate(clean_rows(torch.zeros(2, dtype=torch.int32), 8), dead_rows((2,))))
+    dead = torch.tensor([[-1, -1], [INF, INF], [-1, -1]], dtype=torch.int32).unbind(0)
+    visibility = Visibility(*concatenate(clean_rows(torch.zeros(2, dtype=torch.int32), 8), dead))
     assert visibility.dense().tolist() == pairs(4, 4, lambda i, j: i < 2 and j < 2)
 
 

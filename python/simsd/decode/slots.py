@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from simsd.decode.fields import Fields, Layout
+from simsd_kernels.advance_slots.api import NO_END
 
-NEVER = 2**30  # blocks after which a draft has ended the text, where it has not
 NO_STOP_ID = -1
 
 
@@ -161,7 +161,7 @@ class Slots:
             "draft_kv_len": kv_lens[1],
             "last_rows": [-1] * self.length,
             "proposal_depth": 0,
-            "draft_end": NEVER,
+            "draft_end": NO_END,
             "draft_forwards": 0,
         }
         self.text[slot, : len(tokens)].copy_(torch.tensor(tokens, dtype=torch.int64), non_blocking=True)
