@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,12 +27,25 @@ DEFAULT_SHARPNESS = (1.0, 0.25)
 BEHIND = 1e-3  # log-odds or nats between a drafted position and those that the draft revealed before it
 
 
+Forward = Callable[[ModelRunner, kernels.Plan, Slots, "Shape"], Tensor]
+
+
 def noise_of(slots: Slots, shape: Shape) -> tuple[Tensor | None, ...]:
     """What `plan_block` draws the tokens of each state from."""
     if not shape.noise or not shape.lookahead:
         return (None,) * 6
     logits = slots.draft_logits[:, : shape.lookahead]
     return logits, slots.temperature, slots.top_k, slots.top_p, slots.seed, slots.banned(shape.allowed_ids)
+
+
+def run_plan(model: ModelRunner, plan: kernels.Plan, slots: Slots, shape: Shape) -> Tensor:
+    """A model's logits [N, V] of a plan. Slots and shape are for those who put theirs in its place."""
+    # Where the host may look: how many rows of logits the plan asks for.
+    count = max(int(plan.state_rows.amax()) + 1, 1) if model.packed else None
+    return model.forward(
+        *(plan.tokens, plan.positions, plan.slots, plan.clock, plan.birth, plan.death, plan.logits_index),
+        logits_count=count,
+    )
 
 
 def from_last_logits(slots: Slots, commands: Commands, target: ModelRunner, shape: Shape) -> None:
@@ -46,7 +60,9 @@ def from_last_logits(slots: Slots, commands: Commands, target: ModelRunner, shap
     _set_sharpness(slots, chosen, 0, OWN)
 
 
-def by_model(slots: Slots, commands: Commands, draft: ModelRunner, shape: Shape) -> None:
+def by_model(
+    slots: Slots, commands: Commands, draft: ModelRunner, shape: Shape, forward: Forward = run_plan
+) -> None:
     """The draft model proposes what is not proposed yet, block after block, `draft_steps` forwards each: behind the
     current block it sees the proposed ones, whose clean rows ride along. It stops behind a block in which it ended the
     text, and where it lags behind the text by more than the forward has rows for."""
@@ -63,13 +79,20 @@ def by_model(slots: Slots, commands: Commands, draft: ModelRunner, shape: Shape)
         state = slots.revealed, slots.step
         if k > 0:
             state = torch.zeros_like(slots.revealed), torch.zeros_like(slots.step)
-        _propose_block(slots, draft, torch.where(here, begin, -1), *state, k, shape)
+        _propose_block(slots, draft, torch.where(here, begin, -1), *state, k, shape, forward)
         slots.draft_kv_len.copy_(torch.where(here, begin, slots.draft_kv_len))
         _set_sharpness(slots, here, k, MODEL)
 
 
 def _propose_block(
-    slots: Slots, draft: ModelRunner, at: Tensor, revealed: Tensor, step: Tensor, k: int, shape: Shape
+    slots: Slots,
+    draft: ModelRunner,
+    at: Tensor,
+    revealed: Tensor,
+    step: Tensor,
+    k: int,
+    shape: Shape,
+    forward: Forward,
 ) -> None:
     """Block number k, which begins at `at` (negative: not in this slot), from its state (revealed, step)."""
     stage = None
@@ -77,7 +100,7 @@ def _propose_block(
         revealed, step = revealed.clone(), step.clone()
         stage = torch.full_like(slots.step_map, shape.draft_steps - 1)
     for n in range(shape.draft_steps):
-        logits, rows = state_logits(slots, draft, at, revealed, step, shape)
+        logits, rows = state_logits(slots, draft, at, revealed, step, shape, forward)
         slots.draft_forwards.add_(at >= 0)
         if n < shape.draft_steps - 1:
             newly, drawn = denoise(slots, logits, rows, at, revealed, step, shape)
@@ -96,7 +119,13 @@ def _propose_block(
 
 
 def state_logits(
-    slots: Slots, model: ModelRunner, at: Tensor, revealed: Tensor, step: Tensor, shape: Shape
+    slots: Slots,
+    model: ModelRunner,
+    at: Tensor,
+    revealed: Tensor,
+    step: Tensor,
+    shape: Shape,
+    forward: Forward = run_plan,
 ) -> tuple[Tensor, Tensor]:
     """A forward of a draft model on one state of a block: logits [B * L, V], and the row of each masked position, int32
     [B, L], -1 elsewhere."""
@@ -111,16 +140,7 @@ def state_logits(
         *(model.scratch, model.kv_slots, STRIDE),
     )
     plan = kernels.Plan(*planned)
-    logits = model.forward(
-        *(plan.tokens, plan.positions, plan.slots, plan.clock, plan.birth, plan.death, plan.logits_index),
-        logits_count=wanted_logits(model, plan),
-    )
-    return logits, plan.state_rows[:, 0]
-
-
-def wanted_logits(model: ModelRunner, plan: kernels.Plan) -> int | None:
-    """How many rows of logits a plan asks for, where the host may look."""
-    return max(int(plan.state_rows.amax()) + 1, 1) if model.packed else None
+    return forward(model, plan, slots, shape), plan.state_rows[:, 0]
 
 
 def denoise(

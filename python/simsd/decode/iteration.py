@@ -14,6 +14,7 @@ from torch import Tensor
 
 import simsd_kernels as kernels
 from simsd.decode import draft as drafting
+from simsd.decode.draft import run_plan
 from simsd.decode.exchange import Commands, Report
 from simsd.decode.rows import STRIDE
 from simsd.decode.slots import Slots
@@ -52,14 +53,6 @@ class Shape:
     filters: tuple[bool, bool] = (False, False)
     allowed_ids: tuple[int, ...] = ()
     temporal: Temporal | None = None
-
-
-def run_plan(target: ModelRunner, plan: kernels.Plan | TemporalPlan, slots: Slots, shape: Shape) -> Tensor:
-    """The target's logits [N, V] of a plan. Slots and shape are for those who put theirs in its place."""
-    return target.forward(
-        *(plan.tokens, plan.positions, plan.slots, plan.clock, plan.birth, plan.death, plan.logits_index),
-        logits_count=drafting.wanted_logits(target, plan),
-    )
 
 
 @dataclasses.dataclass(frozen=True)

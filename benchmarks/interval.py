@@ -1,0 +1,18 @@
+"""The one interval that this project's bars refer to."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+
+
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """(low, median, high): a 95% interval of the median, from order statistics alone, so it holds whatever the values'
+    distribution is. With fewer than six values it is all of them."""
+    ordered, n = sorted(values), len(values)
+    outside = tail = 0
+    while (tail := tail + math.comb(n, outside) / 2**n) <= 0.025:
+        outside += 1
+    outside = max(outside, 1)
+    return ordered[outside - 1], statistics.median(ordered), ordered[n - outside]
