@@ -8,6 +8,10 @@ denoising step revealed each token) and the reason why the text ended must be th
 allowance for near ties. Probabilities are compared bit for bit as well and counted on their own. A setting under which
 no drafted token was accepted proves nothing; it is flagged and not counted.
 
+In the mixed batches of benchmarks/exactness_mixed.py each request has settings of its own and joins a running engine. A
+comparison is one request; it may be one that is itself decoded natively, in the batch. Temporal requests among them are
+compared with the same request alone, and counted on their own.
+
 Prints a line per setting and per difference, writes exactness.json and exactness.md, and exits with 1 on a difference.
 With --quick, a few prompts per setting, files are written only where --out says so.
 """
@@ -19,11 +23,12 @@ import json
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
 from attention_cpu import machine
+from exactness_mixed import Mix, decode_mix, mixes, temporal_alone
 from exactness_settings import UNPROMISED, Setting, model, prompts, settings
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -56,6 +61,8 @@ class Outcome:
     """A setting's comparisons.
 
     Attributes:
+        temporal: requests in the same batches that are not exact, compared with the same request alone. Not among
+            `comparisons`, nor in what follows but `probs_differ` and `differences`.
         probs_differ: prompts of which a probability is not the same bit for bit.
         cancelled: prompts cancelled on their way; what they had then is compared with native's beginning.
         tokens: generated; drafted, accepted: tokens that the target judged, and took.
@@ -63,9 +70,10 @@ class Outcome:
         forwards, native_forwards: of the target, prefill excluded.
     """
 
-    setting: Setting
+    setting: Setting | Mix
     differences: list[Difference] = field(default_factory=list)
     comparisons: int = 0
+    temporal: int = 0
     probs_differ: int = 0
     cancelled: int = 0
     tokens: int = 0
@@ -80,17 +88,24 @@ class Outcome:
     def proves(self) -> bool:
         return self.accepted > 0
 
-    def see(self, number: int, native: Result, exact: Result) -> Difference | None:
+    def see(self, number: int, native: Result, exact: Result, cancelled: bool) -> Difference | None:
         self.comparisons += 1
         self.cancelled += exact.finish_reason == "cancelled"
-        self.probs_differ += exact.probs != native.probs[: len(exact.probs)]
         self.tokens += len(exact.tokens)
         self.drafted += exact.stats.drafted
         self.accepted += exact.stats.accepted
         self.with_drafts += exact.stats.accepted > 0
         self.forwards += exact.stats.target_forwards
         self.native_forwards += native.stats.target_forwards
-        found = difference(self.setting.name, number, native, exact)
+        return self._compare(self.setting.name, number, native, exact, cancelled)
+
+    def see_temporal(self, number: int, alone: Result, result: Result, cancelled: bool) -> Difference | None:
+        self.temporal += 1
+        return self._compare(f"{self.setting.name}, temporal", number, alone, result, cancelled)
+
+    def _compare(self, setting: str, number: int, native: Result, exact: Result, cancelled: bool) -> Difference | None:
+        self.probs_differ += exact.probs != native.probs[: len(exact.probs)]
+        found = difference(setting, number, native, exact, cancelled)
         if found is not None:
             self.differences.append(found)
         return found
@@ -99,18 +114,19 @@ class Outcome:
         text = f"{self.setting.name}: {self.comparisons} compared, {len(self.differences)} differ"
         text += f" ({self.probs_differ} in probabilities), {self.accepted} of {self.drafted} drafted tokens accepted"
         text += f", {self.cancelled} cancelled" if self.cancelled else ""
+        text += f", {self.temporal} temporal" if self.temporal else ""
         return text + ("" if self.proves else " - NOTHING ACCEPTED, no proof") + f", {self.seconds:.1f} s"
 
     def to_dict(self) -> dict:
-        names = ("comparisons", "probs_differ", "cancelled", "tokens", "drafted", "accepted", "with_drafts")
+        names = ("comparisons", "temporal", "probs_differ", "cancelled", "tokens", "drafted", "accepted", "with_drafts")
         counts = {name: getattr(self, name) for name in (*names, "forwards", "native_forwards", "proves")}
         setting = {"group": self.setting.group, "setting": self.setting.name, "batch": self.setting.batch}
         return setting | counts | {"differ": len(self.differences), "seconds": round(self.seconds, 2)}
 
 
-def difference(setting: str, number: int, native: Result, exact: Result) -> Difference | None:
-    """None where the two are the same, or where `exact` is a cancelled beginning of `native`."""
-    cancelled = exact.finish_reason == "cancelled"
+def difference(setting: str, number: int, native: Result, exact: Result, cancelled: bool) -> Difference | None:
+    """None where the two are the same, or where `exact` was to be cancelled, is, and is a beginning of `native`."""
+    cancelled = cancelled and exact.finish_reason == "cancelled"
     for what, ours, theirs in (
         ("token", exact.tokens, native.tokens),
         ("step", exact.step_map, native.step_map),
@@ -159,23 +175,47 @@ def decode(decoder: Decoder, cancel: Iterable[int] = ()) -> list[Result]:
     return decoder.results()
 
 
-def run(setting: Setting, natives: Natives, see: Callable[[Difference | None], None] = lambda _: None) -> Outcome:
+def run(setting: Setting | Mix, natives: Natives, see: Callable[[Difference | None], None] = lambda _: None) -> Outcome:
     """Decodes and compares; `see` is called once per comparison."""
     began = time.perf_counter()
     outcome = Outcome(setting)
+    compare = run_mix if isinstance(setting, Mix) else run_setting
+    for found in compare(setting, natives, outcome):
+        see(found)
+    outcome.seconds = time.perf_counter() - began
+    return outcome
+
+
+def run_setting(setting: Setting, natives: Natives, outcome: Outcome) -> Iterator[Difference | None]:
     draft = None if setting.draft is None else model(setting.draft)
     wanted = [prompts(setting.target)[number] for number in setting.numbers]
     seeds = [setting.seed(number) for number in setting.numbers]
     cancel = range(4, len(wanted), setting.cancel_every) if setting.cancel_every else ()
     decoder = Decoder(model(setting.target), wanted, draft, setting.config, seeds=seeds, max_batch=setting.batch)
     exact = decode(decoder, cancel)
-    for number, seed, result in zip(setting.numbers, seeds, exact, strict=True):
-        see(outcome.see(number, natives(setting.target, number, setting.config, seed), result))
-    outcome.seconds = time.perf_counter() - began
-    return outcome
+    for i, (number, seed, result) in enumerate(zip(setting.numbers, seeds, exact, strict=True)):
+        native = natives(setting.target, number, setting.config, seed)
+        yield outcome.see(number, native, result, i in cancel)
 
 
-def run_all(chosen: list[Setting], natives: Natives, console: Console) -> list[Outcome]:
+def run_mix(mix: Mix, natives: Natives, outcome: Outcome) -> Iterator[Difference | None]:
+    for job, result in decode_mix(mix):
+        cancelled = job.cancel is not None
+        if cancelled and result.finish_reason == "cancelled" and not result.tokens:
+            continue  # nothing to compare
+        if job.config.verify == "temporal":
+            yield outcome.see_temporal(job.number, temporal_alone(mix, job), result, cancelled)
+        else:
+            native = natives(mix.target, job.number, job.config, job.config.seed)
+            yield outcome.see(job.number, native, result, cancelled)
+
+
+def every_setting(quick: bool = False) -> list[Setting | Mix]:
+    """Settings and mixes; those of which the same bits are not promised come last."""
+    return sorted([*settings(quick), *mixes(quick)], key=lambda setting: setting.group == UNPROMISED)
+
+
+def run_all(chosen: list[Setting | Mix], natives: Natives, console: Console) -> list[Outcome]:
     """A progress bar on a terminal, else a line per setting; differences are printed on either."""
     columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}")
     outcomes = []
@@ -204,7 +244,8 @@ def totals(outcomes: Iterable[Outcome]) -> dict[str, int]:
     summed over all."""
     outcomes = list(outcomes)
     proving = [outcome for outcome in outcomes if outcome.proves]
-    names = ("comparisons", "probs_differ", "cancelled", "tokens", "drafted", "accepted", "forwards", "native_forwards")
+    names = ("comparisons", "temporal", "probs_differ", "cancelled", "tokens", "drafted", "accepted")
+    names += ("forwards", "native_forwards")
     sums = {name: sum(getattr(outcome, name) for outcome in proving) for name in names}
     return sums | {
         "settings": len(proving),
@@ -231,6 +272,8 @@ def summary(sums: dict[str, int]) -> str:
         f" probabilities differ in a bit in {sums['probs_differ']:,}; {sums['accepted']:,} of {sums['drafted']:,}"
         f" drafted tokens accepted, {sums['forwards']:,} target forwards for native's {sums['native_forwards']:,}."
     )
+    if sums["temporal"]:
+        text += f" {sums['temporal']:,} temporal requests beside them, compared with themselves alone, are not counted."
     if sums["unproved"]:
         text += f" {sums['unproved']:,} more, under settings where no drafted token was accepted, are not counted."
     return text
@@ -250,6 +293,9 @@ def markdown(full: dict) -> str:
         " decoding of the prompt alone. No retries, no allowance for near ties. Forwards are the target's, prefill"
         " excluded, in parts of native's.",
         "",
+        "In mixed batches it is one request among others, each with settings of its own; one in ten is itself decoded"
+        " natively, there.",
+        "",
     ]
     groups = dict.fromkeys(one["group"] for one in full["settings"])
     for group in groups:
@@ -268,6 +314,7 @@ def markdown(full: dict) -> str:
             if one["group"] == group:
                 name = one["setting"] + ("" if one["proves"] else " (nothing accepted: not counted)")
                 name += f" ({one['cancelled']} cancelled)" if one["cancelled"] else ""
+                name += f" ({one['temporal']} temporal beside them)" if one["temporal"] else ""
                 counts = one["comparisons"], one["differ"], one["probs_differ"]
                 drafts = f"{one['accepted']} / {one['drafted']}", f"{one['forwards'] / one['native_forwards']:.2f}"
                 lines.append("| " + " | ".join(map(str, (name, *counts, *drafts))) + " |")
@@ -286,14 +333,14 @@ def markdown(full: dict) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="about 250 comparisons instead of 11,000")
+    parser.add_argument("--quick", action="store_true", help="about 350 comparisons instead of 14,000")
     parser.add_argument("--threads", type=int, default=1, help="small models are fastest on one")
     parser.add_argument("--only", default="", help="only settings whose group or name contains this; writes no files")
     parser.add_argument("--out", type=pathlib.Path, help=f"folder to write to; {RESULTS} for a full run")
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
     console = Console()
-    chosen = [s for s in settings(given.quick) if given.only in s.group or given.only in s.name]
+    chosen = [s for s in every_setting(given.quick) if given.only in s.group or given.only in s.name]
     description = {} if given.quick or given.only else machine()
     began = time.perf_counter()
     natives = Natives()

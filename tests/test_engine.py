@@ -116,6 +116,21 @@ def test_an_error_in_an_iteration_leaves_an_engine_that_goes_on(target, draft):
         same(results[numbers[n]], alone(target, draft, prompt, settings(n) | {"verify": "exact"}), True)
 
 
+def test_an_end_gate_is_refused_where_the_engine_would_gate_only_some_of_the_end_tokens(target, draft):
+    """What an engine has room for depends on its first requests; the text must not."""
+    own = settings(0) | {"verify": "temporal", "end_token_ids": tuple(range(30, 42)), "end_gate": 0.5}
+    own = {name: value for name, value in own.items() if name not in ("drafter", "draft_steps", "order_sharpness")}
+    engine = simsd.Engine(target, draft, max_batch=2, max_length=64)
+    same(engine.generate(PROMPTS[:1], **own)[0], alone(target, draft, PROMPTS[0], own), False)
+    engine = simsd.Engine(target, draft, max_batch=2, max_length=64)
+    engine.generate(PROMPTS[:1], max_new_tokens=4)
+    with pytest.raises(simsd.SimsdError, match="12 end tokens.*room for 8"):
+        engine.add(PROMPTS[0], **own)
+    assert not engine.busy
+    ungated = own | {"end_gate": 0.0}
+    same(engine.generate(PROMPTS[:1], **ungated)[0], alone(target, draft, PROMPTS[0], ungated), False)
+
+
 def test_an_engine_serves_calls_one_after_the_other(target, draft):
     engine = simsd.Engine(target, draft, max_batch=2, max_length=64)
     for verify in ("exact", "none"):

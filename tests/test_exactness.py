@@ -14,17 +14,20 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from simsd import Decoder, GenerationConfig
-from simsd.config import STRATEGIES
+from simsd.config import DRAFTERS, STRATEGIES, VERIFIERS, SamplingParams
 from simsd.decode import iteration
+from simsd.decode.slots import Slots
 from simsd_kernels import INF
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "benchmarks"))
 
 import exactness
+import exactness_mixed
 import exactness_settings
+from exactness_mixed import MIXED
 from exactness_settings import FACTORS, NEAR, ONE_FACTOR, PAIRWISE, RANDOM, UNLIKE, UNPROMISED
 
-QUICK = exactness_settings.settings(quick=True)
+QUICK = exactness.every_setting(quick=True)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,7 +44,7 @@ def outcomes():
     return exactness.run_all(QUICK, exactness.Natives(), Console(stderr=True))
 
 
-@pytest.mark.parametrize("group", [ONE_FACTOR, PAIRWISE, RANDOM])
+@pytest.mark.parametrize("group", [ONE_FACTOR, PAIRWISE, RANDOM, MIXED])
 def test_the_text_and_the_step_map_are_native_decodings(outcomes, group):
     chosen = [outcome for outcome in outcomes if outcome.setting.group == group]
     assert sum(outcome.comparisons for outcome in chosen) > 50
@@ -76,7 +79,7 @@ def test_every_pair_of_factor_values_is_among_the_settings():
 
 
 def test_a_full_run_has_ten_thousand_comparisons_of_distinct_settings():
-    full = exactness_settings.settings()
+    full = exactness.every_setting()
     assert sum(len(setting.numbers) for setting in full if setting.group != UNPROMISED) > 10_000
     assert len({(setting.group, setting.name) for setting in full}) == len(full)
     assert {setting.group for setting in full} == {setting.group for setting in QUICK}
@@ -91,15 +94,17 @@ def test_a_change_of_the_text_is_found_and_placed(what):
         "step": {"step_map": [*native.step_map[:at], native.step_map[at] + 1, *native.step_map[at + 1 :]]},
         "end": {"finish_reason": "failed"},
     }[what]
-    found = exactness.difference("s", 3, native, dataclasses.replace(native, **changed))
+    found = exactness.difference("s", 3, native, dataclasses.replace(native, **changed), cancelled=True)
     assert (found.what, found.prompt, found.position) == (what, 3, len(native.tokens) if what == "end" else at)
 
 
-def test_a_missing_token_is_a_difference_unless_the_sequence_was_cancelled():
+def test_a_missing_token_is_a_difference_unless_the_sequence_was_to_be_cancelled():
     native = exactness.Natives()("block 4", 0, GenerationConfig(max_new_tokens=12), 0)
     shorter = dataclasses.replace(native, tokens=native.tokens[:5], step_map=native.step_map[:5])
-    assert exactness.difference("s", 0, native, shorter).position == 5
-    assert exactness.difference("s", 0, native, dataclasses.replace(shorter, finish_reason="cancelled")) is None
+    cancelled = dataclasses.replace(shorter, finish_reason="cancelled")
+    assert exactness.difference("s", 0, native, shorter, cancelled=True).position == 5
+    assert exactness.difference("s", 0, native, cancelled, cancelled=False).position == 5
+    assert exactness.difference("s", 0, native, cancelled, cancelled=True) is None
 
 
 def test_a_difference_is_an_error_status_and_both_are_reported(tmp_path, monkeypatch):
@@ -126,6 +131,48 @@ def test_states_that_see_each_other_are_found_out(monkeypatch):
     outcome = exactness.run(dataclasses.replace(setting, numbers=tuple(range(10))), exactness.Natives())
     assert outcome.probs_differ == 10 and len(outcome.differences) > 3
     assert outcome.differences[0].native != outcome.differences[0].exact
+
+
+@pytest.fixture
+def mix():
+    return next(mix for mix in exactness_mixed.mixes() if (mix.target, mix.batch) == ("block 4", 3))
+
+
+def test_requests_of_mixed_batches_differ_in_every_setting():
+    """Stop strings need a tokenizer, which only the built-in target has."""
+    mixes = exactness_mixed.mixes()
+    assert sum(len(mix.numbers) for mix in mixes) > 2000
+    configs = [job.config for job in exactness_mixed.jobs(mixes[0])]
+    for field in dataclasses.fields(SamplingParams):
+        assert len({getattr(config, field.name) for config in configs}) > 1, field.name
+    for name, values in (("strategy", STRATEGIES), ("verify", VERIFIERS), ("drafter", DRAFTERS)):
+        assert {getattr(config, name) for config in configs} == set(values)
+    assert {mix.batch for mix in mixes} == {3, 8, 32}
+
+
+def test_requests_of_mixed_batches_are_cancelled_before_they_run_and_on_their_way(mix):
+    results = [result for _, result in exactness_mixed.decode_mix(mix)]
+    assert len(results) == len(mix.numbers)
+    assert {bool(result.tokens) for result in results if result.finish_reason == "cancelled"} == {True, False}
+
+
+def test_temporal_requests_of_mixed_batches_are_compared_but_not_counted(outcomes):
+    mixed = exactness.totals(outcome for outcome in outcomes if outcome.setting.group == MIXED)
+    requests = sum(len(setting.numbers) for setting in QUICK if setting.group == MIXED)
+    assert mixed["temporal"] > 0
+    assert mixed["comparisons"] + mixed["unproved"] <= requests - mixed["temporal"]
+
+
+def test_settings_left_by_an_earlier_request_are_found_out(monkeypatch, mix):
+    right = Slots.open
+
+    def stale(slots, slot, tokens, settings, *more):
+        earlier = {"seed": int(slots.seed[slot])} if slots.end[slot] > 0 else {}
+        right(slots, slot, tokens, settings | earlier, *more)
+
+    monkeypatch.setattr(Slots, "open", stale)
+    outcome = exactness.run(mix, exactness.Natives())
+    assert len(outcome.differences) > 3
 
 
 def native_of_another_seed(config: GenerationConfig, seed: int) -> GenerationConfig:
@@ -169,5 +216,5 @@ def test_any_setting_gives_the_native_text(case):
     exact = exactness.decode(Decoder(target, prompts, draft, config, seeds=seeds, max_batch=batch))
     for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
         native = exactness.decode(Decoder(target, [prompt], None, exactness.native_config(config, seed)))[0]
-        assert exactness.difference("", number, native, exact[number]) is None
+        assert exactness.difference("", number, native, exact[number], cancelled=False) is None
         assert exact[number].probs == native.probs

@@ -95,7 +95,8 @@ class Engine:
             params: `SamplingParams` or a dict of its fields; settings by name override it.
 
         Raises:
-            SimsdError: a bad prompt or setting, or a sequence over the engine's length; nothing is queued then.
+            SimsdError: a bad prompt or setting, a sequence over the engine's length, or an `end_gate` for more end
+                tokens than the engine has room for; nothing is queued then.
         """
         params = config_with(params, settings, others=("prompt", "params"), kind=SamplingParams)
         (tokens,) = encode_prompts(self.target, [prompt])
@@ -111,6 +112,7 @@ class Engine:
             )
         seed = fresh_seed() if params.seed is None else params.seed
         ends = tuple(self.target.end_token_ids if params.end_token_ids is None else params.end_token_ids)
+        self._check_gate(params, ends)
         request = Request(next(self._numbers), tokens, params, seed, ends, self.target.tokenizer)
         self._requests[request.index] = request
         self._scheduler.waiting.append(request)
@@ -340,6 +342,16 @@ class Engine:
         """End tokens of a request that the model bans otherwise; the mask token stays banned whatever ends a text."""
         ends = set(request.end_ids) - {self.target.mask_token_id}
         return tuple(sorted(ends.intersection(self._banned)))
+
+    def _check_gate(self, params: SamplingParams, ends: tuple[int, ...]) -> None:
+        """End tokens that the device has no room for are found by the host, but are not gated."""
+        if self._runner is None or params.verify != "temporal" or params.end_gate == 0:
+            return
+        if len(ends) > (room := self._slots.stop_ids.shape[1]):
+            raise SimsdError(
+                f"end_gate={params.end_gate:g} with {len(ends)} end tokens: this engine, by its first requests, has"
+                f" room for {room}; give fewer end_token_ids, no end_gate, or use another engine"
+            )
 
     def _build(self) -> None:
         target, config, length = self.target, self.config, self.block_length
