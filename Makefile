@@ -35,7 +35,8 @@ demo: $(VENV)/.installed
 OP_TESTS := $(patsubst simsd_kernels/%/api.py,tests/test_%.py,$(wildcard simsd_kernels/*/api.py)) \
 	tests/test_gradients.py tests/test_ambient_state.py
 TRANSFORMERS_TESTS := $(foreach what,models published configuration loading checkpoint supported weights tokenizer cache \
-	decoding experts fused runner hf,$(wildcard tests/test_$(what).py tests/test_$(what)_*.py)) tests/test_ambient.py
+	iteration draft prefill decoder engine experts fused runner hf, \
+	$(wildcard tests/test_$(what).py tests/test_$(what)_*.py)) tests/test_ambient.py
 IN_PARALLEL := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 test: test-python test-interpreted test-emulated test-sanitized test-transformers

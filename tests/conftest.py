@@ -59,3 +59,31 @@ def assert_one_line_error():
             assert part in err
 
     return check
+
+
+@pytest.fixture
+def interrupted_at():
+    """interrupted_at(function, line, call): calls `call` with a KeyboardInterrupt at the given line of the function, as
+    counted from its first; whether it came to that."""
+
+    def run_(function, line: int, call) -> bool:
+        code = function.__code__
+
+        def trace(frame, event, _):
+            if frame.f_code is not code:
+                return None
+            if event == "line" and frame.f_lineno == code.co_firstlineno + line:
+                raise KeyboardInterrupt
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            call()
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.settrace(before)
+        return False
+
+    return run_

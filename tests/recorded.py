@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import simsd
 from simsd import SamplingParams
 from simsd.decode.exchange import MODEL_DRAFT, NO_DRAFT, ORIGINS, SELF_DRAFT, Block, Commands, Report
-from simsd.decode.iteration import Shape, iterate
+from simsd.decode.iteration import PARTS, Parts, Shape, iterate
 from simsd.decode.prefill import prefill
 from simsd.decode.rows import SCRATCH_ALIGNMENT, aligned, state_stride
 from simsd.decode.slots import Slots
@@ -25,10 +25,16 @@ STOP_IDS = 2
 
 
 class Batch:
-    """Slots for a pair, and all else that iterations of some shapes read and write; nothing is packed."""
+    """Slots for a pair, and all else that iterations of some shapes read and write; nothing is packed unless asked."""
 
     def __init__(
-        self, target: simsd.LoadedModel, draft: simsd.LoadedModel, shapes: Sequence[Shape], count: int, capacity: int
+        self,
+        target: simsd.LoadedModel,
+        draft: simsd.LoadedModel,
+        shapes: Sequence[Shape],
+        count: int,
+        capacity: int,
+        packed: bool = False,
     ) -> None:
         length, lookahead = target.block_length, max(1, *(shape.lookahead for shape in shapes))
         self.shapes = shapes
@@ -42,7 +48,7 @@ class Batch:
         scratch = aligned(capacity, SCRATCH_ALIGNMENT)
         states = max(2, *(shape.states for shape in shapes))
         self.target, self.draft = (
-            ModelRunner(model, count, aligned(scratch + room * state_stride(length) + 1, 16), scratch, packed=False)
+            ModelRunner(model, count, aligned(scratch + room * state_stride(length) + 1, 16), scratch, packed)
             for model, room in ((target, states), (draft, 1))
         )
         rows = max(shape.logits_rows for shape in shapes)
@@ -60,10 +66,13 @@ class Batch:
                 found += layers
         return [*found, self.slots.banned(())]
 
+    def open(self, slot: int, epoch: int, occupant: Request) -> None:
+        self.slots.open(slot, occupant.tokens, occupant.slot_settings(self.slots.length, epoch, STOP_IDS))
+
     @torch.inference_mode()
-    def iterate(self, shape: Shape) -> None:
+    def iterate(self, shape: Shape, parts: Parts = PARTS) -> None:
         report = self.report.of(shape.lookahead)
-        iterate(self.slots, self.commands, self.target, self.draft, shape, report)
+        iterate(self.slots, self.commands, self.target, self.draft, shape, report, parts)
 
 
 @torch.inference_mode()
@@ -109,13 +118,13 @@ def decode(
         for slot, occupant in enumerate(occupants):
             if occupant is None and waiting:
                 occupants[slot] = next(epochs), waiting.pop(0)
-                _open(batch, slot, *occupants[slot])
+                batch.open(slot, *occupants[slot])
             elif occupant is not None and draw.random() < cancels:
                 occupant[1].stop(None, "cancelled")
                 batch.slots.close(slot)
                 occupants[slot] = None
         shape = draw.choice(batch.shapes)
-        _prefill(batch, shape)
+        fill(batch, shape)
         batch.commands.write(**_commands(batch, shape, [occupant is not None for occupant in occupants], draw))
         run(shape)
         done.iterations += 1
@@ -132,12 +141,7 @@ def decode(
     return done
 
 
-def _open(batch: Batch, slot: int, epoch: int, occupant: Request) -> None:
-    settings = occupant.slot_settings(batch.slots.length, epoch, STOP_IDS)
-    batch.slots.open(slot, occupant.tokens, settings)
-
-
-def _prefill(batch: Batch, shape: Shape) -> None:
+def fill(batch: Batch, shape: Shape) -> None:
     """As an engine does: what does not come along with an iteration goes ahead."""
     slots = batch.slots
     sides = [(batch.target, slots.target_kv_len, shape.pending)]

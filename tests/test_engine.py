@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 
 import pytest
+import torch
 
 import simsd
 from replays import PROMPTS, STRATEGIES
+from simsd import SimsdError
+from simsd.decode.exchange import Report
 from simsd.decode.iteration import Parts, run_plan
+from simsd.decode.slots import Slots
+from simsd.engine.engine import Engine
+from simsd.engine.request import Request
+from simsd.engine.runner import Runner
 from stand_ins import disturbed, random_sdar
 
 
@@ -90,9 +98,11 @@ def test_a_cancelled_request_leaves_its_slot_and_the_others_alone(target, draft)
             break
     assert [results[numbers[n]].finish_reason for n in (0, 3)] == ["cancelled"] * 2
     assert results[numbers[3]].tokens == []
+    native = simsd.generate(target, PROMPTS, max_new_tokens=16, end_token_ids=(), verify="none")
     for n in (1, 2, 4):
-        native = simsd.generate(target, [PROMPTS[n]], max_new_tokens=16, end_token_ids=(), verify="none")[0]
-        assert results[numbers[n]].tokens == native.tokens
+        assert results[numbers[n]].tokens == native[n].tokens
+    kept = results[numbers[0]].tokens
+    assert 0 < len(kept) < 16 and kept == native[0].tokens[: len(kept)]
 
 
 def test_an_error_in_an_iteration_leaves_an_engine_that_goes_on(target, draft):
@@ -139,3 +149,105 @@ def test_an_engine_serves_calls_one_after_the_other(target, draft):
         assert [r.tokens for r in results] == [r.tokens for r in expected]
     with pytest.raises(KeyError):
         engine.result(0)
+
+
+def test_a_useless_draft_is_given_up(target):
+    config = dict(drafter="auto", max_new_tokens=400, end_token_ids=())
+    result = simsd.generate(target, [PROMPTS[0]], random_sdar(1), config)[0]
+    assert result.stats.draft_forwards < 0.2 * result.stats.target_forwards
+
+
+def test_a_sequence_whose_logits_are_not_finite_fails_alone(draft):
+    target = random_sdar(0)
+    poison = 50
+    config = dict(drafter="model", max_new_tokens=12, end_token_ids=())
+    whole = simsd.generate(target, PROMPTS, draft, config)
+    with torch.no_grad():
+        target.model.model.embed_tokens.weight[poison] = math.nan
+    assert not any(poison in prompt + r.tokens for prompt, r in zip(PROMPTS, whole, strict=True))
+    results = simsd.generate(target, [*PROMPTS[:2], [1, poison, 2], *PROMPTS[2:]], draft, config)
+    failed = results.pop(2)
+    assert failed.finish_reason == "failed"
+    assert [r.tokens for r in results] == [r.tokens for r in whole]
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        (Slots, "open"),
+        (Report, "read"),
+        (Runner, "run"),
+        (Request, "commit"),
+        (Request, "take"),
+    ],
+    ids=lambda place: place[1],
+)
+def test_an_interrupt_between_decision_and_commit_loses_and_doubles_nothing(target, draft, monkeypatch, place):
+    config = dict(drafter="model", max_new_tokens=24, end_token_ids=())
+    whole = simsd.generate(target, PROMPTS, draft, config)
+    decoder = simsd.Decoder(target, PROMPTS, draft, config, max_batch=2)
+    original, calls = getattr(*place), itertools.count()
+
+    def interrupted(*arguments, **named):
+        result = original(*arguments, **named)
+        if next(calls) % 7 == 6:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(*place, interrupted)
+    for _ in range(100):
+        try:
+            for _ in decoder:
+                pass
+            break
+        except KeyboardInterrupt:
+            continue
+    assert [r.tokens for r in decoder.results()] == [r.tokens for r in whole]
+    assert [r.step_map for r in decoder.results()] == [r.step_map for r in whole]
+
+
+def test_an_empty_prompt_generates_from_nothing(target, draft):
+    for model in (None, draft):
+        result = simsd.generate(target, [[]], model, max_new_tokens=6)[0]
+        assert len(result.tokens) == 6 and result.prompt_tokens == []
+
+
+def test_a_request_longer_than_the_engine_is_refused_with_the_figures():
+    engine = simsd.Engine(random_sdar(0), max_length=16)
+    with pytest.raises(
+        SimsdError, match="5 prompt tokens .* 12, in whole blocks 20, exceed the engine's max_length 16"
+    ):
+        engine.add([1, 2, 3, 4, 5], max_new_tokens=12)
+    assert not engine.busy
+    assert len(engine.generate([[1, 2, 3, 4, 5]], max_new_tokens=8)[0].tokens) <= 8
+
+
+def test_settings_are_the_request_s_or_the_engine_s():
+    engine = simsd.Engine(random_sdar(0))
+    with pytest.raises(SimsdError, match="unknown setting 'lookahead'"):
+        engine.add([1], lookahead=2)
+    with pytest.raises(SimsdError, match="unknown setting 'temperature'"):
+        simsd.Engine(random_sdar(0), temperature=1.0)
+
+
+LINES = [(Engine._iterate.__wrapped__, range(1, 30)), (Engine._release, range(8)), (Engine._update, range(10))]
+
+
+@pytest.mark.parametrize(("function", "line"), [(function, line) for function, lines in LINES for line in lines])
+def test_an_interrupt_loses_no_request(target, draft, interrupted_at, function, line):
+    """Also where slots are freed and results are let go of."""
+    engine = simsd.Engine(target, draft, max_batch=1, max_length=64)
+    numbers = [engine.add(prompt, max_new_tokens=4, end_token_ids=()) for prompt in PROMPTS[:3]]
+    results = {}
+
+    def serve():
+        for update in engine.stream():
+            if update.result is not None:
+                results[update.index] = update.result
+
+    while not results:
+        results |= {u.index: u.result for u in engine.step() if u.result is not None}
+    interrupted_at(function, line, serve)
+    serve()
+    native = simsd.generate(target, PROMPTS[:3], max_new_tokens=4, end_token_ids=(), verify="none")
+    assert [results[number].tokens for number in numbers] == [result.tokens for result in native]

@@ -164,7 +164,7 @@ class Engine:
     def _iterate(self) -> None:
         """Schedule, run, deliver."""
         for index in self._done:
-            del self._requests[index]
+            self._requests.pop(index, None)  # an interrupt may have come behind it
         self._done.clear()
         self._release()
         self._admit()
@@ -190,8 +190,7 @@ class Engine:
         self._runner.forget()
         for slot, occupant in self._scheduler.occupied:
             request = occupant.request
-            request.stop(len(request.new), "")
-            request.finish_reason = request.finish_reason or None
+            request.mend()
             start = len(request.tokens) // self.block_length * self.block_length
             written = self._slots.target_kv_len[slot], self._slots.draft_kv_len[slot]
             self._scheduler.slots[slot] = self._open(slot, request, tuple(min(int(n), start) for n in written))
@@ -290,9 +289,10 @@ class Engine:
     def _update(self, request: Request) -> None:
         tokens, text = request.take()
         if request.finish_reason is not None:
-            request.reported = True
-            self._updates.append(Update(request.index, tokens, [], text, request.result()))
+            # In this order an interrupt in between may repeat a last update, never lose one.
             self._done.append(request.index)
+            self._updates.append(Update(request.index, tokens, [], text, request.result()))
+            request.reported = True
             return
         ahead = [] if request.unsettled else request.provisional[: request.limit - len(request.tokens)]
         end = next((i for i, token in enumerate(ahead) if token in request.end_ids), len(ahead) - 1)
@@ -302,10 +302,10 @@ class Engine:
         """Frees the slots of what is done, however it came to be."""
         for slot, occupant in self._scheduler.occupied:
             if occupant.request.finish_reason is not None:
-                self._slots.close(slot)
-                self._scheduler.slots[slot] = None
                 if not occupant.request.reported:
                     self._update(occupant.request)
+                self._slots.close(slot)
+                self._scheduler.slots[slot] = None
 
     def _admit(self) -> None:
         waiting = self._scheduler.waiting

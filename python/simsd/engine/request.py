@@ -117,10 +117,20 @@ class Request:
         self.logprobs += [math.log(prob) for prob in probs[:keep]] if logprobs is None else logprobs[:keep]
         self.origins += origins[:keep]
         self.tokens += tokens[:keep]
-        if end is not None:
+        self._end()
+
+    def _end(self) -> None:
+        """Sets the reason where the last token ends the text."""
+        if len(self.tokens) > len(self.prompt) and self.tokens[-1] in self.end_ids:
             self.finish_reason = "end"
         elif len(self.tokens) >= self.limit:
             self.finish_reason = "length"
+
+    def mend(self) -> None:
+        """After an interrupt in the middle of `commit`: what has no token goes, and the text ends where it should."""
+        self._cut(len(self.new))
+        if self.finish_reason is None:
+            self._end()
 
     def stop(self, count: int | None, reason: str) -> None:
         """Ends the text behind its first `count` generated tokens (all, if None)."""

@@ -121,7 +121,9 @@ class Runner:
         with torch.cuda.graph(halves[1], pool=self._pool):
             verify(slots, self._commands, target, shape, report, drafts, self.parts)
         grown = torch.cuda.memory_allocated(slots.device) - before
-        captured = _Captured(*halves, shape, target.rows, time.perf_counter() - began, grown / 2**20)
+        draft_rows = 0 if draft is None else draft.rows
+        seconds = time.perf_counter() - began
+        captured = _Captured(*halves, shape, target.rows, draft_rows, seconds, grown / 2**20)
         self._graphs[shape] = captured
         return captured
 
@@ -136,7 +138,8 @@ class _Captured:
     propose: torch.cuda.CUDAGraph
     verify: torch.cuda.CUDAGraph
     shape: Shape
-    rows: int
+    target_rows: int
+    draft_rows: int
     seconds: float
     mebibytes: float
 
@@ -160,6 +163,7 @@ class _Launched:
 
     def outcome(self) -> Outcome:
         self.pinned.reported.synchronize()
-        shape = self.captured.shape
-        reports = list(self.pinned.report.of(shape.lookahead).read(shape.temporal is not None))
-        return Outcome(reports, self.captured.rows, self.verifying.seconds(), self.drafting.seconds(), self.note)
+        captured, shape = self.captured, self.captured.shape
+        reports = list(self.pinned.report.of(shape.lookahead).read(partly=shape.temporal is not None))
+        times = self.verifying.seconds(), self.drafting.seconds()
+        return Outcome(reports, captured.target_rows, times[0], captured.draft_rows, times[1], self.note)

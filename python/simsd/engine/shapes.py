@@ -89,7 +89,8 @@ def shape_of(
     if static and lookahead:
         each = 1 + row_budget(config, len(occupants)) // (block_length * slots)
         states = min(states, 1 << (each.bit_length() - 1))
-        depth = lookahead = config.lookahead if depth else lookahead
+        if depth:
+            depth = lookahead = config.lookahead
     return Shape(
         lookahead=lookahead,
         states=states,

@@ -223,3 +223,61 @@ def test_probabilities_are_of_the_tempered_logits_before_filters_in_every_mode(t
     torch.testing.assert_close(torch.tensor(result.logprobs), logs, rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(torch.tensor(result.probs), logs.exp(), rtol=1e-3, atol=1e-6)
     assert [math.exp(log) for log in result.logprobs] == pytest.approx(result.probs, rel=1e-5)
+
+
+def test_updates_bring_each_token_once_and_each_result_as_it_is_done(target, draft):
+    config = GenerationConfig(drafter="model", max_new_tokens=14, end_token_ids=())
+    whole = simsd.generate(target, PROMPTS, draft, config)
+    texts, done = [[] for _ in PROMPTS], []
+    for update in simsd.stream(target, PROMPTS, draft, config, max_batch=2):
+        texts[update.index] += update.tokens
+        shown = [t for t in update.provisional if t is not None]
+        place = len(texts[update.index])
+        coming = whole[update.index].tokens[place:]
+        revealed = [t for t, p in zip(coming, update.provisional, strict=False) if p is not None]
+        assert shown[: len(revealed)] == revealed  # what is revealed stays
+        if update.result is not None:
+            done.append(update.index)
+            assert update.result.tokens == texts[update.index]
+    assert texts == [r.tokens for r in whole]
+    assert sorted(done) == list(range(len(PROMPTS)))
+
+
+def test_interrupting_keeps_what_was_committed_and_can_go_on(target, draft):
+    config = GenerationConfig(drafter="self", max_new_tokens=40, end_token_ids=())
+    decoder = simsd.Decoder(target, PROMPTS[:3], draft, config)
+    for _ in itertools.islice(decoder, 20):
+        pass
+    results = decoder.results()
+    whole = simsd.generate(target, PROMPTS[:3], draft, config)
+    for result, full in zip(results, whole, strict=True):
+        assert result.finish_reason == "interrupted"
+        assert 0 < len(result.tokens) < 40 and full.tokens[: len(result.tokens)] == result.tokens
+    for _ in decoder:
+        pass
+    assert [r.tokens for r in decoder.results()] == [r.tokens for r in whole]
+
+
+def test_the_model_drafter_needs_a_model(target):
+    with pytest.raises(SimsdError, match="drafter='model' needs a draft model, got None"):
+        simsd.generate(target, [[1]], drafter="model")
+
+
+def test_verify_none_ignores_the_draft(target, draft):
+    config = GenerationConfig(max_new_tokens=8, verify="none")
+    plain = simsd.generate(target, [[1, 2, 3]], config=GenerationConfig(max_new_tokens=8))[0]
+    result = simsd.generate(target, [[1, 2, 3]], draft, config)[0]
+    assert result.tokens == plain.tokens and result.stats.draft_forwards == 0
+
+
+def test_as_many_seeds_as_prompts_are_asked_for_before_anything_is_decoded(target):
+    with pytest.raises(SimsdError, match="2 seeds for 1 prompts"):
+        simsd.stream(target, [[1]], seed=[1, 2])
+    with pytest.raises(SimsdError, match="3 seeds for 4 prompts"):
+        simsd.Decoder(target, [[1]] * 2, n=2, seeds=[1, 2, 3])
+
+
+def test_an_engine_is_as_long_as_its_longest_request_in_whole_blocks(target):
+    decoder = simsd.Decoder(target, [[1, 2, 3], [1] * 9], max_new_tokens=4, n=2)
+    assert (decoder.capacity, decoder.block_length, len(decoder)) == (16, 4, 4)
+    assert simsd.Decoder(target, [], max_new_tokens=4).results() == []
