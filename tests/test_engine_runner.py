@@ -12,7 +12,6 @@ import simsd
 from recorded import Batch, fill, request
 from replays import PROMPTS
 from serving import check, serve, temporal_jobs, varied_jobs
-from simsd import SimsdError
 from simsd.decode.exchange import MODEL_DRAFT, NO_DRAFT
 from simsd.decode.iteration import PARTS, Parts, Shape
 from simsd.engine.runner import MAX_SHAPES, Runner
@@ -194,13 +193,27 @@ def test_a_capture_changes_no_slot():
     assert runner.flush()[0].reports == expected.reports
 
 
-def test_endless_shapes_are_refused_with_the_remedy():
+def test_of_many_shapes_the_one_unused_for_longest_is_given_up():
     runner = runner_of(STATIC)
     shapes = [dataclasses.replace(NATIVE, allowed_ids=(n,)) for n in range(MAX_SHAPES + 1)]
     for n, shape in enumerate(shapes):
         runner.slots.real.ban((), allowed=(n,))
-        if n < MAX_SHAPES:
-            runner.run(columns(0) | {"runs": [0] * 3}, shape)
-    with pytest.raises(SimsdError, match=f"more than {MAX_SHAPES} shapes .*: set max_rows or lookahead"):
-        runner.run(columns(0), shapes[-1])
-    runner.run(columns(0), shapes[0])  # what is captured goes on
+        runner.run(columns(0) | {"runs": [0] * 3}, shapes[0])
+        runner.run(columns(0) | {"runs": [0] * 3}, shape)
+    assert set(runner.captured) == set(shapes) - {shapes[1]}
+    assert len(runner.run(columns(0), shapes[1])) == 1  # and can come again
+
+
+def test_new_weights_are_read_by_the_next_iteration():
+    """A graph would read the old ones."""
+    runner, eager = runner_of(STATIC), runner_of(PARTS)
+    runner.run(columns(0), NATIVE)
+    eager.run(columns(0), NATIVE)
+    runner.flush()
+    for one in (runner, eager):
+        head = one.target.model.model.lm_head
+        head.weight = torch.nn.Parameter(head.weight.detach().flip(0), requires_grad=False)
+    [expected] = eager.run(columns(0), NATIVE)
+    runner.run(columns(0), NATIVE)
+    assert runner.flush()[0].reports == expected.reports
+    assert list(runner.captured) == [NATIVE]

@@ -17,8 +17,8 @@ LENGTH = 4
 EXACT = Group(1)
 
 
-def group(others=(), allowed=(), **params) -> Group:
-    return group_of(SamplingParams(**params), allowed, LENGTH, others)
+def group(others=(), allowed=(), has_draft=True, **params) -> Group:
+    return group_of(SamplingParams(**params), allowed, LENGTH, others, has_draft)
 
 
 def occupant(pending: int = 0, lag: int = 0, standing: int = 0, **params) -> Occupant:
@@ -46,6 +46,11 @@ def test_what_decodes_natively_joins_whoever_is_exact():
     assert group([Group(3, (5,)), Group(2)], verify="none") == Group(2)
     assert group([Group(3, (5,)), Group(2)], allowed=(5,), verify="none") == Group(3, (5,))
     assert group([Group(3)], allowed=(5,), verify="none") == Group(1, (5,))
+
+
+def test_where_no_draft_model_drafts_its_forwards_part_nobody():
+    assert group(drafter="self", draft_steps=3) == group(has_draft=False, draft_steps=3) == Group(1)
+    assert group([Group(2)], drafter="self", draft_steps=3) == Group(2)
 
 
 def test_end_tokens_that_are_banned_for_others_are_generated_only_where_they_were_asked_for():

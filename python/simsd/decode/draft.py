@@ -60,9 +60,7 @@ def from_last_logits(slots: Slots, commands: Commands, target: ModelRunner, shap
     _set_sharpness(slots, chosen, 0, OWN)
 
 
-def by_model(
-    slots: Slots, commands: Commands, draft: ModelRunner, shape: Shape, forward: Forward = run_plan
-) -> None:
+def by_model(slots: Slots, commands: Commands, draft: ModelRunner, shape: Shape, forward: Forward = run_plan) -> None:
     """The draft model proposes what is not proposed yet, block after block, `draft_steps` forwards each: behind the
     current block it sees the proposed ones, whose clean rows ride along. It stops behind a block in which it ended the
     text, and where it lags behind the text by more than the forward has rows for."""

@@ -171,7 +171,7 @@ class Engine:
         groups: dict[Group, list[int]] = {}
         for slot, occupant in self._scheduler.occupied:
             allowed = self._allowed(occupant.request)
-            group = group_of(occupant.request.params, allowed, self.block_length, groups)
+            group = group_of(occupant.request.params, allowed, self.block_length, groups, self.draft is not None)
             groups.setdefault(group, []).append(slot)
         if self._unsettled:
             self._restore()
@@ -197,24 +197,19 @@ class Engine:
 
     def _prefill(self, members: list[int]) -> None:
         """The keys and values of long prompts, as far as they do not come along with an iteration."""
-        length, runner = self.block_length, self._runner
-        limits = (1, 2) if runner.static else (self.config.prefill_rows // length,) * 2
-        sides = (
-            (runner.target, self._slots.target_kv_len, "pending", "target_prefill_forwards"),
-            (runner.draft, self._slots.draft_kv_len, "draft_lag", "draft_prefill_forwards"),
-        )
-        for (model, kv_len, lag, count), limit in zip(sides, limits, strict=True):
-            while model is not None:
-                late = [o for o in (self._scheduler.slots[s] for s in members) if getattr(o, lag) > limit * length]
-                if not late:
-                    break
-                chunk = min(self.config.prefill_rows, max(getattr(o, lag) for o in late)) // length
-                prefill(self._slots, model, kv_len, chunk)
-                for slot in members:
-                    occupant = self._scheduler.slots[slot]
-                    if occupant in late:
-                        setattr(occupant.request.stats, count, getattr(occupant.request.stats, count) + 1)
-                    setattr(occupant, lag, max(getattr(occupant, lag) - chunk * length, 0))
+        length, runner, slots, most = self.block_length, self._runner, self._slots, self.config.prefill_rows
+        limits = (length, 2 * length) if runner.static else (most // length * length,) * 2
+        occupants = [self._scheduler.slots[slot] for slot in members]
+        while (longest := max(occupant.pending for occupant in occupants)) > limits[0]:
+            chunk = min(most, longest) // length
+            prefill(slots, runner.target, slots.target_kv_len, chunk)
+            for occupant in occupants:
+                occupant.prefilled(chunk * length, limits[0])
+        while runner.draft and (longest := max(occupant.draft_lag for occupant in occupants)) > limits[1]:
+            chunk = min(most, longest) // length
+            prefill(slots, runner.draft, slots.draft_kv_len, chunk)
+            for occupant in occupants:
+                occupant.draft_prefilled(chunk * length, limits[1])
 
     def _run(self, group: Group, members: list[int]) -> list[Outcome]:
         occupants = self._scheduler.slots

@@ -13,11 +13,10 @@ import torch
 from simsd.decode.exchange import Commands, Report, SlotReport
 from simsd.decode.iteration import PARTS, Parts, Shape, propose, verify
 from simsd.decode.slots import Slots
-from simsd.errors import SimsdError
 from simsd.models.runner import ModelRunner
 from simsd.stopwatch import Stopwatch
 
-MAX_SHAPES = 32
+MAX_SHAPES = 32  # that are kept captured
 RING = 3  # commands on their way: one being written, one being copied, one being read
 
 
@@ -40,7 +39,7 @@ class Runner:
         self._commands = Commands(slots.count, slots.device)
         report = Report.allocate(slots.count, slots.lookahead, slots.length, slots.device)
         self._report, self._reports = report, [report.of(blocks) for blocks in range(slots.lookahead + 1)]
-        self._graphs: dict[Shape, _Captured] = {}
+        self._graphs: dict[Shape, _Captured] = {}  # the one used last at the end
         self._late: collections.deque[_Launched] = collections.deque()
         if self.static and slots.device.type == "cuda":
             self._pool = torch.cuda.graph_pool_handle()
@@ -84,7 +83,7 @@ class Runner:
         return Outcome(reports, self.target.rows, verifying.seconds(), draft_rows, drafting.seconds(), note)
 
     def _replay(self, columns: dict[str, list], shape: Shape, note: Any) -> _Launched:
-        captured = self._graphs.get(shape) or self._capture(shape)
+        captured = self._captured(shape)
         pinned = self._ring[0]
         self._ring.append(self._ring.pop(0))
         pinned.copied.synchronize()
@@ -101,10 +100,20 @@ class Runner:
         pinned.reported.record()
         return _Launched(pinned, captured, drafting, verifying, note)
 
+    def _captured(self, shape: Shape) -> _Captured:
+        """The graphs of a shape; they read the weights where they were when they were captured."""
+        if not all(model.is_current() for model in (self.target, self.draft) if model is not None):
+            self._graphs.clear()
+        captured = self._graphs.pop(shape, None)
+        if captured is None:
+            if len(self._graphs) == MAX_SHAPES:
+                del self._graphs[next(iter(self._graphs))]
+            captured = self._capture(shape)
+        self._graphs[shape] = captured
+        return captured
+
     def _capture(self, shape: Shape) -> _Captured:
         """Both halves of an iteration as graphs. No slot runs meanwhile, so nothing changes."""
-        if len(self._graphs) == MAX_SHAPES:
-            raise SimsdError(f"more than {MAX_SHAPES} shapes of iterations were asked for: set max_rows or lookahead")
         report = self._reports[shape.lookahead]
         began, before = time.perf_counter(), torch.cuda.memory_allocated(self.slots.device)
         slots, target, draft = self.slots, self.target, self.draft
@@ -123,9 +132,7 @@ class Runner:
         grown = torch.cuda.memory_allocated(slots.device) - before
         draft_rows = 0 if draft is None else draft.rows
         seconds = time.perf_counter() - began
-        captured = _Captured(*halves, shape, target.rows, draft_rows, seconds, grown / 2**20)
-        self._graphs[shape] = captured
-        return captured
+        return _Captured(*halves, shape, target.rows, draft_rows, seconds, grown / 2**20)
 
     @property
     def captured(self) -> dict[Shape, tuple[float, float]]:

@@ -26,8 +26,14 @@ class Group:
     temporal: Temporal | None = None
 
 
-def group_of(params: SamplingParams, allowed_ids: tuple[int, ...], block_length: int, others: Iterable[Group]) -> Group:
-    """The group of a request; what decodes natively joins any of the `others` that is exact."""
+def group_of(
+    params: SamplingParams,
+    allowed_ids: tuple[int, ...],
+    block_length: int,
+    others: Iterable[Group],
+    has_draft: bool = True,
+) -> Group:
+    """The group of a request; one that no draft model drafts for joins any of the `others` that is exact."""
     if params.verify == "temporal":
         steps = params.block_steps(block_length)
         return Group(
@@ -35,7 +41,7 @@ def group_of(params: SamplingParams, allowed_ids: tuple[int, ...], block_length:
             allowed_ids,
             Temporal(params.accept, params.rejected_tail, params.end_gate > 0),
         )
-    if params.verify == "none":
+    if params.verify == "none" or params.drafter == "self" or not has_draft:
         fitting = (group for group in others if group.temporal is None and group.allowed_ids == allowed_ids)
         return next(fitting, Group(1, allowed_ids))
     return Group(params.draft_steps or 1, allowed_ids)
