@@ -86,6 +86,9 @@ bench: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/graph_shapes.py
 	$(BIN)/python benchmarks/useless_draft.py
 	$(BIN)/python benchmarks/batch_invariance.py
+	$(BIN)/python benchmarks/trace_iteration.py
+	$(BIN)/python benchmarks/fused_layers.py
+	$(BIN)/python benchmarks/loop.py
 	$(BIN)/python benchmarks/exactness.py
 	$(BIN)/simsd audit --json benchmarks/results/audit.json --markdown benchmarks/results/audit.md
 	$(BIN)/simsd bench --items 100 --batch 1,8 --json benchmarks/results/tiny_pair.json \

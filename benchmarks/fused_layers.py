@@ -43,6 +43,8 @@ def forward(model: simsd.LoadedModel, rows: int, layers=layers_of):
     batch = rows // BLOCK
     runner = ModelRunner(model, batch, KV_SLOTS, layers=layers)
     generator = torch.Generator().manual_seed(0)
+    for values in (runner.cache.keys, runner.cache.values):  # the context, the same for all
+        values.normal_(generator=generator)
     tokens = torch.randint(5, model.vocab_size, (batch, BLOCK), generator=generator)
     positions = torch.arange(CONTEXT, CONTEXT + BLOCK, dtype=torch.int32).repeat(batch, 1)
     place = torch.arange(KV_SLOTS, dtype=torch.int32)
