@@ -14,7 +14,7 @@ from torch import nn
 from simsd.ambient import undisturbed
 from simsd.config import EngineConfig, SamplingParams, config_with
 from simsd.decode import rows
-from simsd.decode.exchange import ORIGINS, SlotReport
+from simsd.decode.exchange import SlotReport
 from simsd.decode.iteration import PARTS, Parts
 from simsd.decode.prefill import prefill
 from simsd.decode.slots import Slots
@@ -115,7 +115,7 @@ class Engine:
         self._check_gate(params, ends)
         request = Request(next(self._numbers), tokens, params, seed, ends, self.target.tokenizer)
         self._requests[request.index] = request
-        self._scheduler.waiting.append(request)
+        self._scheduler.queue(request)
         return request.index
 
     def cancel(self, index: int) -> None:
@@ -193,7 +193,7 @@ class Engine:
             request.mend()
             start = len(request.tokens) // self.block_length * self.block_length
             written = self._slots.target_kv_len[slot], self._slots.draft_kv_len[slot]
-            self._scheduler.slots[slot] = self._open(slot, request, tuple(min(int(n), start) for n in written))
+            self._scheduler.place(slot, self._open(slot, request, tuple(min(int(n), start) for n in written)))
 
     def _prefill(self, members: list[int]) -> None:
         """The keys and values of long prompts, as far as they do not come along with an iteration."""
@@ -246,7 +246,7 @@ class Engine:
             drafted = report.draft_forwards - occupant.draft_forwards
             forwards = max(forwards, drafted)
             self._observe(slot, outcome, report, drafted)
-            self._commit(occupant, report, drafted)
+            occupant.request.learn(report, drafted, self.block_length)
             occupant.take(report)
             moved.append(occupant.request)
         self.tuner.observe_times(outcome, forwards)
@@ -259,35 +259,13 @@ class Engine:
             extra_rows = (report.states - 1) * self.block_length
             self.tuner.observe(slot, mode, report.judged, report.accepted, report.taken - 1, extra_rows, drafted)
 
-    def _commit(self, occupant: Occupant, report: SlotReport, drafted: int) -> None:
-        request = occupant.request
-        request.touch()
-        stats = request.stats
-        if report.states > 1 or request.params.verify == "temporal":
-            stats.target_verify_forwards += 1
-        else:
-            stats.target_denoise_forwards += 1
-        stats.draft_denoise_forwards += drafted
-        stats.drafted += report.judged
-        stats.accepted += report.accepted
-        if report.failed and request.finish_reason is None:
-            request.finish_reason = "failed"
-        for block in report.blocks:
-            if request.finish_reason is None:
-                known = len(request.tokens) % self.block_length
-                origins = [ORIGINS[origin] for origin in block.origins[known:]]
-                stats.bonus += origins.count("bonus")
-                logprobs = None if block.logprobs is None else block.logprobs[known:]
-                request.commit(block.tokens[known:], block.steps[known:], block.probs[known:], origins, logprobs)
-        request.provisional = report.provisional[len(request.tokens) % self.block_length :]
-
     def _update(self, request: Request) -> None:
         tokens, text = request.take()
         if request.finish_reason is not None:
             # In this order an interrupt in between may repeat a last update, never lose one.
             self._done.append(request.index)
             self._updates.append(Update(request.index, tokens, [], text, request.result()))
-            request.reported = True
+            request.close()
             return
         ahead = [] if request.unsettled else request.provisional[: request.limit - len(request.tokens)]
         end = next((i for i, token in enumerate(ahead) if token in request.end_ids), len(ahead) - 1)
@@ -300,7 +278,7 @@ class Engine:
                 if not occupant.request.reported:
                     self._update(occupant.request)
                 self._slots.close(slot)
-                self._scheduler.slots[slot] = None
+                self._scheduler.free(slot)
 
     def _admit(self) -> None:
         waiting = self._scheduler.waiting
@@ -314,8 +292,7 @@ class Engine:
             if slot is None:
                 return
             # It waits until it is in: an interrupt on the way must not lose it.
-            occupant = self._open(slot, waiting[0], (0, 0))
-            self._scheduler.slots[slot] = occupant
+            self._scheduler.place(slot, self._open(slot, waiting[0], (0, 0)))
             waiting.popleft()
 
     def _open(self, slot: int, request: Request, kv_lens: tuple[int, int]) -> Occupant:

@@ -9,6 +9,7 @@ from collections.abc import Sequence as Seq
 
 from simsd.config import STRATEGIES, SamplingParams
 from simsd.decode import draft, rows, slots
+from simsd.decode.exchange import ORIGINS, SlotReport
 from simsd.models.tokenizer import Tokenizer
 from simsd.results import Result, Stats
 from simsd.text import AnswerText
@@ -94,6 +95,31 @@ class Request:
     @property
     def new(self) -> list[int]:
         return self.tokens[len(self.prompt) :]
+
+    def learn(self, report: SlotReport, drafted: int, block_length: int) -> None:
+        """Takes over what an iteration did in the request's slot, `drafted` forwards of the draft model among it."""
+        self.touch()
+        if report.states > 1 or self.params.verify == "temporal":
+            self.stats.target_verify_forwards += 1
+        else:
+            self.stats.target_denoise_forwards += 1
+        self.stats.draft_denoise_forwards += drafted
+        self.stats.drafted += report.judged
+        self.stats.accepted += report.accepted
+        if report.failed and self.finish_reason is None:
+            self.finish_reason = "failed"
+        for block in report.blocks:
+            if self.finish_reason is None:
+                known = len(self.tokens) % block_length
+                origins = [ORIGINS[origin] for origin in block.origins[known:]]
+                self.stats.bonus += origins.count("bonus")
+                logprobs = None if block.logprobs is None else block.logprobs[known:]
+                self.commit(block.tokens[known:], block.steps[known:], block.probs[known:], origins, logprobs)
+        self.provisional = report.provisional[len(self.tokens) % block_length :]
+
+    def close(self) -> None:
+        """Its last update is out."""
+        self.reported = True
 
     def commit(
         self,

@@ -64,6 +64,15 @@ class Scheduler:
         """Whether anything waits or runs."""
         return bool(self.waiting) or any(self.slots)
 
+    def queue(self, request: Request) -> None:
+        self.waiting.append(request)
+
+    def place(self, slot: int, occupant: Occupant) -> None:
+        self.slots[slot] = occupant
+
+    def free(self, slot: int) -> None:
+        self.slots[slot] = None
+
     @property
     def occupied(self) -> Iterator[tuple[int, Occupant]]:
         return ((slot, occupant) for slot, occupant in enumerate(self.slots) if occupant is not None)
