@@ -129,7 +129,6 @@ def config():
 
 def test_update_stores_a_layer_and_returns_views_of_its_slots():
     cache = BlockCache(config(), batch_size=2, capacity=16)
-    cache.keys.zero_()
     cache.prepare(torch.arange(3, dtype=torch.int32).repeat(2, 1))
     k, v = torch.randn(2, 2, 3, 16), torch.randn(2, 2, 3, 16)
     keys, values = cache.update(k, v, 1)

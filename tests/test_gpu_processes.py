@@ -70,8 +70,9 @@ def test_signal_of_a_command_is_told(tmp_path):
 
 
 PARENT = """
-import pathlib, sys
+import pathlib, signal, sys
 sys.path.insert(0, {benchmarks!r})
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored
 from gpu import processes
 processes.die_by_exception()
 processes.run(["bash", "-c", {family!r}], 600.0, pathlib.Path({log!r}))

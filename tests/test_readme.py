@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/*.md"))
 INCLUDED = re.findall(r"<!-- begin (\S+) -->\n(.*?)<!-- end \1 -->", README, re.DOTALL)
 
 
@@ -23,7 +24,7 @@ def test_the_count_of_exact_comparisons_is_the_measured_one():
     assert f"\n{count}\n" in measured
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "examples/tiny_pair/README.md"])
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "examples/tiny_pair/README.md", *DOCS])
 def test_links_lead_somewhere(document):
     text = (ROOT / document).read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#]+)\)", text):
@@ -45,8 +46,10 @@ def test_every_environment_variable_is_in_the_table():
     assert used == set(re.findall(r"^\| `(SIMSD_[A-Z_]+)`", README, re.MULTILINE))
 
 
-def test_the_python_example_runs():
+def test_the_python_examples_run():
     examples = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(examples) == 2
+    for document in DOCS:
+        examples += re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(encoding="utf-8"), re.DOTALL)
     for example in examples:
         exec(compile(example, "README.md", "exec"), {})  # noqa: S102

@@ -133,7 +133,6 @@ def test_memory_that_holds_no_keys_and_values_is_not_looked_at(packed):
 def test_a_batch_without_live_rows_changes_nothing(deterministic, position):
     runner, arguments = ModelRunner(load(deterministic=deterministic), 2, KV_SLOTS), Batch(2).rows([0, 0], 6)
     arguments[1].fill_(position)
-    runner.cache.keys.zero_()
     assert runner.forward(*arguments, torch.tensor([0, 3])).shape == (2, VOCABULARY)
     assert runner.rows <= 4
     assert not runner.cache.keys.any()

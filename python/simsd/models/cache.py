@@ -30,8 +30,8 @@ class BlockCache(Cache):
         dtype, device: of keys and values; the model's.
 
     Attributes:
-        keys, values: [layers, B, Hkv, capacity, D], undefined where nothing was stored (no row may see it); in memory a
-            head's slots of all sequences lie side by side, so that one store can reach them all.
+        keys, values: [layers, B, Hkv, capacity, D], zero at first; in memory a head's slots of all sequences lie side
+            by side, so that one store can reach them all.
         slots: int32 [B, R], where the forward's rows go; -1 stores nothing.
     """
 
@@ -46,8 +46,8 @@ class BlockCache(Cache):
         super().__init__(layers=[])
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         shape = (config.num_hidden_layers, config.num_key_value_heads, batch_size, capacity, head_dim)
-        self.keys = torch.empty(shape, dtype=dtype, device=device).transpose(1, 2)
-        self.values = torch.empty(shape, dtype=dtype, device=device).transpose(1, 2)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device).transpose(1, 2)
+        self.values = torch.zeros(shape, dtype=dtype, device=device).transpose(1, 2)
         self.slots: Tensor | None = None
         # One tensor per layer, made once and not in every layer of every forward.
         self._by_sequence = self.keys.unbind(0), self.values.unbind(0)  # each [B, Hkv, capacity, D]
