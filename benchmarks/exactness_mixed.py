@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from exactness_settings import BUILT_IN, END, NEAR, UNLIKE, model, prompts
 
-from simsd import Decoder, Engine, EngineConfig, GenerationConfig, Result
+from simsd import Engine, EngineConfig, GenerationConfig, Result, generate
 from simsd.config import DRAFTERS, REJECTED_TAILS, RULES, STRATEGIES
 from simsd.engine.engine import STOP_IDS
 
@@ -158,10 +158,7 @@ def decode_mix(mix: Mix) -> Iterator[tuple[Job, Result]]:
 def temporal_alone(mix: Mix, job: Job) -> Result:
     """A temporal request by a call of its own."""
     prompt = prompts(mix.target)[job.number]
-    decoder = Decoder(model(mix.target), [prompt], model(mix.draft), job.config, max_batch=1)
-    for _ in decoder:
-        pass
-    return decoder.result()
+    return generate(model(mix.target), [prompt], model(mix.draft), job.config, max_batch=1)[0]
 
 
 def mixes(quick: bool = False) -> list[Mix]:

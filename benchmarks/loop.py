@@ -17,7 +17,7 @@ import statistics
 import time
 from dataclasses import asdict, dataclass
 
-from interval import interval
+from measured import interval, made_by
 
 import simsd
 from simsd import tasks
@@ -99,12 +99,11 @@ def measure(target, draft, batch: int, pairs: int) -> dict:
 
 
 def markdown(rows: list[dict], about: dict) -> str:
-    where = ", ".join(f"{key} {about[key]}" for key in ("cpu", "threads", "dtype", "torch"))
     lines = [
         "Exact decoding (`drafter=auto`) beside native decoding, the built-in pair, interleaved. The interval is the"
-        " 95% interval of the median ratio (benchmarks/interval.py).",
+        " 95% interval of the median ratio (benchmarks/measured.py).",
         "",
-        f"Made by `python benchmarks/loop.py`: {about['date']}, {where}.",
+        made_by(__file__, about),
         "",
         "| batch | prompts | pairs | native tok/s | exact-auto tok/s | exact-auto / native (95%) | ms outside forwards"
         " per iteration: native | exact-auto | ms in forwards: native | exact-auto |",

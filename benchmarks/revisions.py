@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 
-from interval import interval
+from measured import interval, made_by
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 HERE = pathlib.Path(__file__).parent.parent
@@ -47,19 +47,13 @@ def beyond_forwards_ms(mode: dict) -> float:
 
 def figures(report: dict) -> dict[str, float]:
     pooled = report["pooled"]
-    speeds = {f"{mode} tok/s": pooled["modes"][mode]["tokens_per_second"] for mode in MODES}
-    beyond = {
-        f"{mode}, ms per iteration beyond forwards of one block": beyond_forwards_ms(pooled["modes"][mode])
-        for mode in MODES
-    }
-    return (
-        speeds
-        | beyond
-        | {
-            "target forward of 4 rows, ms": pooled["target_forward_ms"],
-            "draft forward of 4 rows, ms": pooled["draft_forward_ms"],
-        }
-    )
+    modes = pooled["modes"]
+    found = {f"{mode} tok/s": modes[mode]["tokens_per_second"] for mode in MODES}
+    for mode in MODES:
+        found[f"{mode}, ms per iteration beyond forwards of one block"] = beyond_forwards_ms(modes[mode])
+    for model in ("target", "draft"):
+        found[f"{model} forward of 4 rows, ms"] = pooled[f"{model}_forward_ms"]
+    return found
 
 
 def revision(checkout: pathlib.Path) -> str:
@@ -82,12 +76,11 @@ def main() -> None:
             runs[name].append(figures(report))
         print(turn + 1, json.dumps({name: runs[name][-1] for name in runs}), flush=True)
     about = report["machine"]
-    where = ", ".join(f"{key} {about[key]}" for key in ("cpu", "threads", "dtype", "torch"))
     lines = [
         f"`simsd bench` of two revisions in turn, {arguments.rounds} rounds, {arguments.items} prompts per family,"
-        " batch 1; medians, and the 95% interval of the median ratio (benchmarks/interval.py).",
+        " batch 1; medians, and the 95% interval of the median ratio (benchmarks/measured.py).",
         "",
-        f"Made by `python benchmarks/revisions.py`: {about['date']}, {where}.",
+        made_by(__file__, about),
         "",
         *(f"- {name}: {revision(checkout)}" for name, checkout in checkouts.items()),
         "",

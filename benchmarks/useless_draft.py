@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import json
 import statistics
 import time
 from pathlib import Path
 
 import torch
+from measured import interval, made_by
 
 import simsd
 from simsd import tasks
@@ -73,12 +73,13 @@ def measure(target, draft, prompts, pairs: int, tuner: type[Tuner]) -> dict:
         if texts["none"] != texts["exact"]:
             raise SystemExit("the texts differ: this is no measurement")
     ratios = [e / n for e, n in zip(times["exact"], times["none"], strict=True)]
+    low, median, high = interval(ratios)
     return {
         "pairs": pairs,
         "native_seconds": statistics.median(times["none"]),
         "exact_seconds": statistics.median(times["exact"]),
-        "ratio": statistics.median(ratios),
-        "quartiles": statistics.quantiles(ratios, n=4)[::2],
+        "ratio": median,
+        "interval": [low, high],
         "draft_forwards_per_target_forward": drafted / forwards,
     }
 
@@ -90,22 +91,21 @@ def main() -> None:
     arguments = parser.parse_args()
     target, draft = simsd.load("tiny-target"), random_draft()
     prompts = [task.prompt for family in tasks.FAMILIES for task in tasks.held_out(family, arguments.items, 0)]
-    report = {"date": datetime.datetime.now(datetime.UTC).date().isoformat(), "machine": machine(target), "rows": {}}
+    report = {"machine": machine(target), "rows": {}}
     for name, tuner in (("model only", ModelOnly), ("auto", Tuner)):
         report["rows"][name] = measure(target, draft, prompts, arguments.pairs, tuner)
 
-    where = ", ".join(f"{k} {report['machine'][k]}" for k in ("cpu", "threads", "dtype", "torch"))
     lines = [
         "Exact decoding with a draft of random weights against native decoding: wall time, median of the ratios of "
-        f"interleaved pairs (quartiles); {len(prompts)} prompts a run, batch 1.",
+        f"interleaved pairs and its 95% interval (benchmarks/measured.py); {len(prompts)} prompts a run, batch 1.",
         "",
-        f"Made by `python benchmarks/useless_draft.py`: {report['date']}, {where}.",
+        made_by(__file__, report["machine"]),
         "",
         "| may draft | pairs | wall time / native | draft forwards per target forward |",
         "|---|---:|---:|---:|",
     ]
     for name, row in report["rows"].items():
-        low, high = row["quartiles"]
+        low, high = row["interval"]
         lines.append(
             f"| {name} | {row['pairs']} | {row['ratio']:.3f} ({low:.3f}-{high:.3f}) "
             f"| {row['draft_forwards_per_target_forward']:.3f} |"

@@ -1,4 +1,4 @@
-"""What the tests of the command line share. Other tests need not have what it imports: each fixture does so itself."""
+"""What tests share. Not all need what a fixture imports: each does so itself."""
 
 from __future__ import annotations
 
@@ -16,6 +16,22 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def target():
+    """A small model of random weights."""
+    from stand_ins import random_sdar
+
+    return random_sdar(0)
+
+
+@pytest.fixture(scope="module")
+def draft():
+    """One that often agrees with `target`."""
+    from stand_ins import disturbed, random_sdar
+
+    return disturbed(random_sdar(0))
 
 
 @pytest.fixture(scope="session")

@@ -17,19 +17,6 @@ MANY = 256  # rows for drafted states; without max_rows their number follows mea
 SAMPLING = {"do_sample": True, "temperature": 0.9, "top_k": 20, "top_p": 0.9}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def target():
-    return random_sdar(0)
-
-
 @pytest.fixture(scope="module")
 def draft():
     """One that agrees with the target often, but not always."""

@@ -25,26 +25,10 @@ from simsd.results import Result, Stats
 from small_checkpoints import BASE, MOE
 from stand_ins import MASK, disturbed, random_sdar
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PROMPTS = [[5, 9, 2, 40, 33], [7, 7, 1, 50, 12, 3, 22, 8, 19], [44, 2, 30]]
 SMALL = {"strategies": ("low_confidence_static",), "max_new_tokens": 12, "batch": 3, "blocks": 2, "seeds": 600}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def target():
-    return random_sdar(0)
-
-
-@pytest.fixture(scope="module")
-def draft():
-    return disturbed(random_sdar(0))
 
 
 @pytest.fixture(scope="module")

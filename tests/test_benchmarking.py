@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 import simsd
 from simsd import benchmarking
 from simsd.benchmarking import MODES, BatchMeasurement, ForwardClock, Item, Measurement
 from stand_ins import random_sdar
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -33,11 +33,6 @@ def target():
     return simsd.load(random_sdar(0).model, tokenizer=for_stand_ins())
 
 
-@pytest.fixture(scope="module")
-def draft():
-    return disturbed(random_sdar(0))
-
-
 def test_settings_by_name_are_those_of_a_config(target, draft):
     config = GenerationConfig(max_new_tokens=8, temperature=0.7, seed=3, drafter="model")
     expected = [r.tokens for r in simsd.generate(target, PROMPTS, draft, config)]

@@ -15,21 +15,11 @@ from simsd.decode.exchange import MODEL_DRAFT, SELF_DRAFT
 from simsd.decode.iteration import Shape
 from simsd.decode.prefill import prefill
 from simsd_kernels.advance_slots.api import NO_END
-from stand_ins import MASK, disturbed, random_sdar
+from stand_ins import MASK
 
 LENGTH = 4
 PROMPTS = [[5, 3], [9, 8, 7, 6], [1, 2, 3, 4, 5, 6, 7]]
 GREEDY = GenerationConfig(end_token_ids=())
-
-
-@pytest.fixture(scope="module")
-def target():
-    return random_sdar(0)
-
-
-@pytest.fixture(scope="module")
-def draft():
-    return disturbed(random_sdar(0))
 
 
 def shape_of(blocks: int = 2, **changes) -> Shape:

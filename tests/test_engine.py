@@ -18,17 +18,7 @@ from simsd.decode.slots import Slots
 from simsd.engine.engine import Engine
 from simsd.engine.request import Request
 from simsd.engine.runner import Runner
-from stand_ins import disturbed, random_sdar
-
-
-@pytest.fixture(scope="module")
-def target():
-    return random_sdar(0)
-
-
-@pytest.fixture(scope="module")
-def draft():
-    return disturbed(random_sdar(0))
+from stand_ins import random_sdar
 
 
 def settings(number: int) -> dict:

@@ -17,6 +17,8 @@ from simsd.decode.iteration import PARTS, Parts, Shape
 from simsd.engine.runner import MAX_SHAPES, Runner
 from stand_ins import disturbed, random_sdar
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 STATIC = Parts(packed=False)
 
 
@@ -28,14 +30,6 @@ def pair():
 @pytest.fixture(scope="module")
 def jobs(pair):
     return varied_jobs(pair[0], per_family=3)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

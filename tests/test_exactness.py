@@ -27,16 +27,9 @@ import exactness_settings
 from exactness_mixed import MIXED
 from exactness_settings import FACTORS, NEAR, ONE_FACTOR, PAIRWISE, RANDOM, UNLIKE, UNPROMISED
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 QUICK = exactness.every_setting(quick=True)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Small models are fastest on one; the full run of the benchmark takes two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

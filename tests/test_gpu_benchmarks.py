@@ -19,15 +19,9 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from gpu import contest, report, sections, timing  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def bench(seconds=60.0, **given):

@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 import simsd
 from simsd.benchmarking import Item
 from stand_ins import random_sdar
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "graph_shapes.py"
 
@@ -23,14 +24,6 @@ def shapes():
     module = sys.modules["graph_shapes"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_rows_of_native_forwards_are_the_block_and_what_it_commits(shapes):

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 import simsd
-from hf_runs import MANY, NEW, PAD, PROMPT, SAMPLING, draft, greedy, one_thread, padded, run, target  # noqa: F401
+from hf_runs import MANY, NEW, PAD, PROMPT, SAMPLING, draft, greedy, padded, run  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,12 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM, pipeline
 
 import simsd
-from hf_runs import MANY, NEW, PROMPT, draft, greedy, one_thread, run, target, tokenizer  # noqa: F401
+from hf_runs import MANY, NEW, PROMPT, draft, greedy, run, tokenizer  # noqa: F401
 from simsd import SimsdError, hf
 from simsd.models.sdar import SDARMoeConfig, SDARMoeForCausalLM
 from stand_ins import MASK, random_sdar
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1}
 

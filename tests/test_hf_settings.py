@@ -25,15 +25,15 @@ from hf_runs import (  # noqa: F401
     StopAt,
     draft,
     greedy,
-    one_thread,
     run,
-    target,
     tokenizer,
 )
 from simsd import SimsdError
 from simsd.models.cache import CACHE_ARGUMENT
 from simsd.seeds import sample_seed
 from stand_ins import END, MASK, VOCABULARY, random_sdar
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Nothing(LogitsProcessor):

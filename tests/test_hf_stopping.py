@@ -14,8 +14,10 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from hf_runs import NEW, PROMPT, StopAt, draft, greedy, one_thread, run, target, tokenizer  # noqa: F401
+from hf_runs import NEW, PROMPT, StopAt, draft, greedy, run, tokenizer  # noqa: F401
 from simsd.models.generation import StopStrings
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("where", ["argument", "generation_config", "model"])

@@ -10,8 +10,10 @@ import pytest
 from transformers import AsyncTextIteratorStreamer, TextIteratorStreamer, TextStreamer
 from transformers.generation import BaseStreamer
 
-from hf_runs import PROMPT, StopAt, draft, greedy, one_thread, run, target, tokenizer  # noqa: F401
+from hf_runs import PROMPT, StopAt, draft, greedy, run, tokenizer  # noqa: F401
 from simsd import SimsdError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Recorder(BaseStreamer):

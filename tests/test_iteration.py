@@ -20,11 +20,6 @@ DRAFTERS = ["none", "self", "model", "auto"]
 
 
 @pytest.fixture(scope="module")
-def target():
-    return random_sdar(0)
-
-
-@pytest.fixture(scope="module")
 def close_draft():
     return disturbed(random_sdar(0))
 

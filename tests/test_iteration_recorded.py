@@ -6,7 +6,6 @@ import collections
 import random
 
 import pytest
-import torch
 
 import simsd
 from recorded import Batch, constants, decode, record, request
@@ -14,6 +13,8 @@ from simsd import GenerationConfig
 from simsd.decode.iteration import Shape
 from simsd.decode.temporal import Temporal
 from stand_ins import disturbed, random_sdar
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 COUNT, CAPACITY, BLOCK = 4, 64, 4
 STATES = 6
@@ -41,14 +42,6 @@ def target():
 def drafts():
     models = {"stranger": random_sdar(1), "relative": disturbed(random_sdar(0), 0.02), "twin": random_sdar(0)}
     return {name: deterministic(model) for name, model in models.items()}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 STRATEGIES = (

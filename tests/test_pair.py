@@ -24,11 +24,6 @@ def test_a_gpu_without_compiled_control_ops_is_refused_in_one_line_with_the_reme
     check_device(torch.device("cpu"))
 
 
-@pytest.fixture(scope="module")
-def target():
-    return random_sdar(0)
-
-
 UNLIKE = [
     ({"block_length": 8}, "target .* has block length 4, draft .* 8: use a pair of one block length or set block_len"),
     ({"vocab_size": 80}, "draft .* does not fit target .*: vocab size 80 against 64"),

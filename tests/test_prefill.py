@@ -11,21 +11,11 @@ from replays import PROMPTS
 from simsd.decode.draft import state_logits
 from simsd.decode.iteration import Shape
 from simsd.decode.prefill import prefill
-from stand_ins import MASK, disturbed, random_sdar
+from stand_ins import MASK, random_sdar
 
 SHAPE = Shape(lookahead=1, states=1, logits_rows=5 * 4, draft_blocks=1)
 STARTS = [0, 0, 4, 4, 16]  # whole blocks of PROMPTS
 PACKED = pytest.mark.parametrize("packed", [True, False], ids=["packed", "static"])
-
-
-@pytest.fixture(scope="module")
-def target():
-    return random_sdar(0)
-
-
-@pytest.fixture(scope="module")
-def draft():
-    return disturbed(random_sdar(0))
 
 
 def opened(target, draft, packed: bool) -> Batch:

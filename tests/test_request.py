@@ -12,14 +12,9 @@ from simsd import SamplingParams
 from simsd.engine.request import Request
 from simsd.models.tokenizer import Tokenizer
 from small_tokenizers import for_stand_ins
-from stand_ins import MASK, random_sdar
+from stand_ins import MASK
 
 A, B, C, D = range(4)  # the tokens of "a", "b", "c" and "d"
-
-
-@pytest.fixture(scope="module")
-def target():
-    return random_sdar(0)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import simsd
 from replays import PROMPTS
 from simsd import SimsdError
 from small_tokenizers import for_stand_ins
-from stand_ins import disturbed, random_sdar
+from stand_ins import random_sdar
 
 MODES = {
     "native": {"verify": "none"},
@@ -24,11 +24,6 @@ NEW = 40
 @pytest.fixture(scope="module")
 def target():
     return simsd.load(random_sdar(0).model, tokenizer=for_stand_ins())
-
-
-@pytest.fixture(scope="module")
-def draft():
-    return disturbed(random_sdar(0))
 
 
 @pytest.fixture(scope="module")

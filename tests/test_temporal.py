@@ -19,11 +19,6 @@ def settings_for(**changes) -> GenerationConfig:
 
 
 @pytest.fixture(scope="module")
-def target():
-    return random_sdar(0)
-
-
-@pytest.fixture(scope="module")
 def draft():
     return random_sdar(1)
 

@@ -32,8 +32,6 @@ class GrowingText:
         self._shown = ""
 
     def push(self, tokens: Sequence[int]) -> str:
-        if not tokens:
-            return ""
         self.tokens += tokens
         end = len(self.tokens) - self._unfinished_run()
         window = self.tokenizer.decode(self.tokens[self._anchor : end])

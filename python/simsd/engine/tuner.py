@@ -194,11 +194,11 @@ class Tuner:
                 self.modes[slot] = OWN if now.masked else NONE
             else:
                 key = self._quarter(now.masked), ahead, now.masked > 0
-                if key not in best:
-                    self.modes[slot], best[key] = self._best(*key, has_model)
-                else:
-                    self.modes[slot] = best[key]
                 self._quarters[slot] = key[0]
+                if key in best:
+                    self.modes[slot] = best[key]
+                else:
+                    self.modes[slot], best[key] = self._best(*key, has_model)
         return self.modes
 
     def _quarter(self, masked: int) -> int:

@@ -1,10 +1,11 @@
-"""The one interval that this project's bars refer to."""
+"""How this project's benchmarks sum up what they measured, and say on what."""
 
 from __future__ import annotations
 
 import math
+import pathlib
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
@@ -16,3 +17,9 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
         outside += 1
     outside = max(outside, 1)
     return ordered[outside - 1], statistics.median(ordered), ordered[n - outside]
+
+
+def made_by(script: str, machine: Mapping[str, object]) -> str:
+    """Under a table: the command, and the machine as `simsd.figures.machine` describes it."""
+    where = ", ".join(f"{key} {machine[key]}" for key in ("cpu", "threads", "dtype", "torch"))
+    return f"Made by `python benchmarks/{pathlib.Path(script).name}`: {machine['date']}, {where}."
