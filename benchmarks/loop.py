@@ -121,15 +121,22 @@ def markdown(rows: list[dict], about: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def batch_sizes(text: str) -> list[int]:
+    sizes = text.split(",")
+    if not all(size.isdecimal() and int(size) for size in sizes):
+        raise argparse.ArgumentTypeError(f"must be integers >= 1, separated by commas, got {text!r}")
+    return [int(size) for size in sizes]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=15)
-    parser.add_argument("--batches", default="1,8,32,64", help="batch sizes, separated by commas")
+    parser.add_argument("--batches", type=batch_sizes, default=[1, 8, 32, 64], help="such as 1,8,32,64")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS, help="folder for loop.json and loop.md")
     arguments = parser.parse_args()
     target, draft = simsd.load("tiny-target"), simsd.load("tiny-draft")
     rows = []
-    for batch in map(int, arguments.batches.split(",")):
+    for batch in arguments.batches:
         rows.append(measure(target, draft, batch, arguments.pairs))
         print(json.dumps(rows[-1]), flush=True)
     about = machine(target)

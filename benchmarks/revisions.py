@@ -62,13 +62,16 @@ def revision(checkout: pathlib.Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkout", type=pathlib.Path, help="of the revision to compare with, its C++ ops built")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--items", type=int, default=3, help="held-out prompts per family in each run")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS, help="folder for revisions.json and revisions.md")
     arguments = parser.parse_args()
     checkouts = {"before": arguments.checkout.resolve(), "now": HERE}
+    for checkout in checkouts.values():  # python would take the installed packages for what is missing
+        if not (checkout / "python/simsd").is_dir() or not any(checkout.glob("simsd_kernels/_C*.so")):
+            parser.error(f"{checkout} is no checkout in which the C++ ops are built: see --help")
     runs: dict[str, list[dict[str, float]]] = {"before": [], "now": []}
     for turn in range(arguments.rounds):
         for name in list(checkouts)[:: 1 if turn % 2 else -1]:
