@@ -89,6 +89,7 @@ bench: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/trace_iteration.py
 	$(BIN)/python benchmarks/fused_layers.py
 	$(BIN)/python benchmarks/loop.py
+	$(BIN)/python benchmarks/loop_profile.py
 	$(BIN)/python benchmarks/exactness.py
 	$(BIN)/simsd audit --json benchmarks/results/audit.json --markdown benchmarks/results/audit.md
 	$(BIN)/simsd bench --items 100 --batch 1,8 --json benchmarks/results/tiny_pair.json \

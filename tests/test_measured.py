@@ -8,9 +8,12 @@ import sys
 
 import pytest
 
+import simsd
+
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import loop_profile  # noqa: E402
 import measured  # noqa: E402
 import revisions  # noqa: E402
 
@@ -48,3 +51,19 @@ def test_what_cannot_be_measured_is_refused_before_anything_is(script, given, me
     """A checkout that is not there would be measured as the installed packages."""
     done = subprocess.run([sys.executable, BENCHMARKS / f"{script}.py", *given], capture_output=True, text=True)
     assert done.returncode == 2 and message in done.stderr
+
+
+def test_a_profile_splits_an_iteration_into_parts_that_make_up_the_whole():
+    target = simsd.load("tiny-target")
+    parts = loop_profile.profile(target, simsd.load("tiny-draft"), batch=2)
+    whole = parts.pop("all outside forwards")
+    assert sum(parts.values()) == pytest.approx(whole)
+
+
+def test_what_a_profile_looks_for_is_there():
+    """What was renamed would show as no time at all."""
+    sources = {path.name: path.read_text() for path in (BENCHMARKS.parent / "python" / "simsd").rglob("*.py")}
+    named = [name for names, elsewhere in loop_profile.PARTS.values() for name in (*names, *elsewhere)]
+    for file, function in named:
+        source = (BENCHMARKS / file).read_text() if file == "loop.py" else sources[file]
+        assert f"def {function}(" in source, (file, function)
