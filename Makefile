@@ -86,7 +86,7 @@ bench: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/graph_shapes.py
 	$(BIN)/python benchmarks/useless_draft.py
 	$(BIN)/python benchmarks/batch_invariance.py
-	$(BIN)/python benchmarks/trace_iteration.py
+	$(BIN)/python benchmarks/trace_iteration.py --out benchmarks/results/trace_iteration.json
 	$(BIN)/python benchmarks/fused_layers.py
 	$(BIN)/python benchmarks/loop.py
 	$(BIN)/python benchmarks/loop_profile.py

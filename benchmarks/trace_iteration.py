@@ -397,6 +397,7 @@ def main() -> int:
     parser.add_argument("--block-length", type=int, default=4)
     parser.add_argument("--lookahead", type=int, default=2, help="drafted blocks")
     parser.add_argument("--states", type=int, default=16, help="states of blocks that the target sees of a slot")
+    parser.add_argument("--out", type=pathlib.Path, help="a file that the last line goes to, too")
     given = parser.parse_args()
     sizes = given.batch, given.block_length, given.lookahead, given.states
     try:
@@ -416,19 +417,18 @@ def main() -> int:
     uploads = [place for launches in traced.values() for place in launches.uploads]
     for where in uploads:
         print(f"the host uploads: {where}", file=sys.stderr)
-    print(
-        json.dumps(
-            {
-                "target": given.target,
-                "draft": given.draft,
-                **dict(zip(("batch", "block_length", "lookahead", "states"), sizes, strict=True)),
-                "launches": {name: launches.kernels for name, launches in traced.items()},
-                "per_layer": layers,
-                "host_reads": 0,
-                "uploads": max(len(launches.uploads) for launches in traced.values()),
-            }
-        )
-    )
+    found = {
+        "target": given.target,
+        "draft": given.draft,
+        **dict(zip(("batch", "block_length", "lookahead", "states"), sizes, strict=True)),
+        "launches": {name: launches.kernels for name, launches in traced.items()},
+        "per_layer": layers,
+        "host_reads": 0,
+        "uploads": max(len(launches.uploads) for launches in traced.values()),
+    }
+    print(json.dumps(found))
+    if given.out is not None:
+        given.out.write_text(json.dumps(found) + "\n")
     return int(bool(uploads))
 
 
