@@ -168,8 +168,8 @@ def test_every_op_is_tested_on_a_gpu_alone(tmp_path, monkeypatch, rehearsal):
     asked = []
     monkeypatch.setattr(correctness, "settle", lambda bench, jobs: asked.extend(jobs))
     correctness.test(bench(tmp_path, tiny=rehearsal))
-    assert sorted(",".join(asked).split(",")) == sorted((correctness.LOOPS, *correctness.ops()))
-    assert rehearsal or len(asked) == 1 + len(correctness.ops())
+    assert sorted(",".join(asked).split(",")) == sorted((*correctness.DECODING, *correctness.ops()))
+    assert rehearsal or len(asked) == len(correctness.DECODING) + len(correctness.ops())
 
 
 COUNTED = """==PROF== Profiling "decode" - 0
@@ -195,3 +195,13 @@ def test_refusing_profiler_costs_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(counters, "run", lambda *_: refused)
     with pytest.raises(RuntimeError, match="^exit status 1: ERR_NVGPUCTRPERM: no permission$"):
         counters.run_section(bench(tmp_path))
+
+
+def test_every_test_of_the_gpu_suite_passes_in_a_rehearsal_and_is_asked_for():
+    """On the day itself there is no time for a test that cannot run, or that nobody runs."""
+    variables = os.environ | {"SIMSD_GPU_REHEARSAL": "1", "OMP_NUM_THREADS": "1"}
+    options = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "tests/gpu"]
+    whole = subprocess.run(options, cwd=ROOT, env=variables, capture_output=True, text=True)
+    assert whole.returncode == 0, whole.stdout[-3000:]
+    files = {path.stem.removeprefix("test_gpu_") for path in (ROOT / "tests" / "gpu").glob("test_gpu_*.py")}
+    assert files == {*correctness.DECODING, "ops"}

@@ -19,7 +19,7 @@ from .processes import OUT_OF_TIME, run
 AT_ONCE = max(1, min(8, os.cpu_count() or 1))  # processes
 LEAST_SECONDS = 10.0  # that a job is begun for
 COLUMNS = ("passed", "failed", "skipped", "seconds", "said")
-LOOPS = "loops"  # what tests/gpu/conftest.py calls the tests of decoding
+DECODING = ("loops", "engine")  # tests/gpu/test_gpu_NAME.py that are about no single op
 # The ops whose kernels hand data from thread to thread in shared memory come first: there is where races can be.
 SANITIZERS = {"memcheck": (), "racecheck": ("thin_linear", "masked_attention", "sample_logits", "plan_block")}
 
@@ -45,7 +45,7 @@ def test(bench: Bench) -> None:
     """
     backends = f"{bench.backends[0]},none"
     groups = [",".join(ops()[n::2]) for n in range(2)] if bench.tiny else list(ops())
-    settle(bench, {name: lambda name=name: tests_of(bench, name, backends) for name in (LOOPS, *groups)})
+    settle(bench, {name: lambda name=name: tests_of(bench, name, backends) for name in (*DECODING, *groups)})
 
 
 def test_triton(bench: Bench) -> None:

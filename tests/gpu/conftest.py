@@ -17,7 +17,9 @@ ASKED = ("--op", "--backend")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--op", help="only the tests of these ops (or 'loops')")
+    parser.addoption(
+        "--op", help="only the tests of these ops (or, of a file test_gpu_NAME.py that is about none, NAME)"
+    )
     parser.addoption("--backend", help="only the tests of these backends, or those of none")
 
 

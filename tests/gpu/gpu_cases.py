@@ -417,11 +417,6 @@ VERIFIED = (
 )
 WALKED = tuple(name for name in walks.ORDER if name not in walks.SHARED)
 PROPOSED = tuple(name for name in proposals.TENSORS if name not in ("logits", "banned_ids"))
-PLANNED = (
-    *("tokens", "revealed", "start", "step", "blocks_left", "clean", "depth", "prob", "log_odds", "entropy", "trust"),
-    *("power", "draft_logits", "temperature", "top_k", "top_p", "seed"),
-)
-
 ops = simsd_kernels
 OPS = [
     Op(
@@ -488,7 +483,7 @@ OPS = [
         "advance_slots", ops.advance_slots, advance_case, advances.slot, test_advance_slots.REFUSED,
         tuple(advances.ORDER), tuple(advances.WRITTEN),
     ),
-    Op("plan_block", ops.plan_block, plan_case, test_plan_block.good_arguments, test_plan_block.REFUSED, PLANNED),
+    Op("plan_block", ops.plan_block, plan_case, test_plan_block.good_arguments, test_plan_block.REFUSED, ()),
 ]  # fmt: skip
 
 OPS_BY_NAME = {op.name: op for op in OPS}

@@ -4,8 +4,23 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu_cases import BACKENDS, DEVICE, SEEDS, call, check, compare, each_backend, each_op, needs_gpu, on, same_bits
+from gpu_cases import (
+    BACKENDS,
+    DEVICE,
+    OPS_BY_NAME,
+    SEEDS,
+    call,
+    check,
+    compare,
+    each_backend,
+    each_op,
+    needs_gpu,
+    on,
+    same_bits,
+)
 
+import plans
+import simsd_kernels
 from simsd_kernels import dispatch
 
 ANY_LENGTH = ("banned_ids",)  # arguments that may have any
@@ -33,7 +48,7 @@ def test_dispatcher_serves_what_the_function_serves(op, seed):
 @each_backend
 @pytest.mark.parametrize("seed", SEEDS[:12])
 def test_lane_is_bit_identical_alone_and_twice(op, backend, seed):
-    made = op.make(seed) | ({"max_rows": 10**6} if op.name == "plan_block" else {})
+    made = op.make(seed)
     if "block_table" in made:
         pytest.skip("a lane's pages are not its own")
     whole = call(op, on(DEVICE, made), backend)
@@ -42,6 +57,19 @@ def test_lane_is_bit_identical_alone_and_twice(op, backend, seed):
     for lane in {0, size // 2, size - 1} if size else ():
         out = call(op, on(DEVICE, op.lane_alone(made, lane)), backend)
         assert same_bits(out, tuple(x[lane : lane + 1] for x in whole)), f"lane {lane} of {size}"
+
+
+@pytest.mark.parametrize("op", [OPS_BY_NAME["plan_block"]], ids=str)
+@each_backend
+@pytest.mark.parametrize("seed", SEEDS[:12])
+def test_a_slot_is_planned_alone_as_in_company(op, backend, seed):
+    made = op.make(seed) | {"row_budget": plans.ints(10**6), "logits_rows": 10**5}
+    fields = simsd_kernels.Plan._fields
+    whole = dict(zip(fields, call(op, on(DEVICE, made), backend), strict=True))
+    for slot in range(len(made["start"])):
+        alone = dict(zip(fields, call(op, on(DEVICE, plans.alone(made, slot)), backend), strict=True))
+        for name in plans.PER_SLOT_RESULTS:
+            assert torch.equal(alone[name][0], whole[name][slot]), name
 
 
 @each_op
