@@ -301,12 +301,27 @@ const int32_t* contiguous_ints(const Tensor& tensor, std::vector<int32_t>& stora
     return storage.data();
 }
 
-// Table entries that are no page become -1, and their keys dead at every clock.
-void leave_out_holes(int64_t page_size, int64_t page_count, std::vector<int32_t>& pages, std::vector<int32_t>& births,
-                     std::vector<int32_t>& deaths) {
+constexpr int32_t INF = 1 << 30;  // the birth of a dead key
+
+// Table entries that are no page become -1. Returns whether that takes the page of a key that is not dead by itself.
+bool mark_holes(const Problem& p, int64_t page_count, std::vector<int32_t>& pages) {
+    bool takes_keys = false;
     for (size_t i = 0; i < pages.size(); ++i) {
         if (pages[i] >= 0 && pages[i] < page_count) continue;
         pages[i] = -1;
+        const int32_t* birth = p.birth + i * p.page_size;
+        bool lives = false;
+        for (int64_t j = 0; j < p.page_size; ++j) lives |= birth[j] != INF;
+        takes_keys |= lives;
+    }
+    return takes_keys;
+}
+
+// Makes the keys of holes dead at every clock.
+void leave_out_holes(int64_t page_size, const std::vector<int32_t>& pages, std::vector<int32_t>& births,
+                     std::vector<int32_t>& deaths) {
+    for (size_t i = 0; i < pages.size(); ++i) {
+        if (pages[i] >= 0) continue;
         std::fill_n(births.begin() + i * page_size, page_size, std::numeric_limits<int32_t>::max());
         std::fill_n(deaths.begin() + i * page_size, page_size, std::numeric_limits<int32_t>::min());
     }
@@ -342,12 +357,16 @@ Tensor masked_attention(const Tensor q, const Tensor k, const Tensor v, const Te
     }
     std::vector<int32_t> clocks, births, deaths, pages;
     p.clock = contiguous_ints(clock, clocks);
-    p.birth = contiguous_ints(birth, births, block_table.has_value());
-    p.death = contiguous_ints(death, deaths, block_table.has_value());
+    p.birth = contiguous_ints(birth, births);
+    p.death = contiguous_ints(death, deaths);
     if (block_table) {
         p.page_size = k.size(2);
         p.pages = contiguous_ints(*block_table, pages, true);
-        leave_out_holes(p.page_size, k.size(0), pages, births, deaths);
+        if (mark_holes(p, k.size(0), pages)) {
+            p.birth = contiguous_ints(birth, births, true);
+            p.death = contiguous_ints(death, deaths, true);
+            leave_out_holes(p.page_size, pages, births, deaths);
+        }
     }
     p.batch = q.size(0);
     p.kv_heads = k.size(1);

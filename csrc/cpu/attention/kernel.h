@@ -31,16 +31,37 @@ inline bool fully_visible(const TileRange& tile, int32_t clock_min, int32_t cloc
     return tile.birth_max <= clock_min && clock_max <= tile.death_min;
 }
 
-// The page that key j of a batch element lies in; negative: it lies nowhere, is dead, and nothing of it may be read.
-inline int32_t page_of(const Problem& p, int64_t batch, int64_t j) {
-    return p.pages[batch * (p.keys / p.page_size) + j / p.page_size];
-}
+// Where the rows of a KV head begin in K and V, for keys in ascending order: a page is looked up once.
+struct KeyRows {
+    const Problem& p;
+    int64_t batch, kv_head;
+    int64_t first = 0, end = 0;  // keys of the present page; or of all of K and V
+    int64_t k = 0, v = 0;  // where its first row begins; negative: nowhere, its keys are dead and none may be read
 
-// Where key j's row begins in K or V, whose strides these are.
-inline int64_t key_offset(const Problem& p, const int64_t* strides, int64_t batch, int64_t kv_head, int64_t j) {
-    if (p.pages == nullptr) return batch * strides[0] + kv_head * strides[1] + j * strides[2];
-    return page_of(p, batch, j) * strides[0] + kv_head * strides[1] + j % p.page_size * strides[2];
-}
+    KeyRows(const Problem& problem, int64_t b, int64_t head) : p(problem), batch(b), kv_head(head) {
+        if (p.pages == nullptr) {
+            end = p.keys;
+            start_at(batch);
+        }
+    }
+
+    void start_at(int64_t page) {
+        k = page < 0 ? -1 : page * p.k_strides[0] + kv_head * p.k_strides[1];
+        v = page < 0 ? -1 : page * p.v_strides[0] + kv_head * p.v_strides[1];
+    }
+
+    // To be called before k_row(j) and v_row(j).
+    void find(int64_t j) {
+        if (j < end) return;
+        const int64_t page = j / p.page_size;
+        first = page * p.page_size;
+        end = first + p.page_size;
+        start_at(p.pages[batch * (p.keys / p.page_size) + page]);
+    }
+
+    int64_t k_row(int64_t j) const { return k + (j - first) * p.k_strides[2]; }
+    int64_t v_row(int64_t j) const { return v + (j - first) * p.v_strides[2]; }
+};
 
 // K and V of a split as float32 rows: in place where that is what they are, else in scratch.
 template <typename Simd>
@@ -102,14 +123,15 @@ void stage(const Problem& p, int64_t batch, int64_t kv_head, int64_t split, int3
     if (!stage_k && !stage_v) return;
     const Scratch<Simd> scratch(p, memory);
     const int64_t begin = split * SPLIT, end = smaller(begin + SPLIT, p.key_count[batch]);
+    KeyRows rows(p, batch, kv_head);
     for (int64_t first = begin; first < end; first += TILE) {
         if (dead(p.tiles[batch * p.tile_count + first / TILE], clock_min, clock_max)) continue;
         for (int64_t j = first; j < smaller(first + TILE, end); ++j) {
-            if (p.pages != nullptr && page_of(p, batch, j) < 0) continue;
-            const int64_t k_offset = key_offset(p, p.k_strides, batch, kv_head, j);
-            const int64_t v_offset = key_offset(p, p.v_strides, batch, kv_head, j);
-            if (stage_k) Rows<Simd>::convert(p, p.k, k_offset, p.k_strides[3], scratch.k + (j - begin) * p.dim);
-            if (stage_v) Rows<Simd>::convert(p, p.v, v_offset, p.v_strides[3], scratch.v + (j - begin) * p.dim);
+            rows.find(j);
+            if (rows.k < 0) continue;
+            const int64_t staged = (j - begin) * p.dim;
+            if (stage_k) Rows<Simd>::convert(p, p.k, rows.k_row(j), p.k_strides[3], scratch.k + staged);
+            if (stage_v) Rows<Simd>::convert(p, p.v, rows.v_row(j), p.v_strides[3], scratch.v + staged);
         }
     }
 }
@@ -217,10 +239,12 @@ inline bool attend_block(const Problem& p, int64_t batch, int64_t kv_head, int64
     const float *k = static_cast<const float*>(p.k), *v = static_cast<const float*>(p.v);
     const float* k_rows[Scratch<Simd>::PADDED_KEYS];
     const float* v_rows[SPLIT];
+    KeyRows rows(p, batch, kv_head);
     for (int64_t i = 0; i < list.count; ++i) {
         const int64_t j = list.key[i], staged = (j - begin) * p.dim;
-        k_rows[i] = k_in_place ? k + key_offset(p, p.k_strides, batch, kv_head, j) : scratch.k + staged;
-        v_rows[i] = v_in_place ? v + key_offset(p, p.v_strides, batch, kv_head, j) : scratch.v + staged;
+        rows.find(j);
+        k_rows[i] = k_in_place ? k + rows.k_row(j) : scratch.k + staged;
+        v_rows[i] = v_in_place ? v + rows.v_row(j) : scratch.v + staged;
     }
     // The last block of keys is filled up with a repeated one, whose scores nobody reads.
     for (int64_t i = list.count; i < list.count + KEYS; ++i) k_rows[i] = k_rows[list.count - 1];
