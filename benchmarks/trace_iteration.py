@@ -29,12 +29,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from simsd.config import EngineConfig
 from simsd.decode import iteration
 from simsd.decode.exchange import Commands, Report
 from simsd.decode.iteration import Shape, iterate
-from simsd.decode.rows import SCRATCH_ALIGNMENT, aligned, state_stride
 from simsd.decode.slots import Slots
 from simsd.decode.temporal import judge
+from simsd.engine.pages import places_of
 from simsd.models.configuration import SDARConfig, SDARMoeConfig
 from simsd.models.deterministic import make_deterministic
 from simsd.models.loading import LoadedModel
@@ -54,6 +55,7 @@ MASK, ENDS, BANNED = 151669, (151645, 151643), 267  # ids of the vocabulary with
 
 DEVICE = "cuda:0"  # with its number: else torch would ask for the current one
 STOP_IDS, CAPACITY = 8, 4096
+PAGE_SIZE, KV_MEMORY = EngineConfig.page_size, 2**40
 
 # Kernels that a call of an op of ours launches at these sizes on an H100, by its arguments where they decide: what
 # tests/emulated/test_trace_iteration.py counts on the kernels themselves.
@@ -330,16 +332,21 @@ def trace(
     """
     with without_a_gpu():
         models = [name and fake_model(name, block_length, layers) for name in (target, draft)]
-        scratch = aligned(CAPACITY, SCRATCH_ALIGNMENT)
         banned = range(models[0].vocab_size - BANNED, models[0].vocab_size)
         lookahead = max(shape.lookahead, 1)
         slots = Slots(batch, block_length, CAPACITY, lookahead, STOP_IDS, banned, torch.device(DEVICE))
         if shape.noise:
             slots.allow_noise(models[0].vocab_size, models[0].dtype)
-        runners = [
-            model and ModelRunner(model, batch, aligned(scratch + room * state_stride(block_length) + 1, 16), scratch)
-            for model, room in zip(models, (max(shape.states, 2), 1), strict=True)
-        ]
+        places = places_of(
+            *models,
+            slots=batch,
+            capacity=CAPACITY,
+            block_length=block_length,
+            states=max(shape.states, 2),
+            page_size=PAGE_SIZE,
+            kv_memory=KV_MEMORY,
+        )
+        _, *runners = places.runners(*models)
         commands = Commands(batch, slots.device)
         report = Report.allocate(batch, lookahead, block_length, slots.device).of(shape.lookahead)
         logits = torch.empty(shape.logits_rows, models[0].vocab_size, dtype=models[0].dtype, device=slots.device)

@@ -16,8 +16,9 @@ from simsd import SamplingParams
 from simsd.decode.exchange import MODEL_DRAFT, NO_DRAFT, ORIGINS, SELF_DRAFT, Block, Commands, Report
 from simsd.decode.iteration import PARTS, Parts, Shape, iterate
 from simsd.decode.prefill import prefill
-from simsd.decode.rows import SCRATCH_ALIGNMENT, aligned, state_stride
+from simsd.decode.rows import aligned
 from simsd.decode.slots import Slots
+from simsd.engine.pages import places_of
 from simsd.engine.request import Request
 from simsd.models.runner import ModelRunner
 
@@ -45,12 +46,18 @@ class Batch:
             self.slots.allow_noise(target.vocab_size, target.dtype)
         self.commands = Commands(count, target.device)
         self.report = Report.allocate(count, lookahead, length, target.device)
-        scratch = aligned(capacity, SCRATCH_ALIGNMENT)
-        states = max(2, *(shape.states for shape in shapes))
-        self.target, self.draft = (
-            ModelRunner(model, count, aligned(scratch + room * state_stride(length) + 1, 16), scratch, packed)
-            for model, room in ((target, states), (draft, 1))
+        places = places_of(
+            *(target, draft),
+            slots=count,
+            capacity=self.slots.capacity,
+            block_length=length,
+            states=max(2, *(shape.states for shape in shapes)),
+            page_size=16,
+            kv_memory=None,
         )
+        self.table, self.target, self.draft = places.runners(target, draft, packed)
+        pages = torch.randperm(places.pages, generator=torch.Generator().manual_seed(0)).view(count, -1)
+        self.table.set([(slot, 0, own) for slot, own in enumerate(pages.tolist())])
         rows = max(shape.logits_rows for shape in shapes)
         self.target.keep_logits(torch.zeros(rows, target.vocab_size, dtype=target.dtype, device=target.device))
         for shape in shapes:
@@ -59,12 +66,19 @@ class Batch:
     @property
     def tensors(self) -> list[Tensor]:
         """Everything but the weights, in one order for all batches of the same shapes."""
-        holders = (self.slots, self.commands, self.report, self.target, self.draft)
+        runners = self.target, self.draft
+        holders = (self.slots, self.commands, self.report, *runners, *(vars(runner)["_table"] for runner in runners))
         found = [x for holder in holders for x in vars(holder).values() if isinstance(x, Tensor)]
-        for runner in (self.target, self.draft):
-            for layers in runner.cache.stored():
+        for runner in runners:
+            for layers in (*runner.cache.stored(), *runner.cache.stored(packed=True)):
                 found += layers
         return [*found, self.slots.banned(())]
+
+    def stored(self, runner: ModelRunner) -> Tensor:
+        """Keys and values [2, layers, B, Hkv, S, D] of the places of each slot's text."""
+        pages = self.table.pages[:, : -(-self.slots.capacity // self.table.page_size)].long()
+        pools = torch.stack([torch.stack(layers) for layers in runner.cache.stored()])  # [2, layers, pages, Hkv, P, D]
+        return pools[:, :, pages].transpose(3, 4).flatten(4, 5)
 
     def open(self, slot: int, epoch: int, occupant: Request) -> None:
         self.slots.open(slot, occupant.tokens, occupant.slot_settings(self.slots.length, epoch, STOP_IDS))

@@ -14,6 +14,7 @@ from replays import PROMPTS
 from serving import check, serve, temporal_jobs, varied_jobs
 from simsd.decode.exchange import MODEL_DRAFT, NO_DRAFT
 from simsd.decode.iteration import PARTS, Parts, Shape
+from simsd.engine.pages import page_bytes
 from simsd.engine.runner import MAX_SHAPES, Runner
 from stand_ins import disturbed, random_sdar
 
@@ -104,6 +105,17 @@ def test_all_kinds_of_requests_share_an_engine(pair, jobs):
     ]
     mixed += temporal_jobs(pair, jobs, count=3)
     check(serve(engine(pair), mixed), mixed)
+
+
+def test_memory_runs_out_while_an_iteration_is_on_its_way(pair, jobs):
+    """Its reports come before anybody makes room, and the texts stay as they are."""
+    each = sum(page_bytes(model, 16) for model in pair)
+    crowded = simsd.Engine(
+        *pair, max_batch=4, max_length=128, max_rows=64, page_size=16, kv_memory=9 * each, parts=STATIC
+    )
+    check(serve(crowded, jobs, drafter="model"), jobs)
+    crowded.step()
+    assert crowded._pages.free == 9
 
 
 NATIVE = Shape(states=1, logits_rows=3 * 4)

@@ -28,11 +28,6 @@ def opened(target, draft, packed: bool) -> Batch:
     return batch
 
 
-def stored(runner) -> torch.Tensor:
-    """Keys and values [2, layers, B, Hkv, S, D]."""
-    return torch.stack([torch.stack(layers) for layers in runner.cache.stored()])
-
-
 @PACKED
 def test_each_slot_goes_as_far_as_its_whole_blocks(target, draft, packed):
     batch = opened(target, draft, packed)
@@ -43,7 +38,7 @@ def test_each_slot_goes_as_far_as_its_whole_blocks(target, draft, packed):
     assert lengths == [[0, 0, 4, 4, 4], [0, 0, 4, 4, 12], [0, 0, 4, 4, 16]]
     assert slots.draft_kv_len.tolist() == [0] * 5  # its own cache is as it was
     assert slots.start.tolist() == STARTS
-    written = stored(batch.target).abs().amax((0, 1, 3, 5)) > 0  # [B, S]
+    written = batch.stored(batch.target).abs().amax((0, 1, 3, 5)) > 0  # [B, S]
     assert written.sum(1).tolist() == STARTS and all(written[b, :n].all() for b, n in enumerate(STARTS))
 
 
@@ -73,18 +68,18 @@ def test_chunks_store_the_bits_of_one_forward(draft, packed):
     for batch, chunks in zip(batches, ([1, 1, 2], [9]), strict=True):
         for blocks in chunks:
             prefill(batch.slots, batch.target, batch.slots.target_kv_len, blocks)
-    assert torch.equal(stored(batches[0].target), stored(batches[1].target))
+    assert torch.equal(batches[0].stored(batches[0].target), batches[1].stored(batches[1].target))
 
 
 def test_a_prompt_that_is_partly_in_place_goes_on_from_there(target, draft):
     whole, resumed = (opened(target, draft, True) for _ in range(2))
     prefill(whole.slots, whole.target, whole.slots.target_kv_len, 4)
     prefill(resumed.slots, resumed.target, resumed.slots.target_kv_len, 2)
-    first = stored(resumed.target)[:, :, 4, :, :8].clone()
+    first = resumed.stored(resumed.target)[:, :, 4, :, :8].clone()
     resumed.slots.text[4, :8] = 0  # not looked at again
     prefill(resumed.slots, resumed.target, resumed.slots.target_kv_len, 2)
-    assert torch.equal(stored(resumed.target)[:, :, 4, :, :8], first)
-    torch.testing.assert_close(stored(resumed.target), stored(whole.target), rtol=1e-4, atol=1e-5)
+    assert torch.equal(resumed.stored(resumed.target)[:, :, 4, :, :8], first)
+    torch.testing.assert_close(resumed.stored(resumed.target), whole.stored(whole.target), rtol=1e-4, atol=1e-5)
 
 
 @PACKED
@@ -94,7 +89,7 @@ def test_a_free_slot_takes_no_part(target, draft, packed):
     batch.slots.target_kv_len[4] = 8
     prefill(batch.slots, batch.target, batch.slots.target_kv_len, 4)
     assert batch.slots.target_kv_len.tolist() == [0, 0, 4, 4, 8]
-    assert not stored(batch.target)[:, :, 4].any()
+    assert not batch.stored(batch.target)[:, :, 4].any()
 
 
 def test_a_prompt_longer_than_one_chunk_decodes_as_with_one(target, draft):

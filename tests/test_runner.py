@@ -9,8 +9,10 @@ import torch
 
 import simsd
 from simsd import SimsdError
+from simsd.models.block_table import BlockTable
 from simsd.models.fused import layers_of
 from simsd.models.runner import ModelRunner
+from simsd.models.stock import StockLayers
 from simsd_kernels import INF
 from small_checkpoints import MASK_ID, VOCABULARY, stock_model
 
@@ -197,3 +199,62 @@ def test_a_runner_follows_angles_that_change():
     found = runner.forward(*arguments, torch.arange(8))
     assert not torch.equal(found, before)
     assert torch.equal(found, ModelRunner(loaded, 1, KV_SLOTS).forward(*arguments, torch.arange(8)))
+
+
+def scattered_table(sequences: int, width: int, pages: int) -> torch.Tensor:
+    """int32 [B, width] pages in random order, some of no sequence's left over."""
+    order = torch.randperm(pages, generator=torch.Generator().manual_seed(3))[: sequences * width]
+    return order.view(sequences, width).to(torch.int32)
+
+
+@KINDS
+@pytest.mark.parametrize("stock", [False, True], ids=["fused", "stock"])
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "static"])
+def test_pages_give_the_bits_of_places_side_by_side(packed, stock, moe):
+    loaded, schedule = load(moe), [[8, 4, 12], [4, 4, 4], [4, 0, 8], [0, 0, 4], [4, 4, 4]]
+    layers = StockLayers if stock else layers_of
+    table = scattered_table(3, 3, 11)  # KV_SLOTS: three pages of 16
+    runners = [
+        ModelRunner(loaded, 3, KV_SLOTS, packed=packed, layers=layers, **paged)
+        for paged in ({}, {"block_table": BlockTable(table, 16), "pages": 11})
+    ]
+    for values in (runners[1].cache.keys, runners[1].cache.values):
+        values.fill_(torch.nan)
+    batch = Batch(3)
+    for counts in schedule:
+        arguments = batch.rows(counts, 12)
+        wanted, found = (runner.forward(*arguments, live_rows(arguments[2])) for runner in runners)
+        assert torch.equal(found, wanted)
+        assert runners[0].rows == runners[1].rows
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "static"])
+def test_a_table_may_change_between_forwards_and_name_a_page_twice(packed):
+    """Two sequences with the same beginning read it from one page, which only the first has written."""
+    loaded, table = load(), BlockTable(torch.tensor([[2, 0, -1], [2, 1, -1]], dtype=torch.int32), 16)
+    contiguous = ModelRunner(loaded, 2, KV_SLOTS, packed=packed)
+    paged = ModelRunner(loaded, 2, KV_SLOTS, packed=packed, block_table=table, pages=4)
+    batches = Batch(2), Batch(2)
+    for batch in batches:
+        batch.tokens[1] = batch.tokens[0]
+    contiguous.forward(*batches[0].rows([16, 16], 16), None)
+    paged.forward(*batches[1].rows([16, 0], 16), None)
+    batches[1].done[1] = 16
+    for counts in ([4, 8], [8, 4]):
+        arguments, shared = (batch.rows(counts, 8) for batch in batches)
+        wanted = contiguous.forward(*arguments, live_rows(arguments[2]))
+        assert torch.equal(paged.forward(*shared, live_rows(shared[2])), wanted)
+    table.set([(0, 2, [3])])
+    arguments, shared = (batch.rows([4, 0], 4) for batch in batches)
+    wanted = contiguous.forward(*arguments, live_rows(arguments[2]))
+    assert torch.equal(paged.forward(*shared, live_rows(shared[2])), wanted)
+
+
+def test_what_has_no_page_is_not_stored():
+    table = BlockTable(torch.tensor([[1, -1, -1], [0, -1, -1]], dtype=torch.int32), 16)
+    runner, batch = ModelRunner(load(), 2, KV_SLOTS, block_table=table, pages=3), Batch(2)
+    runner.forward(*batch.rows([16, 16], 16), None)
+    stored = runner.cache.keys.clone()
+    assert stored[:, :2].any() and not stored[:, 2].any()
+    runner.forward(*batch.rows([4, 4], 4), None)
+    assert torch.equal(runner.cache.keys, stored)

@@ -19,7 +19,7 @@ def request(prompt: int = 6, new: int = 8, **params) -> Request:
 
 
 def occupant(epoch: int = 1, **params) -> Occupant:
-    return Occupant(request(**params), epoch, 4, 4)
+    return Occupant(request(**params), epoch, [], 4, 4)
 
 
 def test_the_lowest_free_slot_is_next():

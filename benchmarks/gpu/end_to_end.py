@@ -9,13 +9,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 import simsd
 from simsd.benchmarking import MODES, ForwardClock
+from simsd.engine import pages
 from simsd.models import runner
+from simsd.models.block_table import BlockTable
 from simsd.models.loading import LoadedModel
 from simsd.models.sdar import SDARConfig
 from simsd.models.weights import assemble, skeleton
@@ -176,20 +179,27 @@ def _row(case: str, seconds: float, results: list, script: Script, plan: Plan) -
 
 
 class DenseAttention:
-    """While it is entered, decoders that are made attend by sdpa with a dense mask, built once a forward: the
-    published path."""
+    """While it is entered, decoders that are made attend by sdpa with a dense mask, built once a forward, and their
+    keys and values lie side by side: the published path."""
 
     def __enter__(self) -> None:
-        self.unchecked, self.seen = runner.unchecked, None
-        runner.unchecked = lambda *_: self.attend
+        self.seen = None
+        self.patches = contextlib.ExitStack()
+        self.patches.enter_context(mock.patch.object(runner, "unchecked", lambda *_: self.attend))
+        self.patches.enter_context(mock.patch.object(pages, "ModelRunner", side_by_side))
 
     def __exit__(self, *_) -> None:
-        runner.unchecked = self.unchecked
+        self.patches.close()
 
-    def attend(self, q, k, v, clock, birth, death, kv_len=None, scale=None) -> Tensor:
+    def attend(self, q, k, v, clock, birth, death, kv_len=None, scale=None, block_table=None) -> Tensor:
         if self.seen is None or self.seen[0] is not clock:
             moment = clock[:, None, :, None]
             self.seen = clock, (birth[:, None, None] <= moment) & (moment <= death[:, None, None])
         group = q.shape[1] // k.shape[1]
         k, v = (x.repeat_interleave(group, 1) for x in (k, v))
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=self.seen[1], scale=scale)
+
+
+def side_by_side(*arguments, block_table: BlockTable, pages: int) -> runner.ModelRunner:
+    """A `ModelRunner` without pages."""
+    return runner.ModelRunner(*arguments)

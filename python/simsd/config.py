@@ -174,7 +174,11 @@ class EngineConfig:
             states and of commits come on top); None for what the measured time of a row is worth.
         max_batch: requests to decode at a time; texts do not depend on it.
         max_length: tokens of the longest sequence, its prompt included; None: 4096, or what the models' positions allow
-            where that is less. Keys and values take memory for max_batch times as many.
+            where that is less.
+        kv_memory: bytes for keys and values of committed tokens, of both models; None: for max_batch times max_length
+            tokens, or 90% of what is free where that is less. Requests wait for memory, and the youngest makes room for
+            the others and is computed anew later, where it runs out: texts do not depend on it.
+        page_size: tokens of the pages that memory is shared out in: 16, 32, 64, 128 or 256.
         prefill_rows: prompt tokens of one request that may ride along with an iteration; longer prompts go ahead, in
             chunks of as many.
     """
@@ -185,6 +189,8 @@ class EngineConfig:
     max_batch: int = MAX_BATCH
     max_length: int | None = None
     prefill_rows: int = 2048
+    kv_memory: int | None = None
+    page_size: int = 64
 
     def __post_init__(self) -> None:
         _plain_values(self)
@@ -195,6 +201,11 @@ class EngineConfig:
             integer("block_length", self.block_length, 1, MAX_BLOCK_LENGTH)
         if self.max_length is not None:
             integer("max_length", self.max_length, 1)
+        if self.kv_memory is not None:
+            integer("kv_memory", self.kv_memory, 1)
+        integer("page_size", self.page_size, 16, 256)
+        if self.page_size & (self.page_size - 1):
+            raise SimsdError(f"page_size must be 16, 32, 64, 128 or 256, got {self.page_size}")
         if self.max_rows is not None:
             integer("max_rows", self.max_rows, 0)
             object.__setattr__(self, "max_rows", min(self.max_rows, INT32_MAX))

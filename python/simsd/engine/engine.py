@@ -18,6 +18,7 @@ from simsd.decode.exchange import SlotReport
 from simsd.decode.iteration import PARTS, Parts
 from simsd.decode.prefill import prefill
 from simsd.decode.slots import Slots
+from simsd.engine.pages import PagePool, places_of
 from simsd.engine.pair import block_length, check_device, check_length, check_pair, check_params
 from simsd.engine.request import Request, Update
 from simsd.engine.runner import Outcome, Runner
@@ -26,7 +27,6 @@ from simsd.engine.shapes import Group, group_of, row_budget, shape_of, states_ne
 from simsd.engine.tuner import IDLE, NONE, Tuner, history_of
 from simsd.errors import SimsdError
 from simsd.models.loading import LoadedModel, load
-from simsd.models.runner import ModelRunner
 from simsd.models.tokenizer import Prompt
 from simsd.prompts import encode_prompts
 from simsd.results import Result
@@ -76,6 +76,17 @@ class Engine:
         self.capacity = rows.aligned(longest, length)
         history = history_of(target.model, None if draft is None else draft.model, target.device)
         self.tuner = Tuner(config, length, config.max_batch, history)
+        self._states = max(states_needed(config, length), 2)  # temporal verification has rows for two
+        self._places = places_of(
+            *(target, draft),
+            slots=config.max_batch,
+            capacity=self.capacity,
+            block_length=length,
+            states=self._states,
+            page_size=config.page_size,
+            kv_memory=config.kv_memory,
+        )
+        self._pages = PagePool(self._places.pages)
         self._requests: dict[int, Request] = {}
         self._numbers = itertools.count()
         self._scheduler = Scheduler(config.max_batch)
@@ -110,6 +121,7 @@ class Engine:
                 f"{len(tokens)} prompt tokens + max_new_tokens {params.max_new_tokens}, in whole blocks {needed},"
                 f" exceed the engine's max_length {self.capacity}: raise it, shorten the prompt or lower max_new_tokens"
             )
+        self._check_memory(len(tokens), needed, params)
         seed = fresh_seed() if params.seed is None else params.seed
         ends = tuple(self.target.end_token_ids if params.end_token_ids is None else params.end_token_ids)
         self._check_gate(params, ends)
@@ -166,16 +178,17 @@ class Engine:
         for index in self._done:
             self._requests.pop(index, None)  # an interrupt may have come behind it
         self._done.clear()
+        if self._unsettled:
+            self._restore()
+        self._unsettled = True
         self._release()
         self._admit()
+        self._grow()
         groups: dict[Group, list[int]] = {}
         for slot, occupant in self._scheduler.occupied:
             allowed = self._allowed(occupant.request)
             group = group_of(occupant.request.params, allowed, self.block_length, groups, self.draft is not None)
             groups.setdefault(group, []).append(slot)
-        if self._unsettled:
-            self._restore()
-        self._unsettled = True
         for group, members in groups.items():
             self._prefill(members)
             for outcome in self._run(group, members):
@@ -183,17 +196,22 @@ class Engine:
         if not groups and self._runner is not None:
             for outcome in self._runner.flush():
                 self._deliver(outcome)
+            self._pages.reclaim(self._runner.reported)
         self._unsettled = False
 
     def _restore(self) -> None:
         """After an interrupt in the middle of an iteration: every slot again from what its request has committed."""
+        if self._runner is None:
+            return
         self._runner.forget()
+        self._pages.recount(page for _, occupant in self._scheduler.occupied for page in occupant.pages)
         for slot, occupant in self._scheduler.occupied:
             request = occupant.request
             request.mend()
             start = len(request.tokens) // self.block_length * self.block_length
             written = self._slots.target_kv_len[slot], self._slots.draft_kv_len[slot]
-            self._scheduler.place(slot, self._open(slot, request, tuple(min(int(n), start) for n in written)))
+            kv_lens = tuple(min(int(n), start) for n in written)
+            self._scheduler.place(slot, self._open(slot, request, occupant.pages, kv_lens))
 
     def _prefill(self, members: list[int]) -> None:
         """The keys and values of long prompts, as far as they do not come along with an iteration."""
@@ -272,30 +290,79 @@ class Engine:
         self._updates.append(Update(request.index, tokens, ahead[: end + 1], text))
 
     def _release(self) -> None:
-        """Frees the slots of what is done, however it came to be."""
+        """Frees the slots of what is done, however it came to be, and the pages that nobody writes to any more."""
         for slot, occupant in self._scheduler.occupied:
             if occupant.request.finish_reason is not None:
                 if not occupant.request.reported:
                     self._update(occupant.request)
                 self._slots.close(slot)
                 self._scheduler.free(slot)
+                self._pages.retire(occupant.pages, self._runner.launched)
+        if self._runner is not None:
+            self._pages.reclaim(self._runner.reported)
 
     def _admit(self) -> None:
         waiting = self._scheduler.waiting
         while waiting:
-            if waiting[0].finish_reason is not None:
-                if not waiting[0].reported:
-                    self._update(waiting[0])
+            request = waiting[0]
+            if request.finish_reason is not None:
+                if not request.reported:
+                    self._update(request)
                 waiting.popleft()
                 continue
             slot = self._scheduler.free_slot()
             if slot is None:
                 return
+            # One page more for each that runs already: they would soon drive it out again.
+            needed, running = self._pages_needed(request), sum(1 for _ in self._scheduler.occupied)
+            if needed + running > self._pages.free and running:
+                return
+            pages = self._pages.take(needed)
+            if pages is None:
+                return
             # It waits until it is in: an interrupt on the way must not lose it.
-            self._scheduler.place(slot, self._open(slot, waiting[0], (0, 0)))
+            self._scheduler.place(slot, self._open(slot, request, pages, (0, 0)))
             waiting.popleft()
 
-    def _open(self, slot: int, request: Request, kv_lens: tuple[int, int]) -> Occupant:
+    def _pages_needed(self, request: Request) -> int:
+        """Pages for whatever the next iteration may write, and where one is on its way, for that one, too."""
+        length, steps = self.block_length, 1 if self._runner is None or not self._runner.static else 2
+        start = len(request.tokens) // length * length
+        reach = start + steps * (self.config.lookahead + 1) * length
+        return -(-min(reach, rows.aligned(request.limit, length)) // self.config.page_size)
+
+    def _grow(self) -> None:
+        """Gives every running request the pages that it may need, the oldest first; the youngest makes room."""
+        changes = []
+        for slot, occupant in sorted(self._scheduler.occupied, key=lambda one: one[1].request.index):
+            while self._scheduler.slots[slot] is occupant:
+                missing = self._pages_needed(occupant.request) - len(occupant.pages)
+                pages = self._pages.take(missing) if missing > 0 else []
+                if pages is not None:
+                    if pages:
+                        changes.append((slot, len(occupant.pages), pages))
+                    occupant.pages += pages
+                    break
+                self._make_room()
+        if changes:
+            self._table.set(changes)
+
+    def _make_room(self) -> None:
+        """Takes the pages of what is done by now or, where nothing is, of the youngest request that runs: it waits
+        again, and what it has committed is computed anew later."""
+        for outcome in self._runner.flush():
+            self._deliver(outcome)
+        free = self._pages.free
+        self._release()
+        if self._pages.free > free:
+            return
+        slot, occupant = max(self._scheduler.occupied, key=lambda one: one[1].request.index)
+        self._slots.close(slot)
+        self._scheduler.put_back(slot)
+        self._pages.retire(occupant.pages, self._runner.launched)
+        self._pages.reclaim(self._runner.reported)
+
+    def _open(self, slot: int, request: Request, pages: list[int], kv_lens: tuple[int, int]) -> Occupant:
         if self._runner is None:
             self._build()
         request.touch()
@@ -304,16 +371,26 @@ class Engine:
         epoch = self._scheduler.next_epoch()
         settings = request.slot_settings(self.block_length, epoch, self._slots.stop_ids.shape[1])
         self._slots.open(slot, request.tokens, settings, kv_lens)
+        self._table.set([(slot, 0, pages + [-1] * (self._places.positions - len(pages)))])
         if allowed := self._allowed(request):
             self._slots.ban(self._banned, allowed)
         self.tuner.open(slot)
         start = len(request.tokens) // self.block_length * self.block_length
-        return Occupant(request, epoch, start - kv_lens[0], start - kv_lens[1])
+        return Occupant(request, epoch, pages, start - kv_lens[0], start - kv_lens[1])
 
     def _allowed(self, request: Request) -> tuple[int, ...]:
         """End tokens of a request that the model bans otherwise; the mask token stays banned whatever ends a text."""
         ends = set(request.end_ids) - {self.target.mask_token_id}
         return tuple(sorted(ends.intersection(self._banned)))
+
+    def _check_memory(self, prompt: int, needed: int, params: SamplingParams) -> None:
+        """What all pages together could not hold would wait forever."""
+        if needed > (room := self._places.pages * self.config.page_size):
+            raise SimsdError(
+                f"{prompt} prompt tokens + max_new_tokens {params.max_new_tokens}, in whole blocks {needed}, exceed the"
+                f" {room} tokens that the engine has memory for ({self._places.pages} pages of"
+                f" {self.config.page_size}): raise kv_memory, shorten the prompt or lower max_new_tokens"
+            )
 
     def _check_gate(self, params: SamplingParams, ends: tuple[int, ...]) -> None:
         """End tokens that the device has no room for are found by the host, but are not gated."""
@@ -332,11 +409,6 @@ class Engine:
         self._slots = Slots(
             *(config.max_batch, length, self.capacity, config.lookahead, stop_ids, self._banned, target.device)
         )
-        states = max(states_needed(config, length), 2)  # temporal verification has rows for two
-        scratch = rows.aligned(self.capacity, rows.SCRATCH_ALIGNMENT)
-        runners = []
-        for model, room, kept in ((target, states, config.max_batch * states * length), (self.draft, 1, 0)):
-            # One to spare: see rows.key_lifetimes.
-            kv_slots = rows.aligned(scratch + room * rows.state_stride(length) + 1, 16)
-            runners.append(model and ModelRunner(model, config.max_batch, kv_slots, scratch, self._parts.packed, kept))
+        kept = config.max_batch * self._states * length
+        self._table, *runners = self._places.runners(target, self.draft, self._parts.packed, kept)
         self._runner = Runner(self._slots, *runners, self._parts)

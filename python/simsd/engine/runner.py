@@ -33,9 +33,14 @@ class Outcome:
 
 
 class Runner:
+    """Attributes:
+    launched, reported: iterations so far.
+    """
+
     def __init__(self, slots: Slots, target: ModelRunner, draft: ModelRunner | None, parts: Parts = PARTS) -> None:
         self.slots, self.target, self.draft, self.parts = slots, target, draft, parts
         self.static = not target.packed
+        self.launched = 0
         self._commands = Commands(slots.count, slots.device)
         report = Report.allocate(slots.count, slots.lookahead, slots.length, slots.device)
         self._report, self._reports = report, [report.of(blocks) for blocks in range(slots.lookahead + 1)]
@@ -48,6 +53,7 @@ class Runner:
     @torch.inference_mode()
     def run(self, columns: dict[str, list], shape: Shape, note: Any = None) -> list[Outcome]:
         """Runs one iteration, of these commands; returns the outcomes that are known by then, the oldest first."""
+        self.launched += 1
         if not self._ring_in_use:
             self._commands.write(**columns)
             return [self._eagerly(shape, note)]
@@ -65,6 +71,10 @@ class Runner:
     def forget(self) -> None:
         """Drops what was launched and not reported yet."""
         self._late.clear()
+
+    @property
+    def reported(self) -> int:
+        return self.launched - len(self._late)
 
     @property
     def _ring_in_use(self) -> bool:

@@ -17,6 +17,7 @@ class Occupant:
 
     Attributes:
         epoch: of its time in the slot; reports of another are not its own.
+        pages: of its keys and values, in order.
         pending, draft_lag: tokens of whole blocks whose keys and values the target, the draft lacks.
         masked, standing: see `Situation`.
         draft_forwards: as reported.
@@ -24,6 +25,7 @@ class Occupant:
 
     request: Request
     epoch: int
+    pages: list[int]
     pending: int
     draft_lag: int
     masked: int = 0
@@ -66,6 +68,11 @@ class Scheduler:
 
     def queue(self, request: Request) -> None:
         self.waiting.append(request)
+
+    def put_back(self, slot: int) -> None:
+        """The slot's request waits again, before all others."""
+        self.waiting.appendleft(self.slots[slot].request)
+        self.slots[slot] = None
 
     def place(self, slot: int, occupant: Occupant) -> None:
         self.slots[slot] = occupant

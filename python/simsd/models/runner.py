@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from simsd.errors import SimsdError
 from simsd.models.attention import NAME, unchecked
+from simsd.models.block_table import BlockTable
 from simsd.models.cache import BlockCache
 from simsd.models.fused import FusedLayers, layers_of
 from simsd.models.loading import LoadedModel
@@ -24,6 +25,9 @@ ROW_MULTIPLE = 4
 
 class ModelRunner:
     """A model with its KV cache for the B slots of a batch.
+
+    The S places that each slot has lie side by side or, with a `block_table`, in pages that it names: results have the
+    same bits either way.
 
     Attributes:
         model, device, dtype, mask_token_id: the model's.
@@ -45,8 +49,15 @@ class ModelRunner:
         packed: bool | None = None,
         most_logits: int = 0,
         layers: Callable[[PreTrainedModel], FusedLayers | StockLayers] = layers_of,
+        block_table: BlockTable | None = None,
+        pages: int = 0,
     ) -> None:
-        """`layers`: what runs a model's rows, `layers_of` or, to compare with them, `StockLayers`."""
+        """
+        Args:
+            layers: what runs a model's rows, `layers_of` or, to compare with them, `StockLayers`.
+            block_table: the pages of the S places of each slot, read in every forward; None: they lie side by side.
+            pages: how many pages there are.
+        """
         if model.config._attn_implementation != NAME:
             raise SimsdError(
                 f'decoding needs a model with attn_implementation="{NAME}", got'
@@ -60,7 +71,9 @@ class ModelRunner:
         self._most_logits = most_logits
         self.rows = 0
         self._layers_of, self._ran = layers, None
-        self.cache = BlockCache(model.config, slots, kv_slots, self.dtype, self.device)
+        self._table = block_table
+        parts = (slots, kv_slots) if block_table is None else (pages, block_table.page_size)
+        self.cache = BlockCache(model.config, *parts, self.dtype, self.device)
         self._angles: Tensor | None = None  # of `_angles_of`
         self._angles_of: FusedLayers | None = None
         self._attention = unchecked(masked_attention, self.device, self.dtype)
@@ -102,11 +115,11 @@ class ModelRunner:
                 f"{self.model.name} is now {layers.dtype} on {layers.device}, its runner was made for"
                 f" {self.dtype} on {self.device}: make a new one"
             )
+        paged = self._table is not None
         if not self.packed:
-            rope = self._rope(layers, positions)
-            attend = self._attend(clock, birth, death)
             self.rows = tokens.numel()
-            return layers.forward(tokens, slots, rope, self.cache, attend, logits_rows, packed=False)
+            attend = self._attend(clock, birth, death)
+            return self._run(layers, tokens, positions, self._places(slots, paged), attend, logits_rows, paged)
         multiple = 1 if layers.row_invariant else ROW_MULTIPLE
         count = None if logits_rows is None else len(logits_rows[:logits_count])
         if missing := -tokens.shape[1] % multiple:
@@ -116,19 +129,33 @@ class ModelRunner:
             if missing := -count % multiple:
                 logits_rows = torch.cat([logits_rows, logits_rows[:1].expand(missing)])
         packing = Packing.of(slots, multiple)
-        attend = None
+        ragged = packing is not None and packing.ragged
+        slots = self._places(slots, flat := ragged or paged)
         if packing is not None:
-            if packing.ragged:
-                slots = torch.where(slots >= 0, slots + self._first, -1)
             tokens, positions, slots, clock = (packing.pack(x) for x in (tokens, positions, slots, clock))
             logits_rows = None if logits_rows is None else packing.find(logits_rows)
-            if packing.ragged:
-                attend = self._attend_ragged(packing, clock, birth, death)
-        self.rows, ragged = tokens.numel(), attend is not None
-        attend = attend or self._attend(clock, birth, death)
-        rope = self._rope(layers, positions)
-        logits = layers.forward(tokens, slots, rope, self.cache, attend, logits_rows, packed=ragged)
+        self.rows = tokens.numel()
+        attend = self._attend_ragged(packing, clock, birth, death) if ragged else self._attend(clock, birth, death)
+        logits = self._run(layers, tokens, positions, slots, attend, logits_rows, flat)
         return None if logits is None else logits[:count]
+
+    def _places(self, slots: Tensor, flat: bool) -> Tensor:
+        """Where slots [B, R] are in the cache's memory: a slot's own places or, `flat`, among those of all."""
+        if not flat:
+            return slots
+        if self._table is None:
+            return torch.where(slots >= 0, slots + self._first, -1)
+        return self._table.find(slots)
+
+    @property
+    def _pages(self) -> Tensor | None:
+        return None if self._table is None else self._table.pages
+
+    def _run(self, layers, tokens, positions, slots, attend, logits_rows, flat: bool) -> Tensor | None:
+        if flat and len(slots) > 1:
+            tokens, positions, slots = (x.reshape(1, -1) for x in (tokens, positions, slots))
+        rope = self._rope(layers, positions)
+        return layers.forward(tokens, slots, rope, self.cache, attend, logits_rows, packed=flat)
 
     def is_current(self) -> bool:
         """Whether the model's modules and weights are those of the last forward: only then may a graph of it be
@@ -159,23 +186,26 @@ class ModelRunner:
         return self._angles.index_select(0, positions.flatten()).view(*positions.shape, -1).chunk(2, -1)
 
     def _attend(self, clock: Tensor, birth: Tensor, death: Tensor) -> Attend:
-        kernel, rows = self._attention, clock.numel()
+        kernel, rows, table = self._attention, clock.numel(), self._pages
 
         def attend(q, keys, values, scale):
-            return kernel(q, keys, values, clock, birth, death, None, scale).transpose(1, 2).reshape(rows, -1)
+            if len(q) < len(clock):  # rows ran as [1, N]
+                q = q[0].unflatten(1, clock.shape).transpose(0, 1)
+            out = kernel(q, keys, values, clock, birth, death, None, scale, table)
+            return out.transpose(1, 2).reshape(rows, -1)
 
         return attend
 
     def _attend_ragged(self, packing: Packing, clock: Tensor, birth: Tensor, death: Tensor) -> Attend:
         """Attention of q [1, Hq, N, D], clock [1, N]."""
-        kernel = self._attention
+        kernel, table = self._attention, self._pages
         source = packing.source
         shape = len(packing.counts), packing.width
         clock = torch.where(packing.inside, clock[0].index_select(0, source).view(shape), -1)
 
         def attend(q, keys, values, scale):
             q = q[0].index_select(1, source).unflatten(1, shape).transpose(0, 1)  # [B, Hq, W, D]
-            out = kernel(q, keys, values, clock, birth, death, None, scale)
+            out = kernel(q, keys, values, clock, birth, death, None, scale, table)
             return out.transpose(1, 2).reshape(len(source), -1).index_select(0, packing.places)
 
         return attend
