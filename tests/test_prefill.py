@@ -33,7 +33,7 @@ def test_each_slot_goes_as_far_as_its_whole_blocks(target, draft, packed):
     batch = opened(target, draft, packed)
     slots, lengths = batch.slots, []
     for blocks in (1, 2, 3):
-        prefill(slots, batch.target, slots.target_kv_len, blocks)
+        prefill(slots, batch.target, slots.target_kv_len, range(len(PROMPTS)), blocks)
         lengths.append(slots.target_kv_len.tolist())
     assert lengths == [[0, 0, 4, 4, 4], [0, 0, 4, 4, 12], [0, 0, 4, 4, 16]]
     assert slots.draft_kv_len.tolist() == [0] * 5  # its own cache is as it was
@@ -49,7 +49,7 @@ def test_the_next_forward_sees_the_prompt_whatever_the_chunks(target, draft, pac
     batch = opened(target, draft, packed)
     slots = batch.slots
     for blocks in chunks:
-        prefill(slots, batch.draft, slots.draft_kv_len, blocks)
+        prefill(slots, batch.draft, slots.draft_kv_len, range(len(PROMPTS)), blocks)
     assert slots.draft_kv_len.tolist() == STARTS
     with torch.inference_mode():
         logits, rows = state_logits(slots, batch.draft, slots.start, slots.revealed, slots.step, SHAPE)
@@ -67,17 +67,17 @@ def test_chunks_store_the_bits_of_one_forward(draft, packed):
     batches = [opened(target, draft, packed) for _ in range(2)]
     for batch, chunks in zip(batches, ([1, 1, 2], [9]), strict=True):
         for blocks in chunks:
-            prefill(batch.slots, batch.target, batch.slots.target_kv_len, blocks)
+            prefill(batch.slots, batch.target, batch.slots.target_kv_len, range(len(PROMPTS)), blocks)
     assert torch.equal(batches[0].stored(batches[0].target), batches[1].stored(batches[1].target))
 
 
 def test_a_prompt_that_is_partly_in_place_goes_on_from_there(target, draft):
     whole, resumed = (opened(target, draft, True) for _ in range(2))
-    prefill(whole.slots, whole.target, whole.slots.target_kv_len, 4)
-    prefill(resumed.slots, resumed.target, resumed.slots.target_kv_len, 2)
+    prefill(whole.slots, whole.target, whole.slots.target_kv_len, range(len(PROMPTS)), 4)
+    prefill(resumed.slots, resumed.target, resumed.slots.target_kv_len, range(len(PROMPTS)), 2)
     first = resumed.stored(resumed.target)[:, :, 4, :, :8].clone()
     resumed.slots.text[4, :8] = 0  # not looked at again
-    prefill(resumed.slots, resumed.target, resumed.slots.target_kv_len, 2)
+    prefill(resumed.slots, resumed.target, resumed.slots.target_kv_len, range(len(PROMPTS)), 2)
     assert torch.equal(resumed.stored(resumed.target)[:, :, 4, :, :8], first)
     torch.testing.assert_close(resumed.stored(resumed.target), whole.stored(whole.target), rtol=1e-4, atol=1e-5)
 
@@ -87,7 +87,7 @@ def test_a_free_slot_takes_no_part(target, draft, packed):
     batch = opened(target, draft, packed)
     batch.slots.close(4)
     batch.slots.target_kv_len[4] = 8
-    prefill(batch.slots, batch.target, batch.slots.target_kv_len, 4)
+    prefill(batch.slots, batch.target, batch.slots.target_kv_len, range(len(PROMPTS)), 4)
     assert batch.slots.target_kv_len.tolist() == [0, 0, 4, 4, 8]
     assert not batch.stored(batch.target)[:, :, 4].any()
 

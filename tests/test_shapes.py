@@ -9,7 +9,7 @@ from simsd.decode.exchange import MODEL_DRAFT, SELF_DRAFT
 from simsd.decode.temporal import Temporal
 from simsd.engine.request import Request
 from simsd.engine.scheduler import Occupant
-from simsd.engine.shapes import Group, group_of, row_budget, shape_of, states_needed
+from simsd.engine.shapes import Chunk, Group, group_of, prefill_chunk, row_budget, shape_of, states_needed
 from simsd.engine.tuner import NONE, OWN, DraftMode
 
 MODEL, FURTHER, OWN_FURTHER = DraftMode(MODEL_DRAFT, 1), DraftMode(MODEL_DRAFT, 3), DraftMode(SELF_DRAFT, 2)
@@ -23,7 +23,7 @@ def group(others=(), allowed=(), has_draft=True, **params) -> Group:
 
 def occupant(pending: int = 0, lag: int = 0, standing: int = 0, **params) -> Occupant:
     made = Request(0, [1], SamplingParams(**params), 0, (), None)
-    return Occupant(made, 1, pending, lag, standing=standing)
+    return Occupant(made, 1, [], pending, lag, standing=standing)
 
 
 def shape(occupants, modes, group=EXACT, static=False, self_drafts=True, slots=4, **config):
@@ -156,3 +156,34 @@ def test_a_temporal_iteration_has_one_drafted_block():
     got = shape([occupant(verify="temporal", temperature=0.5)], [NONE], judged)
     assert (got.lookahead, got.states, got.draft_steps, got.allowed_ids) == (1, 1, 2, (5,))
     assert got.temporal == judged.temporal and got.noise and not got.keeps_logits
+
+
+def test_what_comes_along_anyway_needs_no_chunk():
+    assert prefill_chunk([(0, 4), (1, 0), (2, 4)], 4, 64, 0, 4) == Chunk([], 0, set())
+
+
+def test_short_prompts_come_along_as_long_as_there_is_room():
+    """Room for 64 tokens: the first two; the third has what is left, and takes part later."""
+    chunk = prefill_chunk([(5, 40), (0, 20), (2, 40)], 4, 64, 64, 4)
+    assert chunk == Chunk([2], 4, {2})
+    assert prefill_chunk([(5, 40), (0, 24), (2, 40)], 4, 64, 64, 4) == Chunk([], 0, {2})
+
+
+def test_a_long_prompt_goes_ahead_in_chunks_and_takes_part_after_the_last():
+    lacks, chunks = 150, 0
+    while (chunk := prefill_chunk([(3, lacks), (1, 4)], 4, 64, 0, 4)).behind:
+        assert chunk == Chunk([3], 64, {3})
+        lacks, chunks = lacks - chunk.tokens, chunks + 1
+    assert chunks == 2 and chunk == Chunk([3], 20, set())
+
+
+def test_where_nothing_comes_along_prompts_share_a_chunk_without_many_dead_rows():
+    """Rows are as many for each: 3 * 20 fit into 64, 4 * 20 do not."""
+    chunk = prefill_chunk([(0, 20), (1, 12), (2, 20), (3, 8)], 4, 64, 0, 4)
+    assert chunk == Chunk([0, 1, 2], 20, {3})
+    assert prefill_chunk([(0, 12), (1, 40), (2, 20)], 4, 64, 0, 4) == Chunk([0, 2], 20, {1})
+
+
+def test_of_a_prompt_in_a_chunk_a_block_may_be_left():
+    assert prefill_chunk([(0, 68)], 4, 64, 0, 4) == Chunk([0], 64, set())
+    assert prefill_chunk([(0, 72)], 4, 64, 0, 4) == Chunk([0], 64, {0})

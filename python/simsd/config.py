@@ -148,6 +148,16 @@ class SamplingParams:
             if value != neutral:
                 raise SimsdError(f"{name}={value!r} is a setting of verify='temporal'; got verify='exact'")
 
+    @property
+    def asks_draft_model(self) -> bool:
+        """Whether a draft model, where there is one, may draft."""
+        return self.verify == "temporal" or (self.verify == "exact" and self.drafter != "self")
+
+    @property
+    def needs_draft_model(self) -> bool:
+        """Whether nobody else may."""
+        return self.verify == "temporal" or (self.verify == "exact" and self.drafter == "model")
+
     def block_steps(self, block_length: int) -> int:
         """Denoising steps T for a block of `block_length`; raises where more were asked for than a block has."""
         for name in ("steps", "draft_steps"):
@@ -179,8 +189,8 @@ class EngineConfig:
             tokens, or 90% of what is free where that is less. Requests wait for memory, and the youngest makes room for
             the others and is computed anew later, where it runs out: texts do not depend on it.
         page_size: tokens of the pages that memory is shared out in: 16, 32, 64, 128 or 256.
-        prefill_rows: prompt tokens of one request that may ride along with an iteration; longer prompts go ahead, in
-            chunks of as many.
+        prefill_rows: prompt tokens that an iteration computes at most: longer prompts are computed in chunks of as
+            many, beside what the others decode.
     """
 
     block_length: int | None = None

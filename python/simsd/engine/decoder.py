@@ -147,7 +147,7 @@ def stream(
 
 
 def _usable_draft(draft: Model | None, config: GenerationConfig) -> Model | None:
-    if config.verify == "none" or (config.verify == "exact" and config.drafter == "self"):
+    if not config.asks_draft_model:
         return None
     if config.verify == "exact" and config.drafter == "model" and draft is None:
         raise SimsdError("drafter='model' needs a draft model, got None: name one, or use drafter='auto' or 'self'")

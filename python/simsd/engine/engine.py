@@ -23,7 +23,7 @@ from simsd.engine.pair import block_length, check_device, check_length, check_pa
 from simsd.engine.request import Request, Update
 from simsd.engine.runner import Outcome, Runner
 from simsd.engine.scheduler import Occupant, Scheduler
-from simsd.engine.shapes import Group, group_of, row_budget, shape_of, states_needed
+from simsd.engine.shapes import Group, group_of, prefill_chunk, row_budget, shape_of, states_needed
 from simsd.engine.tuner import IDLE, NONE, Tuner, history_of
 from simsd.errors import SimsdError
 from simsd.models.loading import LoadedModel, load
@@ -184,14 +184,16 @@ class Engine:
         self._release()
         self._admit()
         self._grow()
+        behind, undrafted = self._prefill()
         groups: dict[Group, list[int]] = {}
         for slot, occupant in self._scheduler.occupied:
+            if slot in behind:
+                continue
             allowed = self._allowed(occupant.request)
             group = group_of(occupant.request.params, allowed, self.block_length, groups, self.draft is not None)
             groups.setdefault(group, []).append(slot)
         for group, members in groups.items():
-            self._prefill(members)
-            for outcome in self._run(group, members):
+            for outcome in self._run(group, members, undrafted):
                 self._deliver(outcome)
         if not groups and self._runner is not None:
             for outcome in self._runner.flush():
@@ -213,27 +215,34 @@ class Engine:
             kv_lens = tuple(min(int(n), start) for n in written)
             self._scheduler.place(slot, self._open(slot, request, occupant.pages, kv_lens))
 
-    def _prefill(self, members: list[int]) -> None:
-        """The keys and values of long prompts, as far as they do not come along with an iteration."""
+    def _prefill(self) -> tuple[set[int], set[int]]:
+        """Computes one chunk, for each model, of prompts that are too long to come along with an iteration, the oldest
+        first. Returns the slots that cannot take part in one yet, and those for which the draft model cannot."""
+        if self._runner is None:
+            return set(), set()
         length, runner, slots, most = self.block_length, self._runner, self._slots, self.config.prefill_rows
-        limits = (length, 2 * length) if runner.static else (most // length * length,) * 2
-        occupants = [self._scheduler.slots[slot] for slot in members]
-        while (longest := max(occupant.pending for occupant in occupants)) > limits[0]:
-            chunk = min(most, longest) // length
-            prefill(slots, runner.target, slots.target_kv_len, chunk)
-            for occupant in occupants:
-                occupant.prefilled(chunk * length, limits[0])
-        while runner.draft and (longest := max(occupant.draft_lag for occupant in occupants)) > limits[1]:
-            chunk = min(most, longest) // length
-            prefill(slots, runner.draft, slots.draft_kv_len, chunk)
-            for occupant in occupants:
-                occupant.draft_prefilled(chunk * length, limits[1])
+        oldest_first = sorted(self._scheduler.occupied, key=lambda one: one[1].request.index)
+        along = 0 if runner.static else most
+        chunk = prefill_chunk([(slot, o.pending) for slot, o in oldest_first], length, most, along, length)
+        if chunk.slots:
+            prefill(slots, runner.target, slots.target_kv_len, chunk.slots, chunk.tokens // length)
+        lags = [(slot, o.draft_lag) for slot, o in oldest_first if self.draft and o.request.params.asks_draft_model]
+        draft_chunk = prefill_chunk(lags, 2 * length, most, along, length)
+        if draft_chunk.slots:
+            prefill(slots, runner.draft, slots.draft_kv_len, draft_chunk.slots, draft_chunk.tokens // length)
+        occupants = self._scheduler.slots
+        for slot in chunk.slots:
+            occupants[slot].prefilled(chunk.tokens)
+        for slot in draft_chunk.slots:
+            occupants[slot].draft_prefilled(draft_chunk.tokens)
+        needed = {slot for slot in draft_chunk.behind if occupants[slot].request.params.needs_draft_model}
+        return chunk.behind | needed, draft_chunk.behind
 
-    def _run(self, group: Group, members: list[int]) -> list[Outcome]:
+    def _run(self, group: Group, members: list[int], undrafted: set[int]) -> list[Outcome]:
         occupants = self._scheduler.slots
         situations = [IDLE] * len(occupants)
         for slot in members:
-            situations[slot] = occupants[slot].situation(self.block_length)
+            situations[slot] = occupants[slot].situation(self.block_length, slot not in undrafted)
         tuner, config = self.tuner, self.config
         modes = tuner.choose(situations, self.draft is not None)
         running = [occupants[slot] for slot in members]
@@ -313,9 +322,10 @@ class Engine:
             slot = self._scheduler.free_slot()
             if slot is None:
                 return
-            # One page more for each that runs already: they would soon drive it out again.
-            needed, running = self._pages_needed(request), sum(1 for _ in self._scheduler.occupied)
-            if needed + running > self._pages.free and running:
+            # One page more for each that runs and may grow: they would soon drive it out again.
+            growing = sum(len(o.pages) < self._pages_in_all(o.request) for _, o in self._scheduler.occupied)
+            needed = self._pages_needed(request)
+            if growing and needed + growing > self._pages.free:
                 return
             pages = self._pages.take(needed)
             if pages is None:
@@ -329,7 +339,11 @@ class Engine:
         length, steps = self.block_length, 1 if self._runner is None or not self._runner.static else 2
         start = len(request.tokens) // length * length
         reach = start + steps * (self.config.lookahead + 1) * length
-        return -(-min(reach, rows.aligned(request.limit, length)) // self.config.page_size)
+        return min(-(-reach // self.config.page_size), self._pages_in_all(request))
+
+    def _pages_in_all(self, request: Request) -> int:
+        """Pages for all of its text, however long that gets."""
+        return -(-rows.aligned(request.limit, self.block_length) // self.config.page_size)
 
     def _grow(self) -> None:
         """Gives every running request the pages that it may need, the oldest first; the youngest makes room."""

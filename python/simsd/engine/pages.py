@@ -25,6 +25,7 @@ class PagePool:
         self.count = count
         self._free = list(reversed(range(count)))
         self._retired: collections.deque[tuple[int, list[int]]] = collections.deque()
+        self._reported = 0
 
     @property
     def free(self) -> int:
@@ -40,11 +41,12 @@ class PagePool:
 
     def retire(self, pages: list[int], launched: int) -> None:
         """Gives pages back; `launched` iterations may have been told of them."""
-        if pages:
-            self._retired.append((launched, pages))
+        self._retired.append((launched, pages))
+        self.reclaim(self._reported)
 
     def reclaim(self, reported: int) -> None:
         """Frees what was retired, now that `reported` iterations are over."""
+        self._reported = reported
         while self._retired and self._retired[0][0] <= reported:
             self._free += reversed(self._retired.popleft()[1])
 

@@ -37,20 +37,22 @@ class Occupant:
         self.masked, self.standing = report.self_draftable, report.proposed
         self.draft_forwards = report.draft_forwards
 
-    def prefilled(self, tokens: int, limit: int) -> None:
-        """The target has run a chunk of these tokens for everyone who lacks more than `limit`."""
-        self.request.stats.target_prefill_forwards += self.pending > limit
+    def prefilled(self, tokens: int) -> None:
+        """The target has run a chunk of as many tokens."""
+        self.request.stats.target_prefill_forwards += 1
         self.pending = max(self.pending - tokens, 0)
 
-    def draft_prefilled(self, tokens: int, limit: int) -> None:
+    def draft_prefilled(self, tokens: int) -> None:
         """The same of the draft model."""
-        self.request.stats.draft_prefill_forwards += self.draft_lag > limit
+        self.request.stats.draft_prefill_forwards += 1
         self.draft_lag = max(self.draft_lag - tokens, 0)
 
-    def situation(self, length: int) -> Situation:
+    def situation(self, length: int, has_draft: bool) -> Situation:
         params = self.request.params
         left = -(-self.request.limit // length) - len(self.request.tokens) // length
         drafter = params.drafter if params.verify == "exact" else "none"
+        if drafter == "auto" and not has_draft:
+            drafter = "self"
         return Situation(drafter, left, self.masked, self.standing)
 
 

@@ -41,10 +41,44 @@ def group_of(
             allowed_ids,
             Temporal(params.accept, params.rejected_tail, params.end_gate > 0),
         )
-    if params.verify == "none" or params.drafter == "self" or not has_draft:
+    if not params.asks_draft_model or not has_draft:
         fitting = (group for group in others if group.temporal is None and group.allowed_ids == allowed_ids)
         return next(fitting, Group(1, allowed_ids))
     return Group(params.draft_steps or 1, allowed_ids)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """The next `tokens` of the prompts in these slots, which a forward of their own computes; `behind`: slots whose
+    prompts lack too much to come along with the iteration after it."""
+
+    slots: list[int]
+    tokens: int
+    behind: set[int]
+
+
+def prefill_chunk(lacking: list[tuple[int, int]], free: int, most: int, along: int, length: int) -> Chunk:
+    """
+    Args:
+        lacking: slots, the first to be served first, and the tokens, whole blocks, whose keys and values they lack.
+        free: as many come along with every iteration.
+        most: tokens that a chunk and what comes along have at most, over all slots.
+        along: tokens of one slot that may come along.
+        length: of a block.
+    """
+    room, slots, tokens = most, [], 0
+    late = {slot: lack for slot, lack in lacking if lack > free}
+    for slot, lack in list(late.items()):
+        if lack <= min(along, room) and not slots:
+            room -= late.pop(slot)
+            continue
+        width = max(tokens, min(lack, room) // length * length)
+        if 0 < width * (len(slots) + 1) <= room:
+            slots.append(slot)
+            tokens = width
+    for slot in slots:
+        late[slot] -= tokens
+    return Chunk(slots, tokens, {slot for slot, lack in late.items() if lack > free})
 
 
 def states_needed(config: EngineConfig, block_length: int) -> int:
@@ -75,13 +109,14 @@ def shape_of(
         self_drafts: whether a later iteration may draft from this one's logits.
     """
     params = [occupant.request.params for occupant in occupants]
+    lags = [occupant.draft_lag for occupant in occupants if occupant.request.params.asks_draft_model]
     common = {
         "draft_steps": group.draft_steps,
         "allowed_ids": group.allowed_ids,
         "noise": any(p.temperature > 0 for p in params),
         "filters": (any(p.top_k > 0 for p in params), any(p.top_p < 1 for p in params)),
         "pending": 1 if static else max(1, *(occupant.pending // block_length for occupant in occupants)),
-        "draft_pending": 2 if static else max(2, *(occupant.draft_lag // block_length for occupant in occupants)),
+        "draft_pending": 2 if static else max([2, *(lag // block_length for lag in lags)]),
     }
     if group.temporal is not None:
         return Shape(lookahead=1, temporal=group.temporal, **common)

@@ -47,9 +47,16 @@ class BlockTable:
         return torch.take(self._places, places + self._first)
 
     def narrow(self, count: int) -> BlockTable:
-        """Of the first `count` pages of each slot, and the same memory."""
+        """Of the first `count` pages of each slot; the same memory."""
+        return self._part(pages=self.pages[:, :count])
+
+    def of(self, members: Tensor) -> BlockTable:
+        """Of these slots (int64 [A]), as it is now."""
+        return self._part(pages=self.pages.index_select(0, members), _first=self._first.index_select(0, members))
+
+    def _part(self, **changes: Tensor) -> BlockTable:
         part = object.__new__(BlockTable)
-        vars(part).update(vars(self), pages=self.pages[:, :count])
+        vars(part).update(vars(self) | changes)
         return part
 
     def _places_of(self, pages: Tensor) -> Tensor:

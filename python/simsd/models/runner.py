@@ -90,6 +90,7 @@ class ModelRunner:
         death: Tensor,
         logits_rows: Tensor | None,
         logits_count: int | None = None,
+        members: Tensor | None = None,
     ) -> Tensor | None:
         """Runs R rows for each of B slots and stores their keys and values.
 
@@ -102,6 +103,7 @@ class ModelRunner:
             logits_rows: int64 [N], the rows of the flattened [B * R] to compute logits for; a dead row has those of
                 any row. None: no logits.
             logits_count: how many of them, from the first, are wanted, where rows are packed; None: all.
+            members: int64 [B], the slots that the rows are of, no one twice; None: all.
 
         Returns:
             Logits [N, V] (packed: [logits_count, V]) in the model's dtype; None without logits_rows.
@@ -115,11 +117,13 @@ class ModelRunner:
                 f"{self.model.name} is now {layers.dtype} on {layers.device}, its runner was made for"
                 f" {self.dtype} on {self.device}: make a new one"
             )
-        paged = self._table is not None
+        table = self._table if self._table is None or members is None else self._table.of(members)
+        flat = table is not None or members is not None
+        seen = birth, death, table, members
         if not self.packed:
             self.rows = tokens.numel()
-            attend = self._attend(clock, birth, death)
-            return self._run(layers, tokens, positions, self._places(slots, paged), attend, logits_rows, paged)
+            places = self._places(slots, table, members) if flat else slots
+            return self._run(layers, tokens, positions, places, self._attend(clock, *seen), logits_rows, flat)
         multiple = 1 if layers.row_invariant else ROW_MULTIPLE
         count = None if logits_rows is None else len(logits_rows[:logits_count])
         if missing := -tokens.shape[1] % multiple:
@@ -130,26 +134,22 @@ class ModelRunner:
                 logits_rows = torch.cat([logits_rows, logits_rows[:1].expand(missing)])
         packing = Packing.of(slots, multiple)
         ragged = packing is not None and packing.ragged
-        slots = self._places(slots, flat := ragged or paged)
+        if flat := flat or ragged:
+            slots = self._places(slots, table, members)
         if packing is not None:
             tokens, positions, slots, clock = (packing.pack(x) for x in (tokens, positions, slots, clock))
             logits_rows = None if logits_rows is None else packing.find(logits_rows)
         self.rows = tokens.numel()
-        attend = self._attend_ragged(packing, clock, birth, death) if ragged else self._attend(clock, birth, death)
+        attend = self._attend_ragged(packing, clock, *seen) if ragged else self._attend(clock, *seen)
         logits = self._run(layers, tokens, positions, slots, attend, logits_rows, flat)
         return None if logits is None else logits[:count]
 
-    def _places(self, slots: Tensor, flat: bool) -> Tensor:
-        """Where slots [B, R] are in the cache's memory: a slot's own places or, `flat`, among those of all."""
-        if not flat:
-            return slots
-        if self._table is None:
-            return torch.where(slots >= 0, slots + self._first, -1)
-        return self._table.find(slots)
-
-    @property
-    def _pages(self) -> Tensor | None:
-        return None if self._table is None else self._table.pages
+    def _places(self, slots: Tensor, table: BlockTable | None, members: Tensor | None) -> Tensor:
+        """Where slots [B, R] are in the cache's memory, of all slots of the batch."""
+        if table is not None:
+            return table.find(slots)
+        first = self._first if members is None else self._first.index_select(0, members)
+        return torch.where(slots >= 0, slots + first, -1)
 
     def _run(self, layers, tokens, positions, slots, attend, logits_rows, flat: bool) -> Tensor | None:
         if flat and len(slots) > 1:
@@ -185,30 +185,49 @@ class ModelRunner:
             self._angles, self._angles_of = torch.cat(layers.rope(every), -1), layers  # [S, 2 * D]
         return self._angles.index_select(0, positions.flatten()).view(*positions.shape, -1).chunk(2, -1)
 
-    def _attend(self, clock: Tensor, birth: Tensor, death: Tensor) -> Attend:
-        kernel, rows, table = self._attention, clock.numel(), self._pages
+    def _attend(
+        self, clock: Tensor, birth: Tensor, death: Tensor, table: BlockTable | None, members: Tensor | None
+    ) -> Attend:
+        kernel, rows = self._kernel(table, members), clock.numel()
 
         def attend(q, keys, values, scale):
             if len(q) < len(clock):  # rows ran as [1, N]
                 q = q[0].unflatten(1, clock.shape).transpose(0, 1)
-            out = kernel(q, keys, values, clock, birth, death, None, scale, table)
-            return out.transpose(1, 2).reshape(rows, -1)
+            return kernel(q, keys, values, clock, birth, death, scale).transpose(1, 2).reshape(rows, -1)
 
         return attend
 
-    def _attend_ragged(self, packing: Packing, clock: Tensor, birth: Tensor, death: Tensor) -> Attend:
+    def _attend_ragged(
+        self,
+        packing: Packing,
+        clock: Tensor,
+        birth: Tensor,
+        death: Tensor,
+        table: BlockTable | None,
+        members: Tensor | None,
+    ) -> Attend:
         """Attention of q [1, Hq, N, D], clock [1, N]."""
-        kernel, table = self._attention, self._pages
+        kernel = self._kernel(table, members)
         source = packing.source
         shape = len(packing.counts), packing.width
         clock = torch.where(packing.inside, clock[0].index_select(0, source).view(shape), -1)
 
         def attend(q, keys, values, scale):
             q = q[0].index_select(1, source).unflatten(1, shape).transpose(0, 1)  # [B, Hq, W, D]
-            out = kernel(q, keys, values, clock, birth, death, None, scale, table)
+            out = kernel(q, keys, values, clock, birth, death, scale)
             return out.transpose(1, 2).reshape(len(source), -1).index_select(0, packing.places)
 
         return attend
+
+    def _kernel(self, table: BlockTable | None, members: Tensor | None) -> Callable[..., Tensor]:
+        kernel, pages = self._attention, None if table is None else table.pages
+
+        def attention(q, keys, values, clock, birth, death, scale):
+            if pages is None and members is not None:
+                keys, values = keys.index_select(0, members), values.index_select(0, members)
+            return kernel(q, keys, values, clock, birth, death, None, scale, pages)
+
+        return attention
 
 
 def _widen(tokens, positions, slots, clock, logits_rows, columns: int) -> tuple[Tensor | None, ...]:
