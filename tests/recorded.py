@@ -163,7 +163,7 @@ def fill(batch: Batch, shape: Shape) -> None:
         sides.append((batch.draft, slots.draft_kv_len, shape.draft_pending))
     for model, kv_len, most in sides:
         while bool((slots.start - kv_len > most * slots.length).any()):
-            prefill(slots, model, kv_len, 2)
+            prefill(slots, model, kv_len, range(slots.count), 2)
 
 
 def _commands(batch: Batch, shape: Shape, taken: list[bool], draw: random.Random) -> dict[str, list]:

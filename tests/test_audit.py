@@ -229,7 +229,7 @@ def test_a_prefix_that_is_not_what_was_committed_fails_context(target, draft, mo
 
     def forgetful(self, *arguments, **named):
         out = forward(self, *arguments, **named)
-        if self.cache.batch_size == 2:  # the audited decoder; what it is compared with runs alone
+        if self._table is not None:  # the audited decoder; what it is compared with has no pages
             self.cache.values[:, :, :, 1] = 0.0
         return out
 

@@ -33,8 +33,8 @@ def opened(target, draft, shape: Shape, prompts=PROMPTS, new: int = 12, **settin
         batch.open(
             slot, slot + 1, request(slot, target, prompt, max_new_tokens=new, **{"end_token_ids": ()} | settings)
         )
-    prefill(batch.slots, batch.target, batch.slots.target_kv_len, 8)
-    prefill(batch.slots, batch.draft, batch.slots.draft_kv_len, 8)
+    prefill(batch.slots, batch.target, batch.slots.target_kv_len, range(len(PROMPTS)), 8)
+    prefill(batch.slots, batch.draft, batch.slots.draft_kv_len, range(len(PROMPTS)), 8)
     return batch
 
 
