@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from simsd.decode.slots import Slots
-from simsd.engine import engine, runner
+from simsd.engine import batch, runner
 
 
 class Device(str):
@@ -89,7 +89,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in ("propose", "verify"):
         monkeypatch.setattr(runner, name, _kept(getattr(runner, name)))
-    monkeypatch.setattr(engine, "Runner", on_cuda)
+    monkeypatch.setattr(batch, "Runner", on_cuda)
     monkeypatch.setattr(torch, "zeros", lambda *shape, pin_memory=False, **others: zeros(*shape, **others))
     for name, value in {
         "CUDAGraph": Graph,

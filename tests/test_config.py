@@ -18,6 +18,8 @@ BAD = [
     ({"lookahead": None}, "lookahead must be an integer"),
     ({"max_rows": -1}, "max_rows must be an integer >= 0, got -1"),
     ({"max_rows": 1.5}, "max_rows"),
+    ({"max_queue": -1}, "max_queue must be an integer >= 0, got -1"),
+    ({"max_queue": True}, "max_queue must be an integer >= 0"),
     ({"max_batch": 0}, "max_batch must be an integer >= 1, got 0"),
     ({"max_batch": True}, "max_batch must be an integer >= 1"),
     ({"max_batch": 2.0}, "max_batch must be an integer >= 1"),

@@ -16,8 +16,10 @@ from simsd.decode.exchange import Report
 from simsd.decode.iteration import Parts, run_plan
 from simsd.decode.slots import Slots
 from simsd.engine.engine import Engine
+from simsd.engine.pages import PagePool, page_bytes
 from simsd.engine.request import Request
 from simsd.engine.runner import Runner
+from simsd.engine.scheduler import Scheduler
 from stand_ins import random_sdar
 
 
@@ -220,14 +222,26 @@ def test_settings_are_the_request_s_or_the_engine_s():
         simsd.Engine(random_sdar(0), temperature=1.0)
 
 
-LINES = [(Engine._iterate.__wrapped__, range(1, 30)), (Engine._release, range(8)), (Engine._update, range(10))]
+CODE = [
+    *(Engine._iterate.__wrapped__, Engine._restore, Engine._release, Engine._update, Engine._deliver),
+    *(Engine._admit, Engine._grow, Engine._make_room, Engine._flush, Engine._open),
+    *(Scheduler.let_go, Scheduler.free, Scheduler.put_back_last, Scheduler.queue, Scheduler.mend),
+    *(PagePool.take, PagePool.retire, PagePool.reclaim, PagePool.recount),
+]
+LINES = [
+    pytest.param(function, line, id=f"{function.__name__}-{line}")
+    for function in CODE
+    for line in sorted({at - function.__code__.co_firstlineno for *_, at in function.__code__.co_lines() if at})
+    if line > 0
+]
 
 
-@pytest.mark.parametrize(("function", "line"), [(function, line) for function, lines in LINES for line in lines])
-def test_an_interrupt_loses_no_request(target, draft, interrupted_at, function, line):
-    """Also where slots are freed and results are let go of."""
-    engine = simsd.Engine(target, draft, max_batch=1, max_length=64)
-    numbers = [engine.add(prompt, max_new_tokens=4, end_token_ids=()) for prompt in PROMPTS[:3]]
+@pytest.mark.parametrize(("function", "line"), LINES)
+def test_an_interrupt_loses_no_request_and_no_page(target, interrupted_at, function, line):
+    """Also where slots are freed, results are let go of, and a request makes room for another."""
+    three_pages = 3 * page_bytes(target, 16)
+    engine = simsd.Engine(target, max_batch=2, max_length=48, page_size=16, kv_memory=three_pages)
+    numbers = [engine.add(prompt, max_new_tokens=20, end_token_ids=(), verify="none") for prompt in PROMPTS[:3]]
     results = {}
 
     def serve():
@@ -235,9 +249,12 @@ def test_an_interrupt_loses_no_request(target, draft, interrupted_at, function, 
             if update.result is not None:
                 results[update.index] = update.result
 
-    while not results:
-        results |= {u.index: u.result for u in engine.step() if u.result is not None}
+    for _ in range(3):
+        engine.step()
+    engine._unsettled = True
     interrupted_at(function, line, serve)
     serve()
-    native = simsd.generate(target, PROMPTS[:3], max_new_tokens=4, end_token_ids=(), verify="none")
+    assert engine.metrics().preemptions > 0
+    native = simsd.generate(target, PROMPTS[:3], max_new_tokens=20, end_token_ids=(), verify="none")
     assert [results[number].tokens for number in numbers] == [result.tokens for result in native]
+    assert engine.step() == [] and engine.metrics().free_pages == 3

@@ -9,7 +9,7 @@ import pytest
 import simsd
 from replays import PROMPTS
 from simsd import SamplingParams
-from simsd.engine.request import Request
+from simsd.engine.request import MAX_FAILURES, Request
 from simsd.models.tokenizer import Tokenizer
 from small_tokenizers import for_stand_ins
 from stand_ins import MASK
@@ -101,6 +101,40 @@ def test_updates_bring_every_token_once():
     assert request.take() == ([A, B], None) and request.take() == ([], None)
     commit(request, C)
     assert request.take() == ([C], None)
+
+
+def test_errors_in_a_row_fail_a_request_and_the_last_one_is_its_own():
+    request = made()
+    commit(request, A, B)
+    for n in range(MAX_FAILURES):
+        assert request.finish_reason is None and request.runs_alone == (n == MAX_FAILURES - 1)
+        request.stumble(f"error {n}")
+    result = request.result()
+    assert (result.finish_reason, result.error) == ("failed", f"error {MAX_FAILURES - 1}")
+    assert result.tokens == [A, B]
+
+
+def test_a_request_that_has_ended_does_not_fail():
+    request = made(new=2)
+    commit(request, A, B)
+    request.fail("too late")
+    assert (request.finish_reason, request.error) == ("length", None)
+
+
+def test_tokens_whose_text_cannot_be_decoded_are_kept_and_the_tokenizer_is_left_alone(tokenizer, monkeypatch):
+    request = made(tokenizer=tokenizer, stop="bcd")
+    commit(request, A, B)
+    assert request.take() == ([A, B], "a")
+    monkeypatch.setattr(Tokenizer, "decode", None)
+    commit(request, C, D)
+    with pytest.raises(TypeError):
+        request.take()
+    request.give_up_text("broken")
+    assert request.take() == ([C, D], "") and request.take() == ([], "")
+    result = request.result()
+    assert (result.tokens, result.text) == ([A, B, C, D], "a")
+    assert (result.finish_reason, result.error) == ("failed", "broken")
+    assert columns(request) == {4}
 
 
 def test_text_that_may_become_a_stop_string_is_held_back(tokenizer):

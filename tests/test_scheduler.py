@@ -8,6 +8,7 @@ import simsd
 from replays import PROMPTS
 from simsd import SamplingParams
 from simsd.decode.exchange import SlotReport
+from simsd.engine.pages import PagePool
 from simsd.engine.request import Request
 from simsd.engine.scheduler import Occupant, Scheduler
 from simsd.engine.tuner import Situation
@@ -23,7 +24,7 @@ def occupant(epoch: int = 1, **params) -> Occupant:
 
 
 def test_the_lowest_free_slot_is_next():
-    scheduler = Scheduler(3)
+    scheduler = Scheduler(3, PagePool(8))
     assert scheduler.free_slot() == 0
     scheduler.slots[0], scheduler.slots[1] = occupant(1), occupant(2)
     assert scheduler.free_slot() == 2
@@ -35,19 +36,19 @@ def test_the_lowest_free_slot_is_next():
 
 
 def test_there_is_something_to_do_while_anyone_waits_or_runs():
-    scheduler = Scheduler(2)
+    scheduler = Scheduler(2, PagePool(8))
     assert not scheduler
-    scheduler.waiting.append(request())
+    scheduler.queue(request())
     assert scheduler
     scheduler.slots[1] = occupant()
-    scheduler.waiting.popleft()
+    scheduler.waiting.pop()
     assert scheduler
     scheduler.slots[1] = None
     assert not scheduler
 
 
 def test_a_late_report_is_not_taken_for_the_successor_s():
-    scheduler = Scheduler(2)
+    scheduler = Scheduler(2, PagePool(8))
     epochs = [scheduler.next_epoch() for _ in range(3)]
     assert len(set(epochs)) == 3 and min(epochs) > 0  # 0 is that of a slot that never was opened
     scheduler.slots[1] = occupant(epochs[0])
@@ -71,7 +72,7 @@ def test_blocks_that_are_left_count_the_current_one(prompt, new, committed, left
     """Blocks of 4: 6 + 8 tokens end in the fourth, of which the prompt fills the first."""
     one = occupant(prompt=prompt, new=new)
     one.request.commit([2] * committed, [1] * committed, [1.0] * committed, ["denoised"] * committed)
-    assert one.situation(4, True).blocks_left == left
+    assert one.situation(4).blocks_left == left
 
 
 @pytest.mark.parametrize(
@@ -87,9 +88,10 @@ def test_blocks_that_are_left_count_the_current_one(prompt, new, committed, left
 def test_drafts_are_chosen_only_where_they_are_verified_exactly(params, drafter):
     one = occupant(**params)
     one.masked, one.standing = 2, 1
-    assert one.situation(4, True) == Situation(drafter, 3, 2, 1)
+    assert one.situation(4) == Situation(drafter, 3, 2, 1)
     # While the draft model lacks a part of the prompt, the target drafts for itself where it may.
-    assert one.situation(4, False) == Situation("self" if drafter == "auto" else drafter, 3, 2, 1)
+    one.has_draft = False
+    assert one.situation(4) == Situation("self" if drafter == "auto" else drafter, 3, 2, 1)
 
 
 @pytest.mark.parametrize("slots", [1, 2, 8])
@@ -101,11 +103,3 @@ def test_first_come_is_first_served(slots):
         if update.index not in begun:
             begun.append(update.index)
     assert begun == numbers
-
-
-def test_a_request_of_nothing_waits_for_no_slot():
-    engine = simsd.Engine(random_sdar(0), max_batch=1, max_length=64)
-    engine.add([1], max_new_tokens=0)
-    engine.add([2], max_new_tokens=8, end_token_ids=())
-    done = {update.index: update.result.tokens for update in engine.step() if update.result}
-    assert done == {0: []} and engine.busy

@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from simsd.config import EngineConfig, GenerationConfig, SamplingParams
     from simsd.engine.decoder import Decoder, generate, stream
     from simsd.engine.engine import Engine
+    from simsd.engine.metrics import Histogram, Metrics
     from simsd.engine.request import Update
-    from simsd.errors import SimsdError
+    from simsd.errors import OutOfMemoryError, QueueFull, SimsdError
     from simsd.hf import hf_generate
     from simsd.models.loading import LoadedModel, load
     from simsd.results import Result, Stats
@@ -22,7 +23,11 @@ __all__ = [
     "Engine",
     "EngineConfig",
     "GenerationConfig",
+    "Histogram",
     "LoadedModel",
+    "Metrics",
+    "OutOfMemoryError",
+    "QueueFull",
     "Result",
     "SamplingParams",
     "SimsdError",
@@ -39,7 +44,11 @@ _MODULES = {
     "Engine": "simsd.engine.engine",
     "EngineConfig": "simsd.config",
     "GenerationConfig": "simsd.config",
+    "Histogram": "simsd.engine.metrics",
     "LoadedModel": "simsd.models.loading",
+    "Metrics": "simsd.engine.metrics",
+    "OutOfMemoryError": "simsd.errors",
+    "QueueFull": "simsd.errors",
     "Result": "simsd.results",
     "SamplingParams": "simsd.config",
     "SimsdError": "simsd.errors",

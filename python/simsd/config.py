@@ -183,6 +183,7 @@ class EngineConfig:
         max_rows: rows that one exact verification may add for drafted states, over the whole batch (rows of current
             states and of commits come on top); None for what the measured time of a row is worth.
         max_batch: requests to decode at a time; texts do not depend on it.
+        max_queue: requests that may wait, besides as many as there are free slots; None: any number.
         max_length: tokens of the longest sequence, its prompt included; None: 4096, or what the models' positions allow
             where that is less.
         kv_memory: bytes for keys and values of committed tokens, of both models; None: for max_batch times max_length
@@ -197,6 +198,7 @@ class EngineConfig:
     lookahead: int = 2
     max_rows: int | None = None
     max_batch: int = MAX_BATCH
+    max_queue: int | None = None
     max_length: int | None = None
     prefill_rows: int = 2048
     kv_memory: int | None = None
@@ -211,6 +213,8 @@ class EngineConfig:
             integer("block_length", self.block_length, 1, MAX_BLOCK_LENGTH)
         if self.max_length is not None:
             integer("max_length", self.max_length, 1)
+        if self.max_queue is not None:
+            integer("max_queue", self.max_queue, 0)
         if self.kv_memory is not None:
             integer("kv_memory", self.kv_memory, 1)
         integer("page_size", self.page_size, 16, 256)

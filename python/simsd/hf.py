@@ -215,7 +215,7 @@ def hf_generate(
     _decode(decoder, input_ids, criteria, clocks, streamer)
     results = decoder.results()
     if failed := [i for i, result in enumerate(results) if result.finish_reason == "failed"]:
-        warnings.warn(f"the model's logits were not finite in rows {failed}, which end there", stacklevel=2)
+        warnings.warn(f"{results[failed[0]].error} in rows {failed}, which end there", stacklevel=2)
 
     width = max(len(result.tokens) for result in results)
     sequences = torch.cat([input_ids, input_ids.new_full((len(results), width), pad or 0)], dim=1)

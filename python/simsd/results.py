@@ -85,9 +85,11 @@ class Result:
             "drafted" (revealed ahead of it, on a drafted state). Temporal: "drafted" (accepted), "bonus", "undrafted"
             (filled by the target) or "tail" (what a rejected-tail policy put there).
         finish_reason: "end" (an end token), "length" (max_new_tokens), "stop" (a stop string or criterion),
-            "cancelled", "failed" (the target's logits were not finite) or "interrupted".
+            "cancelled", "deadline", "failed" (see `error`) or "interrupted".
         prompt_tokens: the prompt's ids.
         stats: forwards, acceptance, seconds.
+        error: why it failed: the target's logits were not finite, its text could not be decoded, or iterations with it
+            raised again and again.
         seed: of its noise. With it and the same prompt and settings the text comes again.
     """
 
@@ -101,6 +103,7 @@ class Result:
     stats: Stats
     logprobs: list[float] = dataclasses.field(default_factory=list)
     seed: int = 0
+    error: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, which JSON can hold; `from_dict` reads them."""

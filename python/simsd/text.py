@@ -78,7 +78,8 @@ class AnswerText:
     Attributes:
         tokens: of the answer; where it has ended at a stop string, up to the one that completes it.
         settled: how many of them belong to the answer, whatever comes.
-        ended: whether it has ended at a stop string, or was cut.
+        ended: whether it has ended at a stop string, or was cut or given up.
+        given_up: whether its text stops short of its tokens: they could not be decoded.
     """
 
     def __init__(self, tokenizer, stop: Sequence[str] = ()) -> None:
@@ -86,7 +87,7 @@ class AnswerText:
         self._growing = GrowingText(tokenizer)
         self.tokens = self._growing.tokens
         self.settled = 0
-        self.ended = False
+        self.ended = self.given_up = False
         self._final: str | None = None  # the text where it has ended
         self._safe = 0  # characters that stand before every stop string that there may be
         self._taken = 0
@@ -121,6 +122,10 @@ class AnswerText:
     def cut(self, count: int) -> None:
         """Ends the answer behind its first `count` tokens."""
         self._end(count, self._growing.tokenizer.decode(self.tokens[:count]))
+
+    def give_up(self, count: int) -> None:
+        """Ends the answer of `count` tokens with the text that was certain; the tokenizer is not asked again."""
+        self.settled, self._final, self.ended, self.given_up = count, self.text[: self._safe], True, True
 
     def _end(self, count: int, text: str) -> None:
         self.settled, self._safe, self._final, self.ended = count, len(text), text, True

@@ -119,8 +119,9 @@ def generate(
         return INTERRUPTED if many.decode(decoder, requests, output) else 0
     interrupted = _decode(decoder, stream)
     _print(decoder, requests[0].prompt, as_json, stream, show_steps)
-    if any(result.finish_reason == "failed" for result in decoder.results()):
-        raise SimsdError(f"the logits of {target} are not finite numbers: try --dtype float32, or check its weights")
+    for result in decoder.results():
+        if result.finish_reason == "failed":
+            raise SimsdError(f"{target}: {result.error}; try --dtype float32, or check its weights and its tokenizer")
     return INTERRUPTED if interrupted else 0
 
 

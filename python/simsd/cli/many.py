@@ -31,7 +31,7 @@ def check_output(file: Path) -> None:
 def decode(decoder: Decoder, requests: list[Request], output: Path | None) -> bool:
     """Decodes everything, and writes each text's line as soon as those before it are written; returns whether Ctrl-C
     came before the end, after which the finished ones are there."""
-    began, tokens, failed, interrupted = time.perf_counter(), 0, 0, False
+    began, tokens, failed, interrupted = time.perf_counter(), 0, [], False
     total = len(decoder)
     with contextlib.ExitStack() as stack:
         file = sys.stdout if output is None else stack.enter_context(output.open("w", encoding="utf-8"))
@@ -41,7 +41,7 @@ def decode(decoder: Decoder, requests: list[Request], output: Path | None) -> bo
             for update in decoder:
                 if update.result is not None:
                     tokens += len(update.result.tokens)
-                    failed += update.result.finish_reason == "failed"
+                    failed += [update.result.error] if update.result.finish_reason == "failed" else []
                     lines.add(update.index, update.result)
                     advance()
         except KeyboardInterrupt:
@@ -56,8 +56,8 @@ def decode(decoder: Decoder, requests: list[Request], output: Path | None) -> bo
     streams.errors().print(note, soft_wrap=True, style="dim", markup=False)
     if failed:
         raise SimsdError(
-            f"{failed} of {total} texts failed: the logits of {decoder.target.name} are not finite numbers; "
-            "try --dtype float32, or check its weights"
+            f"{len(failed)} of {total} texts of {decoder.target.name} failed: {failed[0]}; "
+            "try --dtype float32, or check its weights and its tokenizer"
         )
     return interrupted
 

@@ -168,7 +168,7 @@ class Slots:
         self._fields.write_row(slot, values | settings)
 
     @torch.inference_mode()
-    def close(self, slot: int) -> None:
+    def close(self, slot: int | slice) -> None:
         self.start[slot].fill_(-1)  # `= -1` would be a copy that waits for the device
 
     def bits_in(self, sets: Tensor) -> Tensor:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import itertools
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,16 +19,18 @@ from simsd.config import EngineConfig, SamplingParams, config_with
 from simsd.decode import rows
 from simsd.decode.exchange import SlotReport
 from simsd.decode.iteration import PARTS, Parts
-from simsd.decode.prefill import prefill
-from simsd.decode.slots import Slots
+from simsd.engine.batch import Batch
+from simsd.engine.driving import Driver
+from simsd.engine.faults import counted_against
+from simsd.engine.limits import check_gate, check_queue, check_room, checked_priority, seconds_left
+from simsd.engine.metrics import Meter, Metrics
 from simsd.engine.pages import PagePool, places_of
 from simsd.engine.pair import block_length, check_device, check_length, check_pair, check_params
 from simsd.engine.request import Request, Update
-from simsd.engine.runner import Outcome, Runner
+from simsd.engine.runner import Outcome
 from simsd.engine.scheduler import Occupant, Scheduler
-from simsd.engine.shapes import Group, group_of, prefill_chunk, row_budget, shape_of, states_needed
-from simsd.engine.tuner import IDLE, NONE, Tuner, history_of
-from simsd.errors import SimsdError
+from simsd.engine.shapes import states_needed, turns_of
+from simsd.engine.tuner import NONE, Tuner, history_of
 from simsd.models.loading import LoadedModel, load
 from simsd.models.tokenizer import Prompt
 from simsd.prompts import encode_prompts
@@ -41,7 +46,12 @@ class Engine:
     """Decodes requests, up to `max_batch` at a time; `add` may be called at any time.
 
     What a request's text is does not depend on the others. `step` runs one iteration and returns what it brought;
-    `stream` goes on until nothing is left to do. Either may be interrupted at any point and taken up again.
+    `stream` goes on until nothing is left to do. Either may be interrupted at any point and taken up again, and so it
+    may after an error: requests go on from what they have committed.
+
+    One thread at a time drives an engine (`step`, `stream`, `generate`); meanwhile any other may call `add`, `cancel`,
+    `stop`, `result`, `metrics` and `busy`. A lock guards requests, who waits, and who is in which slot; it is never
+    held while a model runs. All else is the driving thread's own.
 
     Args:
         target: the model whose text it is (`simsd.load`); a built-in name, a folder, a hub id or a module is loaded.
@@ -76,209 +86,241 @@ class Engine:
         self.capacity = rows.aligned(longest, length)
         history = history_of(target.model, None if draft is None else draft.model, target.device)
         self.tuner = Tuner(config, length, config.max_batch, history)
-        self._states = max(states_needed(config, length), 2)  # temporal verification has rows for two
         self._places = places_of(
             *(target, draft),
             slots=config.max_batch,
             capacity=self.capacity,
             block_length=length,
-            states=self._states,
+            states=max(states_needed(config, length), 2),  # temporal verification has rows for two
             page_size=config.page_size,
             kv_memory=config.kv_memory,
         )
         self._pages = PagePool(self._places.pages)
         self._requests: dict[int, Request] = {}
         self._numbers = itertools.count()
-        self._scheduler = Scheduler(config.max_batch)
+        self._scheduler = Scheduler(config.max_batch, self._pages)
         self._done: list[int] = []  # requests whose last update is out; they are kept until the next iteration
         self._updates: collections.deque[Update] = collections.deque()
-        self._banned = tuple(target.banned_ids)
         self._parts = parts
-        self._runner: Runner | None = None
+        self._batch: Batch | None = None
+        self._stop_ids: int | None = None  # end tokens that the device has room for, once that is settled
         self._unsettled = False
+        self._meter, self._driver = Meter(), Driver()
+        self._lock = threading.RLock()
 
-    def add(self, prompt: Prompt, params: SamplingParams | Mapping | None = None, **settings: Any) -> int:
+    def add(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | Mapping | None = None,
+        *,
+        priority: int = 0,
+        deadline: float | None = None,
+        **settings: Any,
+    ) -> int:
         """Queues a request; returns its number, by which updates name it.
 
         Args:
             prompt: a string (sent as a user turn through the chat template where there is one), a chat (a list of
                 {"role", "content"}) or token ids (a list, an array or a tensor).
             params: `SamplingParams` or a dict of its fields; settings by name override it.
+            priority: those who wait get slots lowest first; equals first come, first served. Who runs stays, except
+                that where memory runs out, the last by this order makes room.
+            deadline: seconds from now, after which the request ends with what it has (`finish_reason` "deadline"),
+                waiting or running. It is looked at once per iteration.
 
         Raises:
-            SimsdError: a bad prompt or setting, a sequence over the engine's length, or an `end_gate` for more end
-                tokens than the engine has room for; nothing is queued then.
+            SimsdError: a bad prompt or setting, a sequence over the engine's length or memory, or an `end_gate` for
+                more end tokens than the engine has room for; nothing is queued then.
+            QueueFull: `max_queue` requests wait already, besides as many as there are free slots.
         """
-        params = config_with(params, settings, others=("prompt", "params"), kind=SamplingParams)
+        others = ("prompt", "params", "priority", "deadline")
+        params = config_with(params, settings, others=others, kind=SamplingParams)
+        priority, until = checked_priority(priority), time.perf_counter() + seconds_left(deadline)
         (tokens,) = encode_prompts(self.target, [prompt])
         if params.verify == "temporal" and self.draft is None:
             params = dataclasses.replace(params, verify="none")
         check_params(self.target, self.draft, params, self.block_length)
         needed = rows.aligned(len(tokens) + params.max_new_tokens, self.block_length)
         check_length(needed, len(tokens), params, self.target, self.draft)
-        if needed > self.capacity:
-            raise SimsdError(
-                f"{len(tokens)} prompt tokens + max_new_tokens {params.max_new_tokens}, in whole blocks {needed},"
-                f" exceed the engine's max_length {self.capacity}: raise it, shorten the prompt or lower max_new_tokens"
-            )
-        self._check_memory(len(tokens), needed, params)
+        check_room(len(tokens), needed, params, self.capacity, self._places)
         seed = fresh_seed() if params.seed is None else params.seed
         ends = tuple(self.target.end_token_ids if params.end_token_ids is None else params.end_token_ids)
-        self._check_gate(params, ends)
-        request = Request(next(self._numbers), tokens, params, seed, ends, self.target.tokenizer)
-        self._requests[request.index] = request
-        self._scheduler.queue(request)
+        with self._lock:
+            check_gate(params, ends, self._stop_ids)
+            check_queue(self._scheduler, self.config)
+            request = Request(next(self._numbers), tokens, params, seed, ends, self.target.tokenizer, priority, until)
+            self._requests[request.index] = request
+            self._scheduler.queue(request)
         return request.index
 
     def cancel(self, index: int) -> None:
         """Ends a request, waiting or running, where it is; one that is done is left alone."""
-        if index in self._requests:
-            self._requests[index].stop(None, "cancelled")
+        self._stop(index, None, "cancelled")
 
     def stop(self, index: int, count: int) -> None:
         """Ends a text behind its first `count` generated tokens, where a criterion of the caller's is met; also one
         that is done, until the next iteration."""
-        if index in self._requests:
-            self._requests[index].stop(count, "stop")
+        self._stop(index, count, "stop")
+
+    def _stop(self, index: int, count: int | None, reason: str) -> None:
+        with self._lock:
+            if (request := self._requests.get(index)) is not None:
+                self._scheduler.look_again()
+                request.stop(count, reason)
 
     def result(self, index: int) -> Result:
         """What a request has so far. KeyError: it was done before the last iteration."""
-        return self._requests[index].result()
+        with self._lock:
+            return self._requests[index].result()
+
+    def metrics(self) -> Metrics:
+        """What the engine is doing, and what it has done since it was made."""
+        with self._lock:
+            scheduler, captured = self._scheduler, {} if self._batch is None else self._batch.runner.captured
+            return self._meter.metrics(
+                waiting=len(scheduler.waiting),
+                running=sum(1 for _ in scheduler.occupied),
+                slots=self.config.max_batch,
+                pages=self._pages.count,
+                free_pages=self._pages.free,
+                captured=captured,
+            )
 
     def step(self) -> list[Update]:
-        """One iteration of everything that runs; what it, or what came before it, brought."""
-        self._iterate()
-        updates = list(self._updates)
-        self._updates.clear()
-        return updates
+        """One iteration of everything that runs, and its updates; where an interrupt or an error has left updates
+        behind, those at once.
+
+        Raises:
+            SimsdError: another thread drives the engine. OutOfMemoryError: with the settings to lower.
+            Exception: what an iteration raised otherwise. Calling `step` again goes on; a request of which iterations
+                raise three times in a row, the last time on its own, has failed.
+        """
+        with self._driver.turn():
+            if not self._updates:
+                self._iterate()
+            updates = list(self._updates)
+            self._updates.clear()
+            return updates
 
     def stream(self) -> Iterator[Update]:
-        """Iterations until every request is done."""
+        """Iterations until every request is done. Raises what `step` does, and may be called again as well."""
         while True:
             while self._updates:
                 yield self._updates.popleft()
             if not self._scheduler:
                 return
-            self._iterate()
+            with self._driver.turn():
+                self._iterate()
 
     def generate(self, prompts: Any, params: SamplingParams | Mapping | None = None, **settings: Any) -> list[Result]:
-        """The results of prompts with the same settings, in order; requests added before go on meanwhile."""
-        numbers = [self.add(prompt, params, **settings) for prompt in encode_prompts(self.target, prompts)]
-        results = {update.index: update.result for update in self.stream() if update.result is not None}
+        """The results of prompts with the same settings, in order; requests added before go on meanwhile. Where it
+        raises, whatever `add` or `step` does, all of these prompts are cancelled."""
+        with self._driver.turn():  # refused before anything is queued
+            prompts = encode_prompts(self.target, prompts)
+        numbers: list[int] = []
+        try:
+            for prompt in prompts:
+                numbers.append(self.add(prompt, params, **settings))
+            results = {update.index: update.result for update in self.stream() if update.result is not None}
+        except BaseException:
+            for number in numbers:
+                self.cancel(number)
+            raise
         return [results[number] for number in numbers]
 
     @property
     def busy(self) -> bool:
-        """Whether any request is not done."""
-        return bool(self._scheduler)
+        """Whether any request is not done, or its last update was not taken yet."""
+        return bool(self._scheduler) or bool(self._updates)
+
+    def _concerning(self, requests: list[Request]) -> contextlib.AbstractContextManager[None]:
+        """What requests take part in: an error counts against each of them."""
+        return counted_against(requests, self._scheduler, self._lock, self.config)
 
     @undisturbed()
     def _iterate(self) -> None:
         """Schedule, run, deliver."""
-        for index in self._done:
-            self._requests.pop(index, None)  # an interrupt may have come behind it
-        self._done.clear()
-        if self._unsettled:
-            self._restore()
-        self._unsettled = True
-        self._release()
-        self._admit()
-        self._grow()
-        behind, undrafted = self._prefill()
-        groups: dict[Group, list[int]] = {}
-        for slot, occupant in self._scheduler.occupied:
-            if slot in behind:
-                continue
-            allowed = self._allowed(occupant.request)
-            group = group_of(occupant.request.params, allowed, self.block_length, groups, self.draft is not None)
-            groups.setdefault(group, []).append(slot)
-        for group, members in groups.items():
-            for outcome in self._run(group, members, undrafted):
-                self._deliver(outcome)
-        if not groups and self._runner is not None:
-            for outcome in self._runner.flush():
-                self._deliver(outcome)
-            self._pages.reclaim(self._runner.reported)
-        self._unsettled = False
+        with self._meter.iteration():
+            for index in self._done:
+                self._requests.pop(index, None)  # an interrupt may have come behind it
+            self._done.clear()
+            unsettled, self._unsettled = self._unsettled, True
+            freed = self._release()
+            if unsettled:
+                self._restore()
+            else:
+                self._close(freed)
+            self._admit()
+            with self._concerning([occupant.request for _, occupant in self._scheduler.occupied]):
+                self._grow()
+            turns = turns_of(self._prefilled(), self.block_length, self.draft is not None)
+            for group, members in turns:
+                occupants = [self._scheduler.slots[slot] for slot in members]
+                with self._concerning([occupant.request for occupant in occupants]):
+                    for outcome in self._batch.run(group, members, self._scheduler.slots, self.tuner):
+                        self._deliver(outcome)
+            if not turns and self._batch is not None:
+                self._flush()
+            self._unsettled = False
+
+    def _prefilled(self) -> list[tuple[int, Occupant]]:
+        """Computes a chunk of what is too long to come along with an iteration; returns the slots that take part."""
+        if self._batch is None:
+            return []
+        occupied, behind, length = self._scheduler.by_rank(), set(), self.block_length
+        alone = [[one] for one in occupied if one[1].request.runs_alone]
+        for part in ([one for one in occupied if not one[1].request.runs_alone], *alone):
+            lacking = [o.request for _, o in part if o.pending > length or o.draft_lag > length]
+            with self._concerning(lacking):
+                prefilled = self._batch.prefill(part)
+            self._meter.prefilled(prefilled.target, prefilled.draft)
+            behind |= prefilled.behind
+        return [(slot, occupant) for slot, occupant in self._scheduler.occupied if slot not in behind]
+
+    def _flush(self) -> None:
+        """Takes over what is still on its way, and the pages that were waiting for it."""
+        for outcome in self._batch.runner.flush():
+            self._deliver(outcome)
+        self._pages.reclaim(self._batch.runner.reported)
 
     def _restore(self) -> None:
-        """After an interrupt in the middle of an iteration: every slot again from what its request has committed."""
-        if self._runner is None:
+        """After an interrupt or an error in the middle of an iteration: who waits, slots and pages as the host has
+        them, and every request that runs again from what it has committed."""
+        scheduler = self._scheduler
+        with self._lock:
+            scheduler.mend()
+            for _, occupant in scheduler.occupied:
+                occupant.request.mend()
+        if self._batch is None:
             return
-        self._runner.forget()
-        self._pages.recount(page for _, occupant in self._scheduler.occupied for page in occupant.pages)
-        for slot, occupant in self._scheduler.occupied:
-            request = occupant.request
-            request.mend()
-            start = len(request.tokens) // self.block_length * self.block_length
-            written = self._slots.target_kv_len[slot], self._slots.draft_kv_len[slot]
-            kv_lens = tuple(min(int(n), start) for n in written)
-            self._scheduler.place(slot, self._open(slot, request, occupant.pages, kv_lens))
-
-    def _prefill(self) -> tuple[set[int], set[int]]:
-        """Computes one chunk, for each model, of prompts that are too long to come along with an iteration, the oldest
-        first. Returns the slots that cannot take part in one yet, and those for which the draft model cannot."""
-        if self._runner is None:
-            return set(), set()
-        length, runner, slots, most = self.block_length, self._runner, self._slots, self.config.prefill_rows
-        oldest_first = sorted(self._scheduler.occupied, key=lambda one: one[1].request.index)
-        along = 0 if runner.static else most
-        chunk = prefill_chunk([(slot, o.pending) for slot, o in oldest_first], length, most, along, length)
-        if chunk.slots:
-            prefill(slots, runner.target, slots.target_kv_len, chunk.slots, chunk.tokens // length)
-        lags = [(slot, o.draft_lag) for slot, o in oldest_first if self.draft and o.request.params.asks_draft_model]
-        draft_chunk = prefill_chunk(lags, 2 * length, most, along, length)
-        if draft_chunk.slots:
-            prefill(slots, runner.draft, slots.draft_kv_len, draft_chunk.slots, draft_chunk.tokens // length)
-        occupants = self._scheduler.slots
-        for slot in chunk.slots:
-            occupants[slot].prefilled(chunk.tokens)
-        for slot in draft_chunk.slots:
-            occupants[slot].draft_prefilled(draft_chunk.tokens)
-        needed = {slot for slot in draft_chunk.behind if occupants[slot].request.params.needs_draft_model}
-        return chunk.behind | needed, draft_chunk.behind
-
-    def _run(self, group: Group, members: list[int], undrafted: set[int]) -> list[Outcome]:
-        occupants = self._scheduler.slots
-        situations = [IDLE] * len(occupants)
-        for slot in members:
-            situations[slot] = occupants[slot].situation(self.block_length, slot not in undrafted)
-        tuner, config = self.tuner, self.config
-        modes = tuner.choose(situations, self.draft is not None)
-        running = [occupants[slot] for slot in members]
-        self_drafts = any(o.request.params.verify == "exact" and o.request.params.drafter != "model" for o in running)
-        shape = shape_of(
-            *(group, running, [modes[slot] for slot in members], config, self.block_length, len(modes)),
-            *(self._runner.static, self_drafts),
-        )
-        columns = {
-            "runs": [int(slot in members) for slot in range(len(modes))],
-            "mode": [mode.kind for mode in modes],
-            "depth": [mode.depth for mode in modes],
-            "calibration": tuner.calibration(),
-            "min_visit_prob": [tuner.min_visit_prob()] * len(modes),
-            "row_budget": [row_budget(config, len(members))] * len(modes),
-        }
-        note = [None if occupant is None else (occupant.epoch, modes[slot]) for slot, occupant in enumerate(occupants)]
-        return self._runner.run(columns, shape, note)
+        self._batch.runner.forget()
+        running = [occupant.request for _, occupant in scheduler.occupied]
+        with self._concerning(running or scheduler.waiting[:1]):
+            self._close([slice(None)])
+        for slot, occupant in scheduler.occupied:
+            with self._concerning([occupant.request]):
+                written = self._batch.written(slot)
+                scheduler.place(slot, self._open(slot, occupant.request, occupant.pages, written))
 
     def _deliver(self, outcome: Outcome) -> None:
         """Takes over what an iteration brought, slot by slot."""
         moved = []
         forwards = 0
-        for slot, report in outcome.reports:
-            occupant = self._scheduler.occupant(slot, report.epoch)
-            if occupant is None:
-                continue  # the request that it tells of is gone
-            drafted = report.draft_forwards - occupant.draft_forwards
-            forwards = max(forwards, drafted)
-            self._observe(slot, outcome, report, drafted)
-            occupant.request.learn(report, drafted, self.block_length)
-            occupant.take(report)
-            moved.append(occupant.request)
-        self.tuner.observe_times(outcome, forwards)
-        for request in moved:
-            self._update(request)
+        with self._lock:
+            for slot, report in outcome.reports:
+                occupant = self._scheduler.occupant(slot, report.epoch)
+                if occupant is None:
+                    continue  # the request that it tells of is gone
+                drafted = report.draft_forwards - occupant.draft_forwards
+                forwards = max(forwards, drafted)
+                self._observe(slot, outcome, report, drafted)
+                occupant.request.learn(report, drafted, self.block_length)
+                occupant.take(report)
+                moved.append(occupant.request)
+            self.tuner.observe_times(outcome, forwards)
+            self._meter.ran(outcome.reports, forwards)
+            for request in moved:
+                self._update(request)
 
     def _observe(self, slot: int, outcome: Outcome, report: SlotReport, drafted: int) -> None:
         _, mode = outcome.note[slot]
@@ -287,71 +329,65 @@ class Engine:
             self.tuner.observe(slot, mode, report.judged, report.accepted, report.taken - 1, extra_rows, drafted)
 
     def _update(self, request: Request) -> None:
-        tokens, text = request.take()
-        if request.finish_reason is not None:
-            # In this order an interrupt in between may repeat a last update, never lose one.
-            self._done.append(request.index)
-            self._updates.append(Update(request.index, tokens, [], text, request.result()))
-            request.close()
+        update = request.update()
+        if update.tokens:
+            self._meter.delivered(request, len(update.tokens))
+        if update.result is None:
+            self._updates.append(update)
             return
-        ahead = [] if request.unsettled else request.provisional[: request.limit - len(request.tokens)]
-        end = next((i for i, token in enumerate(ahead) if token in request.end_ids), len(ahead) - 1)
-        self._updates.append(Update(request.index, tokens, ahead[: end + 1], text))
+        # In this order an interrupt in between may repeat a last update, never lose one.
+        self._done.append(request.index)
+        self._updates.append(update)
+        self._meter.finished[request.finish_reason] += 1
+        request.close()
 
-    def _release(self) -> None:
-        """Frees the slots of what is done, however it came to be, and the pages that nobody writes to any more."""
-        for slot, occupant in self._scheduler.occupied:
-            if occupant.request.finish_reason is not None:
-                if not occupant.request.reported:
-                    self._update(occupant.request)
-                self._slots.close(slot)
-                self._scheduler.free(slot)
-                self._pages.retire(occupant.pages, self._runner.launched)
-        if self._runner is not None:
-            self._pages.reclaim(self._runner.reported)
+    def _release(self) -> list[int]:
+        """Lets go of what is done, waiting or running, however it came to be; returns the slots that are free now, of
+        which the device does not know yet."""
+        runner = None if self._batch is None else self._batch.runner
+        with self._lock:
+            freed = self._scheduler.let_go(time.perf_counter(), self._update, runner.launched if runner else 0)
+        if runner:
+            self._pages.reclaim(runner.reported)
+        return freed
+
+    def _close(self, slots: list[int | slice]) -> None:
+        for slot in slots:
+            self._batch.slots.close(slot)
 
     def _admit(self) -> None:
-        waiting = self._scheduler.waiting
-        while waiting:
-            request = waiting[0]
-            if request.finish_reason is not None:
-                if not request.reported:
-                    self._update(request)
-                waiting.popleft()
-                continue
-            slot = self._scheduler.free_slot()
-            if slot is None:
-                return
-            # One page more for each that runs and may grow: they would soon drive it out again.
-            growing = sum(len(o.pages) < self._pages_in_all(o.request) for _, o in self._scheduler.occupied)
+        """Lets in who waits, the first in order first: none overtakes one that has to wait for pages."""
+        scheduler = self._scheduler
+        while (slot := scheduler.free_slot()) is not None and (request := scheduler.next_waiting()) is not None:
             needed = self._pages_needed(request)
-            if growing and needed + growing > self._pages.free:
+            # One page more for each that may still grow: they would soon drive it out again.
+            growing = sum(len(one.pages) < self._most_pages(one.request) for _, one in scheduler.occupied)
+            if needed + growing > self._pages.free:
                 return
             pages = self._pages.take(needed)
-            if pages is None:
-                return
-            # It waits until it is in: an interrupt on the way must not lose it.
-            self._scheduler.place(slot, self._open(slot, request, pages, (0, 0)))
-            waiting.popleft()
+            with self._concerning([request]):
+                occupant = self._open(slot, request, pages, (0, 0))
+            with self._lock:
+                # It waits until it is in: an interrupt on the way must not lose it.
+                scheduler.place(slot, occupant)
+                scheduler.waiting.remove(request)
 
     def _pages_needed(self, request: Request) -> int:
         """Pages for whatever the next iteration may write, and where one is on its way, for that one, too."""
-        length, steps = self.block_length, 1 if self._runner is None or not self._runner.static else 2
-        start = len(request.tokens) // length * length
-        reach = start + steps * (self.config.lookahead + 1) * length
-        return min(-(-reach // self.config.page_size), self._pages_in_all(request))
+        length, steps = self.block_length, 1 if self._batch is None or not self._batch.runner.static else 2
+        reach = len(request.tokens) // length * length + steps * (self.config.lookahead + 1) * length
+        return min(-(-reach // self.config.page_size), self._most_pages(request))
 
-    def _pages_in_all(self, request: Request) -> int:
-        """Pages for all of its text, however long that gets."""
+    def _most_pages(self, request: Request) -> int:
         return -(-rows.aligned(request.limit, self.block_length) // self.config.page_size)
 
     def _grow(self) -> None:
-        """Gives every running request the pages that it may need, the oldest first; the youngest makes room."""
+        """Gives every running request the pages that it may need."""
         changes = []
-        for slot, occupant in sorted(self._scheduler.occupied, key=lambda one: one[1].request.index):
+        for slot, occupant in self._scheduler.by_rank():
             while self._scheduler.slots[slot] is occupant:
                 missing = self._pages_needed(occupant.request) - len(occupant.pages)
-                pages = self._pages.take(missing) if missing > 0 else []
+                pages = self._pages.take(max(missing, 0))
                 if pages is not None:
                     if pages:
                         changes.append((slot, len(occupant.pages), pages))
@@ -359,70 +395,37 @@ class Engine:
                     break
                 self._make_room()
         if changes:
-            self._table.set(changes)
+            self._batch.table.set(changes)
 
     def _make_room(self) -> None:
-        """Takes the pages of what is done by now or, where nothing is, of the youngest request that runs: it waits
-        again, and what it has committed is computed anew later."""
-        for outcome in self._runner.flush():
-            self._deliver(outcome)
+        """Takes the pages of what is done by now or, where nothing is, of the last request that runs, which is computed
+        anew later."""
         free = self._pages.free
-        self._release()
+        self._flush()
+        self._close(self._release())
         if self._pages.free > free:
             return
-        slot, occupant = max(self._scheduler.occupied, key=lambda one: one[1].request.index)
-        self._slots.close(slot)
-        self._scheduler.put_back(slot)
-        self._pages.retire(occupant.pages, self._runner.launched)
-        self._pages.reclaim(self._runner.reported)
+        with self._lock:
+            slot = self._scheduler.put_back_last(self._batch.runner.launched)
+        self._close([slot])
+        self._pages.reclaim(self._batch.runner.reported)
+        self._meter.preemptions += 1
 
-    def _open(self, slot: int, request: Request, pages: list[int], kv_lens: tuple[int, int]) -> Occupant:
-        if self._runner is None:
-            self._build()
+    def _open(self, slot: int, request: Request, pages: list[int], written: tuple[int, int]) -> Occupant:
+        """Puts a request into a slot of the device, see `Batch.open`; the first of all has it made."""
+        if self._batch is None:
+            with self._lock:
+                if self._stop_ids is None:
+                    self._stop_ids = max(STOP_IDS, *(len(request.end_ids) for request in self._requests.values()))
+            self._batch = Batch(
+                *(self.target, self.draft, self.config, self._places),
+                block_length=self.block_length,
+                capacity=self.capacity,
+                stop_ids=self._stop_ids,
+                parts=self._parts,
+            )
+        if request.began is None:
+            self._meter.admitted(request)
         request.touch()
-        if request.params.temperature > 0:
-            self._slots.allow_noise(self.target.vocab_size, self.target.dtype)
-        epoch = self._scheduler.next_epoch()
-        settings = request.slot_settings(self.block_length, epoch, self._slots.stop_ids.shape[1])
-        self._slots.open(slot, request.tokens, settings, kv_lens)
-        self._table.set([(slot, 0, pages + [-1] * (self._places.positions - len(pages)))])
-        if allowed := self._allowed(request):
-            self._slots.ban(self._banned, allowed)
         self.tuner.open(slot)
-        start = len(request.tokens) // self.block_length * self.block_length
-        return Occupant(request, epoch, pages, start - kv_lens[0], start - kv_lens[1])
-
-    def _allowed(self, request: Request) -> tuple[int, ...]:
-        """End tokens of a request that the model bans otherwise; the mask token stays banned whatever ends a text."""
-        ends = set(request.end_ids) - {self.target.mask_token_id}
-        return tuple(sorted(ends.intersection(self._banned)))
-
-    def _check_memory(self, prompt: int, needed: int, params: SamplingParams) -> None:
-        """What all pages together could not hold would wait forever."""
-        if needed > (room := self._places.pages * self.config.page_size):
-            raise SimsdError(
-                f"{prompt} prompt tokens + max_new_tokens {params.max_new_tokens}, in whole blocks {needed}, exceed the"
-                f" {room} tokens that the engine has memory for ({self._places.pages} pages of"
-                f" {self.config.page_size}): raise kv_memory, shorten the prompt or lower max_new_tokens"
-            )
-
-    def _check_gate(self, params: SamplingParams, ends: tuple[int, ...]) -> None:
-        """End tokens that the device has no room for are found by the host, but are not gated."""
-        if self._runner is None or params.verify != "temporal" or params.end_gate == 0:
-            return
-        if len(ends) > (room := self._slots.stop_ids.shape[1]):
-            raise SimsdError(
-                f"end_gate={params.end_gate:g} with {len(ends)} end tokens: this engine, by its first requests, has"
-                f" room for {room}; give fewer end_token_ids, no end_gate, or use another engine"
-            )
-
-    def _build(self) -> None:
-        target, config, length = self.target, self.config, self.block_length
-        # The mask token stays banned whatever ends a text.
-        stop_ids = max(STOP_IDS, *(len(request.end_ids) for request in self._requests.values()))
-        self._slots = Slots(
-            *(config.max_batch, length, self.capacity, config.lookahead, stop_ids, self._banned, target.device)
-        )
-        kept = config.max_batch * self._states * length
-        self._table, *runners = self._places.runners(target, self.draft, self._parts.packed, kept)
-        self._runner = Runner(self._slots, *runners, self._parts)
+        return self._batch.open(slot, request, self._scheduler.next_epoch(), pages, written)

@@ -67,7 +67,7 @@ class Places:
     Attributes:
         page_size: tokens of a page. slots: B. positions: pages of a slot's longest text.
         scratch: first place of what is not committed. target, draft: places in all (S of a `ModelRunner`).
-        pages: of the pool.
+        pages: of the pool. states: of a block that the target sees at a time.
     """
 
     page_size: int
@@ -77,6 +77,7 @@ class Places:
     target: int
     draft: int
     pages: int
+    states: int
 
     def count(self, places: int) -> int:
         """Pages in all of a model whose slots have these places."""
@@ -144,7 +145,7 @@ def places_of(
     if pages < 1:
         given = "what is free" if kv_memory is None else f"kv_memory {kv_memory:,} bytes"
         raise SimsdError(f"a page of {page_size} tokens takes {each:,} bytes of keys and values, more than {given}")
-    return Places(page_size, slots, positions, scratch, whole[0], whole[1], pages)
+    return Places(page_size, slots, positions, scratch, whole[0], whole[1], pages, states)
 
 
 def page_bytes(model: LoadedModel, page_size: int) -> int:

@@ -10,9 +10,13 @@ from collections.abc import Sequence as Seq
 from simsd.config import STRATEGIES, SamplingParams
 from simsd.decode import draft, rows, slots
 from simsd.decode.exchange import ORIGINS, SlotReport
+from simsd.errors import one_line
 from simsd.models.tokenizer import Tokenizer
 from simsd.results import Result, Stats
 from simsd.text import AnswerText
+
+NOT_FINITE = "the target's logits were not finite"
+MAX_FAILURES = 3  # errors in a row, in what a request takes part in, before it is given up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +53,14 @@ class Request:
         seed: int,
         end_ids: tuple[int, ...],
         tokenizer: Tokenizer | None,
+        priority: int = 0,
+        deadline: float = math.inf,
     ) -> None:
-        """`params.seed` is not looked at: `seed` is the one to use."""
+        """`params.seed` is not looked at: `seed` is the one to use. `priority`: the lowest is served first. `deadline`:
+        by `time.perf_counter`."""
         self.index, self.prompt, self.params, self.seed = index, prompt, params, seed
         self.end_ids, self.tokenizer = end_ids, tokenizer
+        self.priority, self.deadline = priority, deadline
         self.limit = len(prompt) + params.max_new_tokens
         self.tokens = list(prompt)
         self.steps: list[int] = []
@@ -62,10 +70,14 @@ class Request:
         self.answer = None if tokenizer is None else AnswerText(tokenizer, params.stop)
         self.provisional: list[int | None] = []
         self.finish_reason: str | None = None if params.max_new_tokens else "length"
+        self.error: str | None = None
+        self.failures = 0  # errors since its last iteration that went well
         self.delivered = 0  # generated tokens that updates have brought
         self.reported = False  # its last update is out
         self.stats = Stats()
+        self.arrived = time.perf_counter()
         self.began: float | None = None
+        self.delivered_at: float | None = None  # when an update last brought tokens
 
     def slot_settings(self, block_length: int, epoch: int, stop_ids: int) -> dict[str, object]:
         """The packed fields of a slot that the request fixes; of its end tokens the first `stop_ids`: the host looks
@@ -106,8 +118,9 @@ class Request:
         self.stats.draft_denoise_forwards += drafted
         self.stats.drafted += report.judged
         self.stats.accepted += report.accepted
-        if report.failed and self.finish_reason is None:
-            self.finish_reason = "failed"
+        self.failures = 0
+        if report.failed:
+            self.fail(NOT_FINITE)
         for block in report.blocks:
             if self.finish_reason is None:
                 known = len(self.tokens) % block_length
@@ -116,6 +129,32 @@ class Request:
                 logprobs = None if block.logprobs is None else block.logprobs[known:]
                 self.commit(block.tokens[known:], block.steps[known:], block.probs[known:], origins, logprobs)
         self.provisional = report.provisional[len(self.tokens) % block_length :]
+
+    def stumble(self, error: str) -> None:
+        """What it took part in raised. Whose error it was is not known: those who have had some in a row run alone
+        before they are given up."""
+        self.failures += 1
+        if self.failures >= MAX_FAILURES:
+            self.fail(error)
+
+    @property
+    def runs_alone(self) -> bool:
+        return self.failures == MAX_FAILURES - 1
+
+    def is_over(self, now: float) -> bool:
+        """Whether it has ended; past its deadline, it does so here."""
+        if self.finish_reason is None and self.deadline <= now:
+            self.stop(None, "deadline")
+        return self.finish_reason is not None
+
+    def fail(self, error: str) -> None:
+        if self.finish_reason is None:
+            self.finish_reason, self.error = "failed", error
+
+    def give_up_text(self, error: str) -> None:
+        """Ends it where its text cannot be decoded; all its tokens are kept."""
+        self.finish_reason, self.error = "failed", error
+        self.answer.give_up(len(self.new))
 
     def close(self) -> None:
         """Its last update is out."""
@@ -174,7 +213,7 @@ class Request:
 
     def settle(self) -> None:
         """Brings the text up to the tokens; ends the request where its first stop string is complete."""
-        if self.answer is None:
+        if self.answer is None or self.answer.given_up:
             return
         known = len(self.prompt) + len(self.answer.tokens)
         self.answer.push(self.tokens[known:], last=self.finish_reason is not None)
@@ -194,6 +233,19 @@ class Request:
         new = new[self.delivered :]
         self.delivered += len(new)
         return new, None if self.answer is None else self.answer.take()
+
+    def update(self) -> Update:
+        """The next one: the last where it has ended."""
+        try:
+            tokens, text = self.take()
+        except Exception as error:  # its tokenizer's
+            self.give_up_text(f"the text cannot be decoded: {one_line(error)}")
+            tokens, text = self.take()
+        if self.finish_reason is not None:
+            return Update(self.index, tokens, [], text, self.result())
+        ahead = [] if self.unsettled else self.provisional[: self.limit - len(self.tokens)]
+        end = next((i for i, token in enumerate(ahead) if token in self.end_ids), len(ahead) - 1)
+        return Update(self.index, tokens, ahead[: end + 1], text)
 
     def touch(self) -> None:
         """Brings the running time up to now."""
@@ -218,4 +270,5 @@ class Request:
             stats=self.stats,
             logprobs=self.logprobs[: len(new)],
             seed=self.seed,
+            error=self.error,
         )

@@ -147,7 +147,7 @@ class Runner:
     @property
     def captured(self) -> dict[Shape, tuple[float, float]]:
         """Seconds and MiB that each captured shape took."""
-        return {shape: (graph.seconds, graph.mebibytes) for shape, graph in self._graphs.items()}
+        return {shape: (graph.seconds, graph.mebibytes) for shape, graph in self._graphs.copy().items()}
 
 
 @dataclasses.dataclass

@@ -1,12 +1,14 @@
-"""Which request is in which slot, and who waits."""
+"""Which request is in which slot, who waits, and who makes room where memory runs out."""
 
 from __future__ import annotations
 
-import collections
+import bisect
 import dataclasses
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 
 from simsd.decode.exchange import SlotReport
+from simsd.engine.pages import PagePool
 from simsd.engine.request import Request
 from simsd.engine.tuner import Situation
 
@@ -19,8 +21,9 @@ class Occupant:
         epoch: of its time in the slot; reports of another are not its own.
         pages: of its keys and values, in order.
         pending, draft_lag: tokens of whole blocks whose keys and values the target, the draft lacks.
+        allowed_ids: end tokens of the request that the model bans otherwise.
         masked, standing: see `Situation`.
-        draft_forwards: as reported.
+        draft_forwards: as reported. has_draft: whether the draft model lacks no more than comes along.
     """
 
     request: Request
@@ -28,9 +31,11 @@ class Occupant:
     pages: list[int]
     pending: int
     draft_lag: int
+    allowed_ids: tuple[int, ...] = ()
     masked: int = 0
     standing: int = 0
     draft_forwards: int = 0
+    has_draft: bool = True
 
     def take(self, report: SlotReport) -> None:
         self.pending, self.draft_lag = 0, report.draft_lag
@@ -47,21 +52,28 @@ class Occupant:
         self.request.stats.draft_prefill_forwards += 1
         self.draft_lag = max(self.draft_lag - tokens, 0)
 
-    def situation(self, length: int, has_draft: bool) -> Situation:
+    def situation(self, length: int) -> Situation:
         params = self.request.params
         left = -(-self.request.limit // length) - len(self.request.tokens) // length
         drafter = params.drafter if params.verify == "exact" else "none"
-        if drafter == "auto" and not has_draft:
+        if drafter == "auto" and not self.has_draft:
             drafter = "self"
         return Situation(drafter, left, self.masked, self.standing)
 
 
 class Scheduler:
-    """First come, first served, into the lowest free slot."""
+    """Who waits, who is in which slot, and whose pages of the pool are whose.
 
-    def __init__(self, slots: int) -> None:
+    Requests rank by priority, equals as they came. In this order those who wait get the lowest free slot, and those who
+    run the pages that they grow by; where there are none, the last who runs makes room: it waits again, and so before
+    all of its priority who never ran.
+    """
+
+    def __init__(self, slots: int, pool: PagePool) -> None:
         self.slots: list[Occupant | None] = [None] * slots
-        self.waiting: collections.deque[Request] = collections.deque()
+        self.waiting: list[Request] = []  # the next one first
+        self.pool = pool
+        self._look_at = math.inf  # when someone who waits may have ended, by `time.perf_counter`
         self._epochs = 0
 
     def __bool__(self) -> bool:
@@ -69,22 +81,59 @@ class Scheduler:
         return bool(self.waiting) or any(self.slots)
 
     def queue(self, request: Request) -> None:
-        self.waiting.append(request)
+        self._look_at = min(self._look_at, request.deadline if request.finish_reason is None else -math.inf)
+        bisect.insort(self.waiting, request, key=_rank)
 
-    def put_back(self, slot: int) -> None:
-        """The slot's request waits again, before all others."""
-        self.waiting.appendleft(self.slots[slot].request)
-        self.slots[slot] = None
+    def look_again(self) -> None:
+        """Someone who waits may have ended."""
+        self._look_at = -math.inf
+
+    def let_go(self, now: float, report: Callable[[Request], None], launched: int) -> list[int]:
+        """Drops who has ended, waiting or running, and who does so now that its deadline is past, after `report` of it
+        where its last update is not out yet; returns the slots that are free now (see `free`)."""
+        if self._look_at <= now:
+            for request in self.waiting:
+                if request.is_over(now) and not request.reported:
+                    report(request)
+            self.waiting = [request for request in self.waiting if not request.reported]
+            self._look_at = min((request.deadline for request in self.waiting), default=math.inf)
+        over = [(slot, occupant.request) for slot, occupant in self.occupied if occupant.request.is_over(now)]
+        for slot, request in over:
+            if not request.reported:
+                report(request)
+            self.free(slot, launched)
+        return [slot for slot, _ in over]
+
+    def next_waiting(self) -> Request | None:
+        return next((request for request in self.waiting if request.finish_reason is None), None)
 
     def place(self, slot: int, occupant: Occupant) -> None:
         self.slots[slot] = occupant
 
-    def free(self, slot: int) -> None:
+    def free(self, slot: int, launched: int) -> None:
+        """The slot is free, and so are its pages once `launched` iterations were reported."""
+        self.pool.retire(self.slots[slot].pages, launched)
         self.slots[slot] = None
+
+    def put_back_last(self, launched: int) -> int:
+        """The last who runs waits again; returns the slot that it had."""
+        slot, occupant = self.by_rank()[-1]
+        self.queue(occupant.request)
+        self.free(slot, launched)
+        return slot
+
+    def mend(self) -> None:
+        """After an interrupt anywhere: nobody both waits and runs, and pages that nobody has are free."""
+        running = {occupant.request.index for _, occupant in self.occupied}
+        self.waiting = [request for request in self.waiting if request.index not in running]
+        self.pool.recount(page for _, occupant in self.occupied for page in occupant.pages)
 
     @property
     def occupied(self) -> Iterator[tuple[int, Occupant]]:
         return ((slot, occupant) for slot, occupant in enumerate(self.slots) if occupant is not None)
+
+    def by_rank(self) -> list[tuple[int, Occupant]]:
+        return sorted(self.occupied, key=lambda one: _rank(one[1].request))
 
     def free_slot(self) -> int | None:
         return self.slots.index(None) if None in self.slots else None
@@ -97,3 +146,7 @@ class Scheduler:
         """Who is in the slot, if it is still the one of that epoch."""
         occupant = self.slots[slot]
         return occupant if occupant is not None and occupant.epoch == epoch else None
+
+
+def _rank(request: Request) -> tuple[int, int]:
+    return request.priority, request.index

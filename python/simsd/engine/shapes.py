@@ -81,6 +81,21 @@ def prefill_chunk(lacking: list[tuple[int, int]], free: int, most: int, along: i
     return Chunk(slots, tokens, {slot for slot, lack in late.items() if lack > free})
 
 
+def turns_of(
+    occupied: Iterable[tuple[int, Occupant]], block_length: int, has_draft: bool
+) -> list[tuple[Group, list[int]]]:
+    """Slots that run together, group after group; behind them those whose request has to run alone."""
+    groups: dict[Group, list[int]] = {}
+    alone = []
+    for slot, occupant in occupied:
+        group = group_of(occupant.request.params, occupant.allowed_ids, block_length, groups, has_draft)
+        if occupant.request.runs_alone:
+            alone.append((group, [slot]))
+        else:
+            groups.setdefault(group, []).append(slot)
+    return [*groups.items(), *alone]
+
+
 def states_needed(config: EngineConfig, block_length: int) -> int:
     """C: states of blocks that one target forward may see of a slot, the current one included."""
     rows = DEFAULT_ROWS if config.max_rows is None else config.max_rows

@@ -158,8 +158,11 @@ class ModelRunner:
         return layers.forward(tokens, slots, rope, self.cache, attend, logits_rows, packed=flat)
 
     def is_current(self) -> bool:
-        """Whether the model's modules and weights are those of the last forward: only then may a graph of it be
-        replayed. Costs microseconds; where the stock modules serve, not all that was replaced is noticed."""
+        """Whether the model's modules and weights are those of the last forward, if there was any: only then may a
+        graph of it be replayed. Costs microseconds; where the stock modules serve, not all that was replaced is
+        noticed."""
+        if self._ran is None:
+            return True
         layers = self._layers_of(self.model.model)
         return layers is self._ran or (isinstance(layers, StockLayers) and isinstance(self._ran, StockLayers))
 

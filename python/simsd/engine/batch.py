@@ -1,0 +1,122 @@
+"""The requests that run, as the device has them: slots, keys and values, and iterations over them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from simsd.config import EngineConfig
+from simsd.decode.iteration import Parts
+from simsd.decode.prefill import prefill
+from simsd.decode.slots import Slots
+from simsd.engine.pages import Places
+from simsd.engine.request import Request
+from simsd.engine.runner import Outcome, Runner
+from simsd.engine.scheduler import Occupant
+from simsd.engine.shapes import Group, prefill_chunk, row_budget, shape_of
+from simsd.engine.tuner import IDLE, Tuner
+from simsd.models.loading import LoadedModel
+
+
+class Prefilled(NamedTuple):
+    """behind: slots that cannot take part in an iteration yet. target, draft: whether each ran a chunk."""
+
+    behind: set[int]
+    target: bool
+    draft: bool
+
+
+class Batch:
+    """Fills the slots, and runs forwards over them. Who is where and what came of it is kept by the engine."""
+
+    def __init__(
+        self,
+        target: LoadedModel,
+        draft: LoadedModel | None,
+        config: EngineConfig,
+        places: Places,
+        *,
+        block_length: int,
+        capacity: int,
+        stop_ids: int,
+        parts: Parts,
+    ) -> None:
+        """`capacity`: positions of the longest text. `stop_ids`: end tokens of a request that the device looks for."""
+        self.target, self.draft, self.config, self.places = target, draft, config, places
+        self.block_length, self._banned = block_length, target.banned_ids
+        self.slots = Slots(
+            *(config.max_batch, block_length, capacity, config.lookahead, stop_ids, self._banned, target.device)
+        )
+        kept = config.max_batch * places.states * block_length
+        self.table, *runners = places.runners(target, draft, parts.packed, kept)
+        self.runner = Runner(self.slots, *runners, parts)
+
+    def open(self, slot: int, request: Request, epoch: int, pages: list[int], written: tuple[int, int]) -> Occupant:
+        """Puts a request into a slot. `written`: tokens whose keys and values are in the pages, the target's and the
+        draft's, or more."""
+        slots, length = self.slots, self.block_length
+        if request.params.temperature > 0:
+            slots.allow_noise(self.target.vocab_size, self.target.dtype)
+        tokens = list(request.tokens)  # another thread may stop the request meanwhile
+        start = len(tokens) // length * length
+        kv_lens = min(written[0], start), min(written[1], start)
+        slots.open(slot, tokens, request.slot_settings(length, epoch, slots.stop_ids.shape[1]), kv_lens)
+        self.table.set([(slot, 0, pages + [-1] * (self.places.positions - len(pages)))])
+        # The mask token stays banned whatever ends a text.
+        allowed = tuple(sorted(set(request.end_ids).intersection(self._banned) - {self.target.mask_token_id}))
+        slots.ban(self._banned, allowed)
+        return Occupant(request, epoch, pages, start - kv_lens[0], start - kv_lens[1], allowed)
+
+    def written(self, slot: int) -> tuple[int, int]:
+        """Tokens of a slot whose keys and values are in place, the target's and the draft's; waits for the device."""
+        return int(self.slots.target_kv_len[slot]), int(self.slots.draft_kv_len[slot])
+
+    def prefill(self, occupied: list[tuple[int, Occupant]]) -> Prefilled:
+        """Computes one chunk, for each model, of prompts that are too long to come along with an iteration.
+
+        Args:
+            occupied: slots, the first to be served first.
+        """
+        length, runner, slots, most = self.block_length, self.runner, self.slots, self.config.prefill_rows
+        along = 0 if runner.static else most
+        chunk = prefill_chunk([(slot, o.pending) for slot, o in occupied], length, most, along, length)
+        if chunk.slots:
+            prefill(slots, runner.target, slots.target_kv_len, chunk.slots, chunk.tokens // length)
+        lags = [(slot, o.draft_lag) for slot, o in occupied if runner.draft and o.request.params.asks_draft_model]
+        draft_chunk = prefill_chunk(lags, 2 * length, most, along, length)
+        if draft_chunk.slots:
+            prefill(slots, runner.draft, slots.draft_kv_len, draft_chunk.slots, draft_chunk.tokens // length)
+        behind = set(chunk.behind)
+        for slot, occupant in occupied:
+            if slot in chunk.slots:
+                occupant.prefilled(chunk.tokens)
+            if slot in draft_chunk.slots:
+                occupant.draft_prefilled(draft_chunk.tokens)
+            occupant.has_draft = slot not in draft_chunk.behind
+            if not occupant.has_draft and occupant.request.params.needs_draft_model:
+                behind.add(slot)
+        return Prefilled(behind, bool(chunk.slots), bool(draft_chunk.slots))
+
+    def run(self, group: Group, members: list[int], occupants: list[Occupant | None], tuner: Tuner) -> list[Outcome]:
+        """One iteration of the slots `members`; returns the outcomes that are known by then, whose notes are (epoch,
+        draft mode) of each slot."""
+        situations = [IDLE] * len(occupants)
+        for slot in members:
+            situations[slot] = occupants[slot].situation(self.block_length)
+        config = self.config
+        modes = tuner.choose(situations, self.draft is not None)
+        running = [occupants[slot] for slot in members]
+        self_drafts = any(o.request.params.verify == "exact" and o.request.params.drafter != "model" for o in running)
+        shape = shape_of(
+            *(group, running, [modes[slot] for slot in members], config, self.block_length, len(modes)),
+            *(self.runner.static, self_drafts),
+        )
+        columns = {
+            "runs": [int(slot in members) for slot in range(len(modes))],
+            "mode": [mode.kind for mode in modes],
+            "depth": [mode.depth for mode in modes],
+            "calibration": tuner.calibration(),
+            "min_visit_prob": [tuner.min_visit_prob()] * len(modes),
+            "row_budget": [row_budget(config, len(members))] * len(modes),
+        }
+        note = [None if occupant is None else (occupant.epoch, modes[slot]) for slot, occupant in enumerate(occupants)]
+        return self.runner.run(columns, shape, note)
