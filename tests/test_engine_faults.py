@@ -17,8 +17,11 @@ from simsd.decode.exchange import Report
 from simsd.decode.iteration import Parts, run_plan
 from simsd.decode.slots import Slots
 from simsd.engine import batch, pages
+from simsd.engine.pages import page_bytes
 from simsd.engine.request import MAX_FAILURES, NOT_FINITE, Request
 from simsd.engine.runner import Runner
+from simsd.engine.scheduler import Scheduler
+from simsd.models.block_table import BlockTable
 from small_tokenizers import for_stand_ins
 from stand_ins import random_sdar
 
@@ -31,6 +34,8 @@ MIXED += [(prompt, {"verify": "temporal"}) for prompt in (PROMPTS[3], LONG[1])]
 PLACES = {
     "open": (Slots, "open"),
     "close": (Slots, "close"),
+    "pages": (BlockTable, "set"),
+    "preempt": (Scheduler, "put_back_last"),
     "prefill": (batch, "prefill"),
     "propose": (drafting, "by_model"),
     "propose-itself": (drafting, "from_last_logits"),
@@ -48,29 +53,34 @@ PLACES = {
 
 
 def made(target, draft, parts: Parts | None = None, **config) -> simsd.Engine:
-    config = {"max_batch": 3, "max_length": 256, "prefill_rows": 64, "max_rows": 32} | config
-    return simsd.Engine(target, draft, **config, parts=parts or Parts())
+    """Room for 14 pages: less than three requests of which one is long can use."""
+    each = sum(page_bytes(model, 16) for model in (target, draft) if model is not None)
+    config = {"max_batch": 3, "max_length": 256, "prefill_rows": 64, "max_rows": 32, "page_size": 16} | config
+    return simsd.Engine(target, draft, **{"kv_memory": 14 * each} | config, parts=parts or Parts())
 
 
-def added(engine: simsd.Engine, jobs) -> list[int]:
-    return [engine.add(prompt, max_new_tokens=12, end_token_ids=(), **own) for prompt, own in jobs]
+def added(engine: simsd.Engine, jobs, new: int = 12) -> list[int]:
+    return [engine.add(prompt, max_new_tokens=new, end_token_ids=(), **own) for prompt, own in jobs]
 
 
 def served(engine: simsd.Engine, most_errors: int = 1000) -> tuple[dict[int, simsd.Result], list[Exception]]:
-    """As a server would: on and on, whatever is raised."""
-    results, errors = {}, []
-    while engine.busy:
+    """As a server would: on and on, whatever is raised. No page is lost."""
+    results, errors, idle = {}, [], False
+    while engine.busy or not idle:
         try:
+            idle = not engine.busy  # one step more frees what was still on its way
             results |= {u.index: u.result for u in engine.step() if u.result is not None}
         except Exception as error:
             errors.append(error)
             assert len(errors) <= most_errors
+    metrics = engine.metrics()
+    assert metrics.free_pages == metrics.pages and (metrics.waiting, metrics.running) == (0, 0)
     return results, errors
 
 
 @pytest.fixture(scope="module")
 def alone(target, draft) -> list[simsd.Result]:
-    config = {"max_new_tokens": 12, "end_token_ids": (), "prefill_rows": 64, "max_rows": 32}
+    config = {"max_new_tokens": 28, "end_token_ids": (), "prefill_rows": 64, "max_rows": 32, "lookahead": 1}
     return [simsd.generate(target, [prompt], draft, **config, **own)[0] for prompt, own in MIXED]
 
 
@@ -99,7 +109,7 @@ def test_an_error_in_any_part_of_an_iteration_loses_and_changes_nothing(
     if static:
         pretended_cuda.pretend(monkeypatch)
     owner, name = PLACES[place]
-    failing = failing_at(range(1, 1000, 7), getattr(owner, name), behind)
+    failing = failing_at(range(place != "preempt", 1000, 7), getattr(owner, name), behind)
     parts = {"packed": False} if static else {}
     if (owner, name) == (drafting, "run_plan"):
         parts["forward"] = failing
@@ -109,8 +119,8 @@ def test_an_error_in_any_part_of_an_iteration_loses_and_changes_nothing(
         monkeypatch.setattr(iteration, "judge", failing)
     else:
         monkeypatch.setattr(owner, name, failing)
-    engine = made(target, draft, Parts(**parts))
-    numbers = added(engine, MIXED)
+    engine = made(target, draft, Parts(**parts), lookahead=1)
+    numbers = added(engine, MIXED, new=28)
     results, errors = served(engine)
     assert errors and {str(error) for error in errors} == {"injected"}
     assert sorted(results) == numbers
@@ -120,7 +130,7 @@ def test_an_error_in_any_part_of_an_iteration_loses_and_changes_nothing(
         assert (result.finish_reason, result.error) == (expected.finish_reason, None)
     metrics = engine.metrics()
     assert metrics.failed_iterations == len(errors) and metrics.last_error == "injected"
-    assert (metrics.waiting, metrics.running) == (0, 0)
+    assert static or place == "preempt" or metrics.preemptions > 0
 
 
 def test_updates_of_an_iteration_that_raised_come_with_the_next_call(target, draft):
@@ -159,15 +169,37 @@ def test_a_request_that_makes_every_iteration_raise_fails_alone(target, draft):
     assert [results[number].tokens for number in numbers if number != numbers[2]] == [r.tokens for r in native]
 
 
-def test_a_device_that_answers_no_more_ends_every_request_with_what_it_has(target, draft):
+@pytest.mark.parametrize("calls", [(), ("open", "close", "pages")], ids=["forwards", "everything"])
+def test_a_device_that_answers_no_more_ends_every_request_with_what_it_has(target, draft, monkeypatch, calls):
     """A server that goes on and on is not kept busy by it."""
-    forward = failing_at(range(6, 10**6), run_plan, False)
+    lost = []
+
+    def unless_lost(function):
+        def call(*given):
+            if lost:
+                raise RuntimeError("injected")
+            return function(*given)
+
+        return call
+
+    for call in calls:
+        where, name = PLACES[call]
+        monkeypatch.setattr(where, name, unless_lost(getattr(where, name)))
+    count = itertools.count()
+
+    def forward(*given):
+        if next(count) >= 6:
+            lost.append(True)
+            raise RuntimeError("injected")
+        return run_plan(*given)
+
     engine = made(target, draft, Parts(forward=forward), max_batch=2)
     numbers = added(engine, [(prompt, {"drafter": "self"}) for prompt in PROMPTS])
     results, errors = served(engine)
     assert len(errors) <= MAX_FAILURES * len(PROMPTS)
     assert {results[number].finish_reason for number in numbers} == {"failed"}
     assert {results[number].error for number in numbers} == {"injected"}
+    lost.clear()
     native = simsd.generate(target, PROMPTS, max_new_tokens=12, end_token_ids=(), verify="none")
     for number, expected in zip(numbers, native, strict=True):
         kept = results[number].tokens
@@ -200,9 +232,7 @@ def test_where_memory_does_not_suffice_the_error_names_the_settings_to_lower(tar
     numbers = added(engine, [(prompt, {"drafter": "self"}) for prompt in PROMPTS])
     results, [raised] = served(engine)
     assert isinstance(raised, OutOfMemoryError) and isinstance(raised, SimsdError) and isinstance(raised, MemoryError)
-    settings = (
-        r"lower max_batch \(3\), max_rows \(32\), prefill_rows \(64\), max_length \(256\) or kv_memory \(default\)"
-    )
+    settings = r"lower max_batch \(3\), max_rows \(32\), prefill_rows \(64\), max_length \(256\) or kv_memory \(\d+\)"
     assert raised.__cause__ is error
     with pytest.raises(OutOfMemoryError, match=settings):
         raise raised
