@@ -241,7 +241,7 @@ def test_an_interrupt_loses_no_request_and_no_page(target, interrupted_at, funct
     """Also where slots are freed, results are let go of, and a request makes room for another."""
     three_pages = 3 * page_bytes(target, 16)
     engine = simsd.Engine(target, max_batch=2, max_length=48, page_size=16, kv_memory=three_pages)
-    numbers = [engine.add(prompt, max_new_tokens=20, end_token_ids=(), verify="none") for prompt in PROMPTS[:3]]
+    numbers = [engine.add(prompt, max_new_tokens=20, end_token_ids=(), verify="none") for prompt in PROMPTS[:4]]
     results = {}
 
     def serve():
@@ -251,6 +251,7 @@ def test_an_interrupt_loses_no_request_and_no_page(target, interrupted_at, funct
 
     for _ in range(3):
         engine.step()
+    engine.cancel(numbers.pop())  # it waits
     engine._unsettled = True
     interrupted_at(function, line, serve)
     serve()
