@@ -12,6 +12,7 @@ import simsd
 from replays import PROMPTS
 from simsd import SimsdError
 from simsd.decode.iteration import Parts, run_plan
+from simsd.engine.pages import page_bytes
 from simsd.engine.request import Request
 from small_tokenizers import for_stand_ins
 from stand_ins import random_sdar
@@ -37,7 +38,8 @@ def joined(threads: list[threading.Thread]) -> None:
 
 def test_texts_are_those_of_lone_requests_while_other_threads_add_and_cancel(target, draft):
     alone = {job: simsd.generate(target, [PROMPTS[job[0]]], verify="none", **SETTINGS[job[1]])[0] for job in JOBS}
-    engine = simsd.Engine(target, draft, max_batch=3, max_length=64)
+    memory = 5 * (page_bytes(target, 16) + page_bytes(draft, 16))  # too little for three
+    engine = simsd.Engine(target, draft, max_batch=3, max_length=64, page_size=16, kv_memory=memory)
     jobs: dict[int, tuple[int, int]] = {}
     stopped: set[int] = set()
     errors: list[BaseException] = []
@@ -92,8 +94,10 @@ def test_texts_are_those_of_lone_requests_while_other_threads_add_and_cancel(tar
         columns = (result.tokens, result.step_map, result.probs)
         assert columns == (expected.tokens[:count], expected.step_map[:count], expected.probs[:count])
         assert brought[number][:count] == result.tokens
+    assert engine.step() == []
     metrics = engine.metrics()
     assert (metrics.waiting, metrics.running) == (0, 0) and sum(metrics.finished.values()) == len(jobs)
+    assert metrics.free_pages == metrics.pages == 5
 
 
 @pytest.mark.parametrize("call", ["cancel", "stop", "result", "metrics", "add"])
@@ -181,3 +185,4 @@ def test_when_the_driving_thread_dies_another_one_takes_over(target, draft, erro
     drive()
     native = simsd.generate(target, PROMPTS, max_new_tokens=12, end_token_ids=(), verify="none")
     assert [results[number].text for number in numbers] == [result.text for result in native]
+    assert engine.step() == [] and engine.metrics().free_pages == engine.metrics().pages

@@ -7,9 +7,9 @@ import pytest
 from simsd import EngineConfig, SamplingParams
 from simsd.decode.exchange import MODEL_DRAFT, SELF_DRAFT
 from simsd.decode.temporal import Temporal
-from simsd.engine.request import Request
+from simsd.engine.request import MAX_FAILURES, Request
 from simsd.engine.scheduler import Occupant
-from simsd.engine.shapes import Chunk, Group, group_of, prefill_chunk, row_budget, shape_of, states_needed
+from simsd.engine.shapes import Chunk, Group, group_of, prefill_chunk, row_budget, shape_of, states_needed, turns_of
 from simsd.engine.tuner import NONE, OWN, DraftMode
 
 MODEL, FURTHER, OWN_FURTHER = DraftMode(MODEL_DRAFT, 1), DraftMode(MODEL_DRAFT, 3), DraftMode(SELF_DRAFT, 2)
@@ -71,6 +71,15 @@ def test_temporal_requests_share_an_iteration_where_they_are_judged_alike():
     assert one.temporal == Temporal("mrs", "draft_argmax", gates=False)
     assert one == group(verify="temporal", accept="mrs", rejected_tail="draft_argmax", temperature=1.0)
     assert group(verify="temporal", end_gate=0.5) == group(verify="temporal", end_gate=0.1) != group(verify="temporal")
+
+
+def test_a_request_of_which_iterations_raised_runs_behind_the_others_and_alone():
+    occupants = [occupant(), occupant(verify="temporal"), occupant(), occupant(draft_steps=2), occupant()]
+    for _ in range(MAX_FAILURES - 1):
+        occupants[0].request.stumble("an error")
+    turns = turns_of(enumerate(occupants), LENGTH, has_draft=True)
+    assert [members for _, members in turns] == [[1], [2, 4], [3], [0]]
+    assert [one for one, _ in turns] == [group(verify="temporal"), Group(1), Group(2), Group(1)]
 
 
 @pytest.mark.parametrize(
