@@ -352,3 +352,16 @@ def test_a_callback_that_raises_between_updates_loses_none(target, draft):
             continue
     native = simsd.generate(target, PROMPTS, max_new_tokens=12, end_token_ids=(), verify="none")
     assert [tokens[number] for number in numbers] == [result.tokens for result in native]
+
+
+def test_a_call_that_raises_leaves_none_of_its_requests_behind(target, draft):
+    engine = made(target, draft, Parts(forward=failing_at({2}, run_plan, False)))
+    waiting = engine.add(PROMPTS[0], max_new_tokens=40, drafter="self", end_token_ids=())
+    with pytest.raises(RuntimeError, match="injected"):
+        engine.generate(PROMPTS[1:], max_new_tokens=12, drafter="self")
+    results, errors = served(engine)
+    assert errors == [] and results.pop(waiting).finish_reason == "length"
+    assert {result.finish_reason for result in results.values()} == {"cancelled"} and len(results) == 4
+    again = engine.generate(PROMPTS[1:], max_new_tokens=12, drafter="self", end_token_ids=())
+    native = simsd.generate(target, PROMPTS[1:], max_new_tokens=12, end_token_ids=(), verify="none")
+    assert [result.tokens for result in again] == [result.tokens for result in native]
