@@ -115,7 +115,7 @@ def test_memory_runs_out_while_an_iteration_is_on_its_way(pair, jobs):
     )
     check(serve(crowded, jobs, drafter="model"), jobs)
     crowded.step()
-    assert crowded._pages.free == 9
+    assert crowded.metrics().free_pages == 9
 
 
 NATIVE = Shape(states=1, logits_rows=3 * 4)

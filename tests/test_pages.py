@@ -124,7 +124,7 @@ def test_texts_do_not_depend_on_memory(target, draft, count, verify):
         mine = owned(engine)
         assert len(set(mine)) == len(mine) and set(mine) <= set(range(count))
     engine.step()
-    assert engine._pages.free == count
+    assert engine.metrics().free_pages == count
     assert preempted > 0 or count == 14
     for number, wanted in zip(numbers, roomy, strict=True):
         found = results[number]
@@ -161,7 +161,7 @@ def test_a_cancelled_request_leaves_no_page(target, draft):
     while engine.busy:
         engine.step()
     engine.step()
-    assert engine._pages.free == 9
+    assert engine.metrics().free_pages == 9
 
 
 @pytest.mark.parametrize("value", [0, 8, 17, 48, 512, 64.5])

@@ -9,6 +9,7 @@ from replays import PROMPTS
 from simsd import SamplingParams
 from simsd.decode.exchange import SlotReport
 from simsd.engine.pages import PagePool
+from simsd.engine.prefixes import PrefixCache
 from simsd.engine.request import Request
 from simsd.engine.scheduler import Occupant, Scheduler
 from simsd.engine.tuner import Situation
@@ -20,11 +21,11 @@ def request(prompt: int = 6, new: int = 8, **params) -> Request:
 
 
 def occupant(epoch: int = 1, **params) -> Occupant:
-    return Occupant(request(**params), epoch, [], 4, 4)
+    return Occupant(request(**params), epoch, [], [], 4, (0, 0), 4, 4)
 
 
 def test_the_lowest_free_slot_is_next():
-    scheduler = Scheduler(3, PagePool(8))
+    scheduler = Scheduler(3, PrefixCache(PagePool(8), 16, 4))
     assert scheduler.free_slot() == 0
     scheduler.slots[0], scheduler.slots[1] = occupant(1), occupant(2)
     assert scheduler.free_slot() == 2
@@ -36,7 +37,7 @@ def test_the_lowest_free_slot_is_next():
 
 
 def test_there_is_something_to_do_while_anyone_waits_or_runs():
-    scheduler = Scheduler(2, PagePool(8))
+    scheduler = Scheduler(2, PrefixCache(PagePool(8), 16, 4))
     assert not scheduler
     scheduler.queue(request())
     assert scheduler
@@ -48,7 +49,7 @@ def test_there_is_something_to_do_while_anyone_waits_or_runs():
 
 
 def test_a_late_report_is_not_taken_for_the_successor_s():
-    scheduler = Scheduler(2, PagePool(8))
+    scheduler = Scheduler(2, PrefixCache(PagePool(8), 16, 4))
     epochs = [scheduler.next_epoch() for _ in range(3)]
     assert len(set(epochs)) == 3 and min(epochs) > 0  # 0 is that of a slot that never was opened
     scheduler.slots[1] = occupant(epochs[0])
@@ -60,7 +61,7 @@ def test_a_late_report_is_not_taken_for_the_successor_s():
 def test_an_occupant_is_as_it_was_last_reported():
     one = occupant()
     report = SlotReport(1, [], 1, 0, 0, 1, False, False, [], 3, 2, 8, 5)
-    one.take(report)
+    one.take(report, 4)
     assert (one.pending, one.draft_lag, one.masked, one.standing, one.draft_forwards) == (0, 8, 3, 2, 5)
 
 

@@ -23,7 +23,7 @@ def group(others=(), allowed=(), has_draft=True, **params) -> Group:
 
 def occupant(pending: int = 0, lag: int = 0, standing: int = 0, **params) -> Occupant:
     made = Request(0, [1], SamplingParams(**params), 0, (), None)
-    return Occupant(made, 1, [], pending, lag, standing=standing)
+    return Occupant(made, 1, [], [], pending, (0, 0), pending, lag, standing=standing)
 
 
 def shape(occupants, modes, group=EXACT, static=False, self_drafts=True, slots=4, **config):

@@ -190,6 +190,8 @@ class EngineConfig:
             tokens, or 90% of what is free where that is less. Requests wait for memory, and the youngest makes room for
             the others and is computed anew later, where it runs out: texts do not depend on it.
         page_size: tokens of the pages that memory is shared out in: 16, 32, 64, 128 or 256.
+        prefix_cache: whether requests share the keys and values of equal beginnings, whole pages and blocks of them,
+            which stay after a request until their memory is needed. Texts do not depend on it.
         prefill_rows: prompt tokens that an iteration computes at most: longer prompts are computed in chunks of as
             many, beside what the others decode.
     """
@@ -203,6 +205,7 @@ class EngineConfig:
     prefill_rows: int = 2048
     kv_memory: int | None = None
     page_size: int = 64
+    prefix_cache: bool = True
 
     def __post_init__(self) -> None:
         _plain_values(self)
@@ -220,6 +223,8 @@ class EngineConfig:
         integer("page_size", self.page_size, 16, 256)
         if self.page_size & (self.page_size - 1):
             raise SimsdError(f"page_size must be 16, 32, 64, 128 or 256, got {self.page_size}")
+        if not isinstance(self.prefix_cache, bool):
+            raise SimsdError(f"prefix_cache must be True or False, got {self.prefix_cache!r:.80}")
         if self.max_rows is not None:
             integer("max_rows", self.max_rows, 0)
             object.__setattr__(self, "max_rows", min(self.max_rows, INT32_MAX))

@@ -18,7 +18,8 @@ class Stats:
     A prompt's own rows ride along with the first forward that it needs; prefill forwards are those that only commit
     (the chunks of a long prompt). Denoise forwards see current states alone, verify forwards drafted ones too.
     `drafted` and `accepted` count tokens that the target judged, positions past an end token or the length limit
-    included; `total_seconds` run from the prompt's entry into the batch to its last token.
+    included; `total_seconds` run from the prompt's entry into the batch to its last token. `cached_tokens` of the
+    prompt needed no forward: an engine had their keys and values.
     """
 
     target_prefill_forwards: int = 0
@@ -31,6 +32,7 @@ class Stats:
     bonus: int = 0
     total_seconds: float = 0.0
     new_tokens: int = 0
+    cached_tokens: int = 0
 
     @property
     def target_forwards(self) -> int:

@@ -9,6 +9,7 @@ from simsd.decode.iteration import Parts
 from simsd.decode.prefill import prefill
 from simsd.decode.slots import Slots
 from simsd.engine.pages import Places
+from simsd.engine.prefixes import Prefix
 from simsd.engine.request import Request
 from simsd.engine.runner import Outcome, Runner
 from simsd.engine.scheduler import Occupant
@@ -49,10 +50,23 @@ class Batch:
         kept = config.max_batch * places.states * block_length
         self.table, *runners = places.runners(target, draft, parts.packed, kept)
         self.runner = Runner(self.slots, *runners, parts)
+        self._versions = [model.version for model in runners if model]
 
-    def open(self, slot: int, request: Request, epoch: int, pages: list[int], written: tuple[int, int]) -> Occupant:
-        """Puts a request into a slot. `written`: tokens whose keys and values are in the pages, the target's and the
-        draft's, or more."""
+    def open(
+        self,
+        slot: int,
+        request: Request,
+        epoch: int,
+        pages: list[int],
+        path: list[Prefix],
+        written: tuple[int, int],
+    ) -> Occupant:
+        """Puts a request into a slot.
+
+        Args:
+            pages, path: see `Occupant`.
+            written: tokens whose keys and values are in the pages, the target's and the draft's, or more.
+        """
         slots, length = self.slots, self.block_length
         if request.params.temperature > 0:
             slots.allow_noise(self.target.vocab_size, self.target.dtype)
@@ -64,7 +78,13 @@ class Batch:
         # The mask token stays banned whatever ends a text.
         allowed = tuple(sorted(set(request.end_ids).intersection(self._banned) - {self.target.mask_token_id}))
         slots.ban(self._banned, allowed)
-        return Occupant(request, epoch, pages, start - kv_lens[0], start - kv_lens[1], allowed)
+        return Occupant(request, epoch, pages, path, start, kv_lens, start - kv_lens[0], start - kv_lens[1], allowed)
+
+    def models_changed(self) -> bool:
+        """Whether modules or weights are others than when this was last asked."""
+        versions = [model.version for model in (self.runner.target, self.runner.draft) if model]
+        changed, self._versions = versions != self._versions, versions
+        return changed
 
     def written(self, slot: int) -> tuple[int, int]:
         """Tokens of a slot whose keys and values are in place, the target's and the draft's; waits for the device."""

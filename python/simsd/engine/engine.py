@@ -26,6 +26,7 @@ from simsd.engine.limits import check_gate, check_queue, check_room, checked_pri
 from simsd.engine.metrics import Meter, Metrics
 from simsd.engine.pages import PagePool, places_of
 from simsd.engine.pair import block_length, check_device, check_length, check_pair, check_params
+from simsd.engine.prefixes import Prefix, PrefixCache
 from simsd.engine.request import Request, Update
 from simsd.engine.runner import Outcome
 from simsd.engine.scheduler import Occupant, Scheduler
@@ -98,7 +99,8 @@ class Engine:
         self._pages = PagePool(self._places.pages)
         self._requests: dict[int, Request] = {}
         self._numbers = itertools.count()
-        self._scheduler = Scheduler(config.max_batch, self._pages)
+        self._prefixes = PrefixCache(self._pages, config.page_size, length, config.prefix_cache)
+        self._scheduler = Scheduler(config.max_batch, self._prefixes)
         self._done: list[int] = []  # requests whose last update is out; they are kept until the next iteration
         self._updates: collections.deque[Update] = collections.deque()
         self._parts = parts
@@ -182,7 +184,8 @@ class Engine:
                 running=sum(1 for _ in scheduler.occupied),
                 slots=self.config.max_batch,
                 pages=self._pages.count,
-                free_pages=self._pages.free,
+                free_pages=self._prefixes.available,
+                cached_pages=self._prefixes.idle_pages,
                 captured=captured,
             )
 
@@ -300,7 +303,7 @@ class Engine:
         for slot, occupant in scheduler.occupied:
             with self._concerning([occupant.request]):
                 written = self._batch.written(slot)
-                scheduler.place(slot, self._open(slot, occupant.request, occupant.pages, written))
+                scheduler.place(slot, self._open(slot, occupant.request, occupant.pages, occupant.path, written))
 
     def _deliver(self, outcome: Outcome) -> None:
         """Takes over what an iteration brought, slot by slot."""
@@ -315,7 +318,9 @@ class Engine:
                 forwards = max(forwards, drafted)
                 self._observe(slot, outcome, report, drafted)
                 occupant.request.learn(report, drafted, self.block_length)
-                occupant.take(report)
+                occupant.take(report, self.block_length)
+                if not occupant.path[-1].in_target:
+                    self._prefixes.computed(occupant.path, *occupant.written)
                 moved.append(occupant.request)
             self.tuner.observe_times(outcome, forwards)
             self._meter.ran(outcome.reports, forwards)
@@ -344,11 +349,10 @@ class Engine:
     def _release(self) -> list[int]:
         """Lets go of what is done, waiting or running, however it came to be; returns the slots that are free now, of
         which the device does not know yet."""
-        runner = None if self._batch is None else self._batch.runner
         with self._lock:
-            freed = self._scheduler.let_go(time.perf_counter(), self._update, runner.launched if runner else 0)
-        if runner:
-            self._pages.reclaim(runner.reported)
+            freed = self._scheduler.let_go(time.perf_counter(), self._update, self._launched)
+        if self._batch is not None:
+            self._pages.reclaim(self._batch.runner.reported)
         return freed
 
     def _close(self, slots: list[int | slice]) -> None:
@@ -356,21 +360,47 @@ class Engine:
             self._batch.slots.close(slot)
 
     def _admit(self) -> None:
-        """Lets in who waits, the first in order first: none overtakes one that has to wait for pages."""
-        scheduler = self._scheduler
-        while (slot := scheduler.free_slot()) is not None and (request := scheduler.next_waiting()) is not None:
-            needed = self._pages_needed(request)
-            # One page more for each that may still grow: they would soon drive it out again.
-            growing = sum(len(one.pages) < self._most_pages(one.request) for _, one in scheduler.occupied)
-            if needed + growing > self._pages.free:
+        """Lets in who waits, the first in order first. None overtakes one that has to wait for pages; one whose prompt
+        begins as one that is being computed waits for that."""
+        scheduler, prefixes = self._scheduler, self._prefixes
+        if scheduler.waiting and self._batch is not None and self._batch.models_changed():
+            prefixes.forget()
+        for request in tuple(scheduler.waiting):
+            slot = scheduler.free_slot()
+            if slot is None:
                 return
-            pages = self._pages.take(needed)
-            with self._concerning([request]):
-                occupant = self._open(slot, request, pages, (0, 0))
-            with self._lock:
-                # It waits until it is in: an interrupt on the way must not lose it.
-                scheduler.place(slot, occupant)
-                scheduler.waiting.remove(request)
+            if request.finish_reason is not None:
+                continue
+            path = prefixes.find(request.tokens[: len(request.tokens) // self.block_length * self.block_length])
+            if path[-1].in_target and not self._let_in(slot, request, path):
+                return
+
+    def _let_in(self, slot: int, request: Request, path: list[Prefix]) -> bool:
+        """Whether there was memory for it, besides what it shares."""
+        scheduler, prefixes = self._scheduler, self._prefixes
+        prefixes.enter(path)
+        shared = prefixes.pages_of(path)
+        needed = self._pages_needed(request) - len(shared)
+        # One page more for each that may still grow: they would soon drive it out again.
+        growing = sum(len(one.pages) < self._most_pages(one.request) for _, one in scheduler.occupied)
+        pages = prefixes.take(needed) if needed + growing <= prefixes.available else None
+        if pages is None:
+            prefixes.leave(path, self._launched)
+            return False
+        in_draft = max(node.end for node in path if node.in_draft)
+        with self._concerning([request]):
+            occupant = self._open(slot, request, shared + pages, path, (path[-1].end, in_draft))
+        with self._lock:
+            # It waits until it is in: an interrupt on the way must not lose it.
+            scheduler.place(slot, occupant)
+            scheduler.waiting.remove(request)
+        prefixes.extend(path, request.tokens[: occupant.start], occupant.pages)
+        return True
+
+    @property
+    def _launched(self) -> int:
+        """Iterations so far, those on their way among them."""
+        return 0 if self._batch is None else self._batch.runner.launched
 
     def _pages_needed(self, request: Request) -> int:
         """Pages for whatever the next iteration may write, and where one is on its way, for that one, too."""
@@ -387,7 +417,7 @@ class Engine:
         for slot, occupant in self._scheduler.by_rank():
             while self._scheduler.slots[slot] is occupant:
                 missing = self._pages_needed(occupant.request) - len(occupant.pages)
-                pages = self._pages.take(max(missing, 0))
+                pages = self._prefixes.take(max(missing, 0))
                 if pages is not None:
                     if pages:
                         changes.append((slot, len(occupant.pages), pages))
@@ -400,18 +430,20 @@ class Engine:
     def _make_room(self) -> None:
         """Takes the pages of what is done by now or, where nothing is, of the last request that runs, which is computed
         anew later."""
-        free = self._pages.free
+        free = self._prefixes.available
         self._flush()
         self._close(self._release())
-        if self._pages.free > free:
+        if self._prefixes.available > free:
             return
         with self._lock:
-            slot = self._scheduler.put_back_last(self._batch.runner.launched)
+            slot = self._scheduler.put_back_last(self._launched)
         self._close([slot])
         self._pages.reclaim(self._batch.runner.reported)
         self._meter.preemptions += 1
 
-    def _open(self, slot: int, request: Request, pages: list[int], written: tuple[int, int]) -> Occupant:
+    def _open(
+        self, slot: int, request: Request, pages: list[int], path: list[Prefix], written: tuple[int, int]
+    ) -> Occupant:
         """Puts a request into a slot of the device, see `Batch.open`; the first of all has it made."""
         if self._batch is None:
             with self._lock:
@@ -426,6 +458,7 @@ class Engine:
             )
         if request.began is None:
             self._meter.admitted(request)
+            request.stats.cached_tokens = path[-1].end
         request.touch()
         self.tuner.open(slot)
-        return self._batch.open(slot, request, self._scheduler.next_epoch(), pages, written)
+        return self._batch.open(slot, request, self._scheduler.next_epoch(), pages, path, written)

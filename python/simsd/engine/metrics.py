@@ -40,7 +40,8 @@ class Metrics:
 
     Attributes:
         waiting, running: requests. slots: that run at most.
-        pages, free_pages: of keys and values of texts. preemptions: times that a request made room for others.
+        pages, free_pages: of keys and values of texts; cached_pages: those of the free ones that hold beginnings of
+            texts. preemptions: times that a request made room for others.
         finished: requests by `Result.finish_reason`.
         prompt_tokens: of the requests that got a slot. generated_tokens: that updates brought.
         iterations, iteration_seconds: of the engine, with what came before and behind the forwards.
@@ -58,6 +59,7 @@ class Metrics:
     slots: int
     pages: int
     free_pages: int
+    cached_pages: int
     preemptions: int
     finished: dict[str, int]
     prompt_tokens: int

@@ -15,7 +15,7 @@ class Prefix:
     """The keys and values of a unit of tokens behind those of `parent`; immutable once written.
 
     Attributes:
-        root: the first of its parents, which is no text's: None of that one itself.
+        parent: None of the root of all, which has no tokens.
         tokens: the unit's; with those of its parents, the key.
         pages: of the unit, in order. end: tokens up to its end.
         users: sequences that run on it.
@@ -24,7 +24,6 @@ class Prefix:
         following: the units that are known to come behind it.
     """
 
-    root: Prefix | None
     parent: Prefix | None
     tokens: tuple[int, ...]
     pages: list[int]
@@ -43,13 +42,17 @@ class PrefixCache:
     its end and on nothing else, whoever computes them. What nobody runs on any more is idle: it stays until its pages
     are needed, and the one that has been idle for longest goes first.
 
+    A sequence runs on a path: the root, and nodes that follow each other.
+
     Attributes:
         unit: tokens of a node.
     """
 
-    def __init__(self, pool: PagePool, page_size: int, block_length: int) -> None:
+    def __init__(self, pool: PagePool, page_size: int, block_length: int, enabled: bool = True) -> None:
+        """Not `enabled`: no path has anything but the root."""
         self.pool, self.unit, self._page_size = pool, math.lcm(page_size, block_length), page_size
-        self._root = Prefix(None, None, (), [], 0)
+        self._enabled = enabled
+        self._root = Prefix(None, (), [], 0, in_target=True, in_draft=True)
         # In the order in which they became idle, every node before its parent: a sequence that runs on one runs on all
         # its parents, and leaves the last first. So the first one has nobody behind it.
         self._idle: dict[Prefix, None] = {}
@@ -72,63 +75,86 @@ class PrefixCache:
         return self.pool.take(count)
 
     def find(self, tokens: Sequence[int]) -> list[Prefix]:
-        """The nodes of the longest beginning of `tokens` that there is, in order."""
+        """The path of the longest beginning of `tokens` that there is."""
         path, node = [], self._root
-        while (node := node.following.get(self._unit_of(tokens, node.end))) is not None:
+        while node is not None:
             path.append(node)
+            node = node.following.get(self._unit_of(tokens, node.end))
         return path
 
-    def enter(self, path: Iterable[Prefix]) -> None:
+    def enter(self, path: Sequence[Prefix]) -> None:
         """One more sequence runs on these nodes."""
-        for node in path:
+        for node in path[1:]:
             node.users += 1
             self._idle.pop(node, None)
 
     def extend(self, path: list[Prefix], tokens: Sequence[int], pages: list[int]) -> None:
-        """Adds nodes for the units of `tokens` behind `path` to it, in use by one sequence and not computed yet.
+        """Adds nodes to a path that one sequence runs on, for its tokens behind it; up to what is known otherwise.
 
         Args:
             pages: of the sequence, those of `path` among them.
         """
-        node = path[-1] if path else self._root
         each = self.unit // self._page_size
-        while len(unit := self._unit_of(tokens, node.end)) == self.unit:
-            first = node.end // self._page_size
-            added = Prefix(self._root, node, unit, pages[first : first + each], node.end + self.unit, users=1)
-            node.following[unit] = node = added
-            path.append(node)
+        while self._enabled:
+            last, unit = path[-1], self._unit_of(tokens, path[-1].end)
+            if len(unit) < self.unit or unit in last.following:
+                return
+            first = last.end // self._page_size
+            last.following[unit] = Prefix(last, unit, pages[first : first + each], last.end + self.unit, users=1)
+            path.append(last.following[unit])
 
-    def leave(self, path: list[Prefix], launched: int) -> None:
+    def pages_of(self, path: Sequence[Prefix]) -> list[int]:
+        return [page for node in path for page in node.pages]
+
+    def computed(self, path: Sequence[Prefix], in_target: int, in_draft: int) -> None:
+        """As many tokens of a path have their keys and values in place, the target's and the draft's."""
+        for node in path:
+            node.in_target |= node.end <= in_target
+            node.in_draft |= node.end <= in_draft
+
+    def leave(self, path: Sequence[Prefix], launched: int) -> None:
         """A sequence that ran on these nodes is gone, after as many iterations were launched."""
-        for node in reversed(path):
+        for node in reversed(path[1:]):
             node.users -= 1
             if node.users == 0:
                 node.launched = launched
-                if node.in_target and node.root is self._root:
+                if node.in_target and path[0] is self._root:
                     self._idle[node] = None
                 else:
                     self._drop(node)
+
+    def discard(self, path: Sequence[Prefix]) -> None:
+        """Nobody else is to run on these nodes: what they hold may be wrong."""
+        for node in path[1:]:
+            node.in_target = False
+            self._unlink(node)
 
     def forget(self) -> None:
         """Nothing of what is here serves a text to come: the models have changed. Who runs on it goes on."""
         for node in self._idle:
             self.pool.retire(node.pages, node.launched)
         self._idle.clear()
-        self._root = Prefix(None, None, (), [], 0)
+        self._root = Prefix(None, (), [], 0, in_target=True, in_draft=True)
 
     def keep_only(self, paths: Iterable[Sequence[Prefix]]) -> None:
         """After an interrupt, which may have come anywhere: the sequences that run on these are all there are."""
-        users = collections.Counter(node for path in paths for node in path)
+        users = collections.Counter(node for path in paths for node in path[1:])
         self._idle.clear()
-        for node in (self._root, *users):
+        self._root.following.clear()
+        for node in users:
             node.users = users[node]
             node.following.clear()
+            node.parent.following.clear()
         for node in users:
             node.parent.following[node.tokens] = node
 
     def _drop(self, node: Prefix) -> None:
-        node.parent.following.pop(node.tokens, None)
+        self._unlink(node)
         self.pool.retire(node.pages, node.launched)
+
+    def _unlink(self, node: Prefix) -> None:
+        if node.parent.following.get(node.tokens) is node:
+            del node.parent.following[node.tokens]
 
     def _unit_of(self, tokens: Sequence[int], first: int) -> tuple[int, ...]:
         return tuple(tokens[first : first + self.unit])

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 
 from simsd.decode.exchange import SlotReport
-from simsd.engine.pages import PagePool
+from simsd.engine.prefixes import Prefix, PrefixCache
 from simsd.engine.request import Request
 from simsd.engine.tuner import Situation
 
@@ -19,7 +19,10 @@ class Occupant:
 
     Attributes:
         epoch: of its time in the slot; reports of another are not its own.
-        pages: of its keys and values, in order.
+        pages: of its keys and values, in order; those of `path` come first.
+        path: what it shares, or may share, with others, see `PrefixCache`.
+        start: where its current block begins.
+        written: tokens whose keys and values are certainly in place, the target's and the draft's.
         pending, draft_lag: tokens of whole blocks whose keys and values the target, the draft lacks.
         allowed_ids: end tokens of the request that the model bans otherwise.
         masked, standing: see `Situation`.
@@ -29,6 +32,9 @@ class Occupant:
     request: Request
     epoch: int
     pages: list[int]
+    path: list[Prefix]
+    start: int
+    written: tuple[int, int]
     pending: int
     draft_lag: int
     allowed_ids: tuple[int, ...] = ()
@@ -37,7 +43,11 @@ class Occupant:
     draft_forwards: int = 0
     has_draft: bool = True
 
-    def take(self, report: SlotReport) -> None:
+    def take(self, report: SlotReport, length: int) -> None:
+        """After the request has learned the report; `length`: of a block."""
+        before, self.start = self.start, len(self.request.tokens) // length * length
+        # The forward has seen everything before the block that was the current one; one of the next may be pending.
+        self.written = max(before, self.start - length), self.start - report.draft_lag
         self.pending, self.draft_lag = 0, report.draft_lag
         self.masked, self.standing = report.self_draftable, report.proposed
         self.draft_forwards = report.draft_forwards
@@ -69,10 +79,10 @@ class Scheduler:
     all of its priority who never ran.
     """
 
-    def __init__(self, slots: int, pool: PagePool) -> None:
+    def __init__(self, slots: int, prefixes: PrefixCache) -> None:
         self.slots: list[Occupant | None] = [None] * slots
         self.waiting: list[Request] = []  # the next one first
-        self.pool = pool
+        self.prefixes = prefixes
         self._look_at = math.inf  # when someone who waits may have ended, by `time.perf_counter`
         self._epochs = 0
 
@@ -104,15 +114,21 @@ class Scheduler:
             self.free(slot, launched)
         return [slot for slot, _ in over]
 
-    def next_waiting(self) -> Request | None:
-        return next((request for request in self.waiting if request.finish_reason is None), None)
-
     def place(self, slot: int, occupant: Occupant) -> None:
         self.slots[slot] = occupant
 
     def free(self, slot: int, launched: int) -> None:
-        """The slot is free, and so are its pages once `launched` iterations were reported."""
-        self.pool.retire(self.slots[slot].pages, launched)
+        """The slot is free, and so are its pages once `launched` iterations were reported. Others may go on from what
+        they hold."""
+        occupant, prefixes = self.slots[slot], self.prefixes
+        path, request = occupant.path, occupant.request
+        if request.finish_reason == "failed":
+            prefixes.discard(path)
+        else:
+            prefixes.extend(path, request.tokens[: occupant.written[0]], occupant.pages)
+            prefixes.computed(path, *occupant.written)
+        prefixes.leave(path, launched)
+        prefixes.pool.retire(occupant.pages[len(prefixes.pages_of(path)) :], launched)
         self.slots[slot] = None
 
     def put_back_last(self, launched: int) -> int:
@@ -126,7 +142,8 @@ class Scheduler:
         """After an interrupt anywhere: nobody both waits and runs, and pages that nobody has are free."""
         running = {occupant.request.index for _, occupant in self.occupied}
         self.waiting = [request for request in self.waiting if request.index not in running]
-        self.pool.recount(page for _, occupant in self.occupied for page in occupant.pages)
+        self.prefixes.keep_only(occupant.path for _, occupant in self.occupied)
+        self.prefixes.pool.recount(page for _, occupant in self.occupied for page in occupant.pages)
 
     @property
     def occupied(self) -> Iterator[tuple[int, Occupant]]:

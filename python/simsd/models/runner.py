@@ -166,6 +166,13 @@ class ModelRunner:
         layers = self._layers_of(self.model.model)
         return layers is self._ran or (isinstance(layers, StockLayers) and isinstance(self._ran, StockLayers))
 
+    @property
+    def version(self) -> object:
+        """Another one where modules or weights have changed; what is written to their `.data` is not noticed."""
+        layers = self._layers_of(self.model.model)
+        kind = StockLayers if isinstance(layers, StockLayers) else layers
+        return kind, sum(weight._version for weight in self.model.model.parameters() if not weight.is_inference())
+
     def keep_logits(self, logits: Tensor) -> None:
         """Keeps the logits of a forward for the next iteration: where rows are packed themselves, else in memory of
         their own, since those of the next forward may take their place. It is made once, for `most_logits` rows or as
