@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from simsd.ambient import undisturbed
@@ -32,6 +33,8 @@ from simsd.engine.runner import Outcome
 from simsd.engine.scheduler import Occupant, Scheduler
 from simsd.engine.shapes import states_needed, turns_of
 from simsd.engine.tuner import NONE, Tuner, history_of
+from simsd.engine.weights import Weights, replace_weights
+from simsd.errors import SimsdError
 from simsd.models.loading import LoadedModel, load
 from simsd.models.tokenizer import Prompt
 from simsd.prompts import encode_prompts
@@ -106,7 +109,9 @@ class Engine:
         self._parts = parts
         self._batch: Batch | None = None
         self._stop_ids: int | None = None  # end tokens that the device has room for, once that is settled
-        self._unsettled = False
+        self._unsettled = False  # an iteration began and did not end
+        self._outdated = False  # keys and values are of other weights
+        self._asleep = False
         self._meter, self._driver = Meter(), Driver()
         self._lock = threading.RLock()
 
@@ -231,6 +236,44 @@ class Engine:
             raise
         return [results[number] for number in numbers]
 
+    def update_weights(self, weights: Weights, *, draft: bool = False) -> None:
+        """Gives the target, or the draft model, new weights in place, see `replace_weights`. Requests go on from what
+        they have committed, as they would in an engine that had these weights from there on. Needed also behind
+        changes of one's own that `Tensor.data` hides (then with {}).
+
+        Raises:
+            SimsdError: another thread drives the engine, there is no draft model, or weights that do not fit.
+        """
+        model = self.draft if draft else self.target
+        if model is None:
+            raise SimsdError("update_weights(draft=True): this engine has no draft model")
+        with self._driver.turn():
+            if self._batch is not None:
+                self._flush()
+            try:
+                replace_weights(model, weights)
+            finally:
+                self._prefixes.forget()
+                self.tuner.forget()
+                self._unsettled = self._outdated = True
+
+    def sleep(self) -> None:
+        """Frees the memory of keys and values, of slots and of captured iterations, for someone else to use until
+        `wake`. Requests wait meanwhile, those that run among them, and may be added. The weights stay."""
+        with self._driver.turn():
+            if self._batch is not None:
+                self._flush()
+            with self._lock:
+                self._scheduler.put_back_all()
+            self._batch, self._asleep = None, True
+            if self.target.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def wake(self) -> None:
+        """Goes on after `sleep`; memory is taken again with the next iteration."""
+        with self._driver.turn():
+            self._asleep = False
+
     @property
     def busy(self) -> bool:
         """Whether any request is not done, or its last update was not taken yet."""
@@ -243,6 +286,8 @@ class Engine:
     @undisturbed()
     def _iterate(self) -> None:
         """Schedule, run, deliver."""
+        if self._asleep:
+            raise SimsdError("the engine sleeps: call wake() first")
         with self._meter.iteration():
             for index in self._done:
                 self._requests.pop(index, None)  # an interrupt may have come behind it
@@ -295,6 +340,7 @@ class Engine:
             for _, occupant in scheduler.occupied:
                 occupant.request.mend()
         if self._batch is None:
+            self._outdated = False
             return
         self._batch.runner.forget()
         running = [occupant.request for _, occupant in scheduler.occupied]
@@ -302,8 +348,9 @@ class Engine:
             self._close([slice(None)])
         for slot, occupant in scheduler.occupied:
             with self._concerning([occupant.request]):
-                written = self._batch.written(slot)
+                written = (0, 0) if self._outdated else self._batch.written(slot)
                 scheduler.place(slot, self._open(slot, occupant.request, occupant.pages, occupant.path, written))
+        self._outdated = False
 
     def _deliver(self, outcome: Outcome) -> None:
         """Takes over what an iteration brought, slot by slot."""

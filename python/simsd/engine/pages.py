@@ -54,6 +54,7 @@ class PagePool:
         """After an interrupt, which may have come between taking pages and noting whose they are: all but `owned` are
         free."""
         self._retired.clear()
+        self._reported = 0
         self._free = sorted(set(range(self.count)).difference(owned), reverse=True)
 
 

@@ -138,6 +138,13 @@ class Scheduler:
         self.free(slot, launched)
         return slot
 
+    def put_back_all(self) -> None:
+        """Nobody runs any more, and no page is in use or kept."""
+        for slot, occupant in self.occupied:
+            self.queue(occupant.request)
+            self.slots[slot] = None
+        self.mend()
+
     def mend(self) -> None:
         """After an interrupt anywhere: nobody both waits and runs, and pages that nobody has are free."""
         running = {occupant.request.index for _, occupant in self.occupied}

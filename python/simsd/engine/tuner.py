@@ -123,6 +123,10 @@ class History:
     def __init__(self, device: torch.device) -> None:
         per_row = 1 / 80 if device.type == "cpu" else 1 / 2000
         self.target, self.draft = LatencyModel(per_row), LatencyModel(per_row)
+        self.forget()
+
+    def forget(self) -> None:
+        """What drafts brought: the models' weights have changed. Times stay."""
         self.acceptance = {kind: Acceptance() for kind in (SELF_DRAFT, MODEL_DRAFT)}
         self.records: dict[tuple[int, int, DraftMode], Record] = {}
 
@@ -175,6 +179,11 @@ class Tuner:
     @staticmethod
     def _no_acceptance() -> dict[int, Acceptance]:
         return {kind: Acceptance() for kind in (SELF_DRAFT, MODEL_DRAFT)}
+
+    def forget(self) -> None:
+        """See `History.forget`."""
+        self.history.forget()
+        self._acceptance = [self._no_acceptance() for _ in self._acceptance]
 
     def open(self, slot: int) -> None:
         self._acceptance[slot] = self._no_acceptance()
