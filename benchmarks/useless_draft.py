@@ -49,7 +49,7 @@ def seconds(target, draft, prompts, verify: str, tuner: type[Tuner]) -> tuple[fl
     began = time.perf_counter()
     decoder = simsd.Decoder(target, prompts, draft, config)
     engine = decoder.engine
-    engine.tuner = tuner(engine.config, engine.block_length, 1, engine.tuner.history)
+    engine.loop.tuner = tuner(engine.config, engine.block_length, 1, engine.loop.tuner.history)
     for _ in decoder:
         pass
     return time.perf_counter() - began, decoder.results()

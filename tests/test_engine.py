@@ -15,8 +15,9 @@ from simsd import SimsdError
 from simsd.decode.exchange import Report
 from simsd.decode.iteration import Parts, run_plan
 from simsd.decode.slots import Slots
-from simsd.engine.engine import Engine
+from simsd.engine.loop import Loop
 from simsd.engine.pages import PagePool, page_bytes
+from simsd.engine.prefixes import PrefixCache
 from simsd.engine.request import Request
 from simsd.engine.runner import Runner
 from simsd.engine.scheduler import Scheduler
@@ -223,10 +224,11 @@ def test_settings_are_the_request_s_or_the_engine_s():
 
 
 CODE = [
-    *(Engine._iterate.__wrapped__, Engine._restore, Engine._release, Engine._update, Engine._deliver),
-    *(Engine._admit, Engine._grow, Engine._make_room, Engine._flush, Engine._open),
+    *(Loop.iterate.__wrapped__, Loop._restore, Loop._release, Loop._update, Loop._deliver),
+    *(Loop._admit, Loop._let_in, Loop._grow, Loop._make_room, Loop.flush, Loop._open),
     *(Scheduler.let_go, Scheduler.free, Scheduler.put_back_last, Scheduler.queue, Scheduler.mend),
     *(PagePool.take, PagePool.retire, PagePool.reclaim, PagePool.recount),
+    *(PrefixCache.take, PrefixCache.enter, PrefixCache.extend, PrefixCache.computed, PrefixCache.leave),
 ]
 LINES = [
     pytest.param(function, line, id=f"{function.__name__}-{line}")
@@ -252,7 +254,7 @@ def test_an_interrupt_loses_no_request_and_no_page(target, interrupted_at, funct
     for _ in range(3):
         engine.step()
     engine.cancel(numbers.pop())  # it waits
-    engine._unsettled = True
+    engine.loop._unsettled = True
     interrupted_at(function, line, serve)
     serve()
     assert engine.metrics().preemptions > 0

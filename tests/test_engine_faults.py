@@ -17,6 +17,7 @@ from simsd.decode.exchange import Report
 from simsd.decode.iteration import Parts, run_plan
 from simsd.decode.slots import Slots
 from simsd.engine import batch, pages
+from simsd.engine.loop import Loop
 from simsd.engine.pages import page_bytes
 from simsd.engine.request import MAX_FAILURES, NOT_FINITE, Request
 from simsd.engine.runner import Runner
@@ -48,7 +49,7 @@ PLACES = {
     "report": (Report, "read"),
     "learn": (Request, "learn"),
     "commit": (Request, "commit"),
-    "deliver": (simsd.Engine, "_update"),
+    "deliver": (Loop, "_update"),
 }
 
 
@@ -131,7 +132,7 @@ def test_an_error_in_any_part_of_an_iteration_loses_and_changes_nothing(
     metrics = engine.metrics()
     assert metrics.failed_iterations == len(errors) and metrics.last_error == "injected"
     assert static or place == "preempt" or metrics.preemptions > 0
-    assert (engine._batch.slots.start < 0).all()  # one that is open yet would write to pages of others
+    assert (engine.loop.batch.slots.start < 0).all()  # one that is open yet would write to pages of others
 
 
 def test_updates_of_an_iteration_that_raised_come_with_the_next_call(target, draft):
@@ -309,7 +310,7 @@ def test_a_text_that_cannot_be_decoded_fails_alone_and_at_once(draft, call):
     whole = simsd.generate(target, PROMPTS, max_new_tokens=12, end_token_ids=(), verify="none")
     engine = made(target, draft)
     numbers = added(engine, [(prompt, {"stop": ["never there"]}) for prompt in PROMPTS])
-    broken = engine._requests[numbers[1]].answer._growing
+    broken = engine.loop.requests[numbers[1]].answer._growing
     broken.tokenizer = type("Broken", (), {"backend": target.tokenizer.backend, "decode": None})()
     broken.tokenizer.decode = failing_at(range(call, 10**6), target.tokenizer.decode, False, ValueError)
     texts, tokens, results = {}, {}, {}

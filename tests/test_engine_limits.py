@@ -12,6 +12,7 @@ import simsd
 from replays import PROMPTS
 from simsd import QueueFull, SimsdError
 from simsd.engine import engine as engine_module
+from simsd.engine import loop
 from stand_ins import random_sdar
 
 
@@ -95,7 +96,8 @@ def test_a_waiting_request_that_ends_is_told_of_at_once_wherever_it_stands():
 
 def test_past_its_deadline_a_request_ends_with_what_it_has(monkeypatch, target, draft):
     now = 100.0
-    monkeypatch.setattr(engine_module, "time", types.SimpleNamespace(perf_counter=lambda: now))
+    for module in (engine_module, loop):
+        monkeypatch.setattr(module, "time", types.SimpleNamespace(perf_counter=lambda: now))
     engine = simsd.Engine(target, draft, max_batch=2, max_length=64)
     own = {"max_new_tokens": 24, "end_token_ids": ()}
     deadlines = [None, 5.0, 3, None, np.float32(50.0)]

@@ -28,7 +28,7 @@ def crowded(target, **settings) -> simsd.Engine:
 
 
 def running(engine: simsd.Engine) -> set[int]:
-    return {occupant.request.index for _, occupant in engine._scheduler.occupied}
+    return {occupant.request.index for _, occupant in engine.loop.scheduler.occupied}
 
 
 def until_preempted(engine: simsd.Engine) -> int:
@@ -54,7 +54,7 @@ def test_pages_and_preemptions_are_counted(target):
     assert (engine.metrics().free_pages, engine.metrics().preemptions) == (PAGES, 0)
     until_preempted(engine)
     metrics = engine.metrics()
-    held = [page for _, occupant in engine._scheduler.occupied for page in occupant.pages]
+    held = [page for _, occupant in engine.loop.scheduler.occupied for page in occupant.pages]
     assert metrics.free_pages == PAGES - len(held) < PAGES and metrics.preemptions == 1
     assert len(finished(engine)) == len(PROMPTS)
 

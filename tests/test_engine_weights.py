@@ -77,10 +77,10 @@ def test_from_an_update_on_texts_are_those_of_an_engine_with_the_new_weights(
 def test_an_update_forgets_what_drafts_were_worth(pair):
     one = engine(pair)
     one.generate(PROMPTS, **SETTINGS)
-    assert any(kind.judged for kind in one.tuner.history.acceptance.values()) and one.tuner.history.records
+    assert any(kind.judged for kind in one.loop.tuner.history.acceptance.values()) and one.loop.tuner.history.records
     one.update_weights({})
-    assert not any(kind.judged for kind in one.tuner.history.acceptance.values())
-    assert not one.tuner.history.records and one.tuner.target.n > 0
+    assert not any(kind.judged for kind in one.loop.tuner.history.acceptance.values())
+    assert not one.loop.tuner.history.records and one.loop.tuner.target.n > 0
 
 
 def test_an_update_of_nothing_tells_of_changes_that_nobody_could_see(pair):
@@ -149,7 +149,7 @@ def test_a_sleep_changes_no_text_and_frees_memory(pair, kind, captured, monkeypa
     results = {}
     for _ in range(5):
         results |= {update.index: update.result for update in one.step() if update.result is not None}
-    kept = weakref.ref(one._batch.runner.target.cache.keys), weakref.ref(one._batch.slots.text)
+    kept = weakref.ref(one.loop.batch.runner.target.cache.keys), weakref.ref(one.loop.batch.slots.text)
     one.sleep()
     gc.collect()
     assert [ref() for ref in kept] == [None, None]

@@ -104,7 +104,7 @@ def crowded(target, draft, count: int, **settings) -> simsd.Engine:
 
 
 def owned(engine: simsd.Engine) -> list[int]:
-    return [page for _, occupant in engine._scheduler.occupied for page in occupant.pages]
+    return [page for _, occupant in engine.loop.scheduler.occupied for page in occupant.pages]
 
 
 @pytest.mark.parametrize("verify", ["none", "exact", "temporal"])
@@ -118,7 +118,7 @@ def test_texts_do_not_depend_on_memory(target, draft, count, verify):
     running = set()
     while engine.busy:
         results |= {update.index: update.result for update in engine.step() if update.result is not None}
-        now = {occupant.request.index for _, occupant in engine._scheduler.occupied}
+        now = {occupant.request.index for _, occupant in engine.loop.scheduler.occupied}
         preempted += len(running - now - results.keys())
         running = now
         mine = owned(engine)
@@ -138,7 +138,7 @@ def test_the_oldest_request_is_never_driven_out(target):
     while len(done) < len(numbers):
         oldest = next(number for number in numbers if number not in done)
         done += [update.index for update in engine.step() if update.result is not None]
-        running = {occupant.request.index for _, occupant in engine._scheduler.occupied}
+        running = {occupant.request.index for _, occupant in engine.loop.scheduler.occupied}
         assert oldest in running or oldest in done
     assert sorted(done) == numbers
 

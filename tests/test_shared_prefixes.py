@@ -70,7 +70,7 @@ def test_texts_and_probabilities_are_those_without_sharing(length, kind):
     for _ in range(2):  # in the second round everything is there
         results = served(with_cache, jobs)
         assert same(results, alone)
-    unit = with_cache._prefixes.unit
+    unit = with_cache.loop.prefixes.unit
     assert unit == {32: 32, 64: 64, 6: 48}[length]
     for (tokens, _), result in zip(jobs, results, strict=True):
         assert result.stats.cached_tokens == len(tokens) // length * length // unit * unit
