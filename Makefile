@@ -31,9 +31,8 @@ demo: $(VENV)/.installed
 	$(BIN)/simsd bench --items 25 --modes native,temporal,exact-model,exact-auto
 	@echo "simsd is $(BIN)/simsd: try $(BIN)/simsd generate \"What is the capital of Japan?\", or first . $(BIN)/activate"
 
-# The tests of ops, which also run on their CUDA kernels.
-OP_TESTS := $(patsubst simsd_kernels/%/api.py,tests/test_%.py,$(wildcard simsd_kernels/*/api.py)) \
-	tests/test_gradients.py tests/test_ambient_state.py
+# The suites of ops that list their backends themselves, and the others.
+OP_TESTS := $(wildcard $(patsubst simsd_kernels/%/api.py,tests/test_%.py,$(wildcard simsd_kernels/*/api.py)))
 TRANSFORMERS_TESTS := $(foreach what,models published configuration loading checkpoint supported weights tokenizer cache \
 	iteration draft prefill decoder engine experts fused runner hf, \
 	$(wildcard tests/test_$(what).py tests/test_$(what)_*.py)) tests/test_ambient.py
@@ -47,18 +46,18 @@ test-python: $(VENV)/.installed-test
 # Kernels under Triton's interpreter, and CUDA kernels run on the CPU, need processes of their own: which it is to be is
 # settled when the package is imported.
 test-interpreted: $(VENV)/.installed-test
-	TRITON_INTERPRET=1 $(IN_PARALLEL) tests/interpreted
+	TRITON_INTERPRET=1 $(IN_PARALLEL) tests/ops tests/interpreted
 
 test-emulated: $(VENV)/.installed-test
 	library=$$($(BIN)/python tests/emulation.py) && \
-		SIMSD_CUDA_EMULATION=$$library $(IN_PARALLEL) tests/emulated $(OP_TESTS) -k "cuda or emulation"
+		SIMSD_CUDA_EMULATION=$$library $(IN_PARALLEL) tests/ops tests/emulated $(OP_TESTS) -k "cuda or emulat"
 
 # AddressSanitizer must be there before anything else, and C++'s runtime with it: it would end the process at the first
 # exception.
 test-sanitized: $(VENV)/.installed-test
 	library=$$($(BIN)/python tests/emulation.py --asan) && \
 		preload="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" && \
-		SIMSD_CUDA_EMULATION=$$library LD_PRELOAD=$$preload ASAN_OPTIONS=detect_leaks=0 $(IN_PARALLEL) tests/emulated
+		SIMSD_CUDA_EMULATION=$$library LD_PRELOAD=$$preload ASAN_OPTIONS=detect_leaks=0 $(IN_PARALLEL) tests/ops tests/emulated
 
 # What touches transformers, on the oldest supported one; constraints.txt pins the newest that was tried.
 OLD_TRANSFORMERS := $(VENV)/oldest-transformers

@@ -1,19 +1,98 @@
-"""Which backends the op tests run on."""
+"""The backends that this process has for the tests of ops, and the ops as these tests call them.
+
+An ordinary process has the reference and the CPU's kernels, and on a machine with a GPU Triton's and CUDA's on it.
+TRITON_INTERPRET=1 makes it Triton's interpreter, SIMSD_CUDA_EMULATION (tests/emulation.py) the CUDA kernels on the CPU.
+"""
 
 from __future__ import annotations
+
+import functools
+import inspect
+import os
+from collections.abc import Callable
 
 import pytest
 import torch
 
+import simsd_kernels
 from simsd_kernels import dispatch
 
-BACKENDS = ("reference", "cpu", "cuda") if dispatch.EMULATION else ("reference", "cpu")
+HAS_GPU = torch.cuda.is_available()
+REHEARSAL = os.environ.get("SIMSD_GPU_REHEARSAL") == "1" and not HAS_GPU
+DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
+
+if dispatch.EMULATION:
+    BACKENDS = ("cuda",)
+elif dispatch.interpreting():
+    BACKENDS = ("triton",)
+else:
+    BACKENDS = ("reference", "cpu", "triton", "cuda") if HAS_GPU else ("reference", "cpu")
+
+# What @backends may name: backends, "emulation" for what only the emulated kernels tell, "gpu" for a real one.
+PROCESS = {*BACKENDS} | ({"emulation"} if dispatch.EMULATION else set()) | ({"gpu"} if HAS_GPU else set())
+backends = pytest.mark.backends
+kernels = backends("cpu", "triton", "cuda")
+compiled = backends("cpu", "cuda")
+
+# Random cases of an op on each backend, unless its suite has CASES of its own.
+CASES = {"reference": 60, "cpu": 100, "triton": 60, "cuda": 300}
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+each_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype).removeprefix("torch."))
+needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="not run: no CUDA GPU here")
+needs_compiled_ops = pytest.mark.skipif(dispatch.load_library() is not None, reason=str(dispatch.load_library()))
 
 
+def device_of(backend: str | None) -> torch.device:
+    """Where the tensors are that `backend` takes in this process."""
+    on_gpu = HAS_GPU and backend in ("triton", "cuda") and not (dispatch.EMULATION or dispatch.interpreting())
+    return torch.device("cuda" if on_gpu else "cpu")
+
+
+def written(op: str) -> tuple[str, ...]:
+    """The arguments that an op writes in place."""
+    arguments = dispatch.overload("simsd", op)._schema.arguments
+    return tuple(argument.name for argument in arguments if argument.alias_info and argument.alias_info.is_write)
+
+
+def callable_of(op: str) -> Callable:
+    """The op as `simsd_kernels` has it. For a backend on a GPU arguments go there, lying in memory as they do here;
+    results come back, and what is written in place."""
+    function = getattr(simsd_kernels, op)
+
+    @functools.wraps(function)
+    def call(*arguments, backend: str | None = None, **named):
+        device = device_of(backend)
+        if device.type == "cpu":
+            return function(*arguments, backend=backend, **named)
+        given = inspect.signature(function).bind(*arguments, **named).arguments
+        there = {name: copied_to(device, x) if torch.is_tensor(x) else x for name, x in given.items()}
+        out = function(**there, backend=backend)
+        for name in written(op):
+            storage_of(given[name]).copy_(storage_of(there[name]))
+        if torch.is_tensor(out) or out is None:
+            return None if out is None else out.cpu()
+        return type(out)(*(x.cpu() for x in out))
+
+    return call if HAS_GPU else function
+
+
+def storage_of(x: torch.Tensor) -> torch.Tensor:
+    """All that a tensor is a view of, and what lies between and around."""
+    return torch.empty(0, dtype=x.dtype, device=x.device).set_(x.untyped_storage())
+
+
+def copied_to(device: torch.device, x: torch.Tensor) -> torch.Tensor:
+    if x.requires_grad or not x.numel():
+        return x.to(device)
+    return storage_of(x).to(device).as_strided(x.shape, x.stride(), x.storage_offset())
+
+
+# For suites that still list their backends themselves.
 def on_each_backend(op: str, but: str | None = None) -> pytest.MarkDecorator:
     """Parametrises a test with `backend`, all `but` one; what this installation lacks is skipped, saying why."""
     cases = []
-    for backend in BACKENDS:
+    for backend in ("reference", "cpu", "cuda") if dispatch.EMULATION else ("reference", "cpu"):
         if backend == but:
             continue
         obstacle = dispatch.device_obstacle(backend, op, torch.device("cpu"))
@@ -27,6 +106,3 @@ def unsafe(refused, good):
         if isinstance(value, torch.Tensor) and value.device.type == "cpu":
             if value.dtype != good[name].dtype or value.shape != good[name].shape:
                 yield name, value
-
-
-needs_compiled_ops = pytest.mark.skipif(dispatch.load_library() is not None, reason=str(dispatch.load_library()))

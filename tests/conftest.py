@@ -3,9 +3,48 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
+import zlib
 
 import pytest
+
+ASKED = ("--op", "--backend")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--op",
+        metavar="NAME,...",
+        help="only the tests of these ops (or, of a file test_gpu_NAME.py that is about none, NAME)",
+    )
+    parser.addoption("--backend", metavar="NAME,...", help="only the tests on these backends, or on none ('none')")
+
+
+def pytest_collection_modifyitems(config, items):
+    wanted, served = (given.split(",") if (given := config.getoption(name, None)) else None for name in ASKED)
+    if not wanted and not served:
+        return
+    kept, dropped = [], []
+    for item in items:
+        settings = item.callspec.params if hasattr(item, "callspec") else {}
+        op = settings["op"].name if "op" in settings else item.path.stem.removeprefix("test_").removeprefix("gpu_")
+        is_asked = (not wanted or op in wanted) and (not served or settings.get("backend", "none") in served)
+        (kept if is_asked else dropped).append(item)
+    config.hook.pytest_deselected(items=dropped)
+    items[:] = kept
+
+
+@pytest.fixture(autouse=True)
+def schedule(request):
+    """Where CUDA kernels run on the CPU (tests/emulation.py): another order of blocks and threads for every test, the
+    same whenever it is repeated."""
+    if os.environ.get("SIMSD_CUDA_EMULATION"):
+        import torch
+
+        import simsd_kernels  # noqa: F401, which loads them
+
+        torch.ops.simsd_emulated.set_schedule(zlib.crc32(request.node.name.encode()))
 
 
 @pytest.fixture(scope="module")

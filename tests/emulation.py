@@ -1,12 +1,12 @@
 """Builds the CUDA kernels for the CPU, where every thread of a block is a fiber (csrc/cuda/emulation), and prints the
 library's path:
 
-    SIMSD_CUDA_EMULATION=$(python tests/emulation.py) pytest tests/emulated
+    SIMSD_CUDA_EMULATION=$(python tests/emulation.py) pytest tests/ops tests/emulated
 
 `--asan` builds with AddressSanitizer, whose runtime must be loaded first:
 
     LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \\
-        SIMSD_CUDA_EMULATION=$(python tests/emulation.py --asan) pytest tests/emulated
+        SIMSD_CUDA_EMULATION=$(python tests/emulation.py --asan) pytest tests/ops tests/emulated
 """
 
 from __future__ import annotations

@@ -178,7 +178,7 @@ OPS = ("thin_linear", "sort_by_expert", "grouped_linear", "silu_mul", "combine_e
 
 
 class Launches(TorchDispatchMode):
-    """Notes calls that compute. Each of ours is one kernel: tests/emulated says so op by op."""
+    """Notes calls that compute. Each of ours is one kernel: tests/ops says so op by op."""
 
     def __init__(self) -> None:
         super().__init__()

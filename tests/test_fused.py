@@ -444,7 +444,7 @@ def test_experts_that_were_changed_are_called_as_they_are(change):
 
 
 class Launches(TorchDispatchMode):
-    """Notes calls that compute. Each of ours is one kernel (tests/emulated says so op by op), attention two."""
+    """Notes calls that compute. Each of ours is one kernel (tests/ops says so op by op), attention two."""
 
     def __init__(self) -> None:
         super().__init__()

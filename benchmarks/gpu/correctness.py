@@ -1,4 +1,4 @@
-"""tests/gpu, each op in a process of its own, and every CUDA kernel under compute-sanitizer."""
+"""tests/ops, each op in a process of its own, tests/gpu, and every CUDA kernel under compute-sanitizer."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test(bench: Bench) -> None:
     """The CUDA kernels, and what is asked of no backend in particular.
 
     An op's tests have a process of their own, so that a kernel that breaks the device spoils no others; in a rehearsal,
-    where nothing can and starting takes most of the time, several ops share one.
+    where nothing can and starting takes most of the time, several ops share one, and run what is asked of every op.
     """
     backends = f"{bench.backends[0]},none"
     groups = [",".join(ops()[n::2]) for n in range(2)] if bench.tiny else list(ops())
@@ -100,12 +100,14 @@ def tests_of(bench: Bench, op: str, backends: str) -> Outcome:
     name = f"tests_{op.split(',')[0]}_{backends.split(',')[0]}"
     report = bench.logs / f"{name}.xml"
     report.unlink(missing_ok=True)
-    chosen = ["-m", "gpu", "--op", op, "--backend", backends, f"--junitxml={report}"]
+    chosen = ["--op", op, "--backend", backends, f"--junitxml={report}"]
+    suites = [] if bench.tiny else [f"tests/ops/test_{name}.py" for name in op.split(",")]
+    chosen += ["tests/gpu"] if op in DECODING else ["tests/ops/test_every_op.py", *filter(os.path.exists, suites)]
     options = ["-q", "--maxfail=40", "--tb=short", "-p", "no:cacheprovider"]
     variables = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // AT_ONCE))}
     if bench.tiny:
         variables |= {"SIMSD_GPU_REHEARSAL": "1"} | ({"TRITON_INTERPRET": "1"} if backends == "triton" else {})
-    command = [sys.executable, "-m", "pytest", *options, *chosen, "tests/gpu"]
+    command = [sys.executable, "-m", "pytest", *options, *chosen]
     ran = run(command, bench.time_left(), bench.logs / f"{name}.log", variables)
     counts = read_counts(report)
     if ran.code == OUT_OF_TIME:
@@ -149,7 +151,7 @@ def sanitized(bench: Bench, tool: str | None, name: str, chosen: tuple[str, ...]
     """Ops, all by default, on small arguments under one of the sanitizer's tools."""
     under = [tool, "--tool", name, "--error-exitcode", "9"] if tool else []
     variables = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} | ({"SIMSD_GPU_REHEARSAL": "1"} if bench.tiny else {})
-    command = [*under, sys.executable, "tests/gpu/sanitized.py", *chosen]
+    command = [*under, sys.executable, "tests/ops/sanitized.py", *chosen]
     ran = run(command, bench.time_left(), bench.logs / f"sanitize_{name}.log", variables)
     if any(words in ran.said for words in ("Device not supported", "not supported on this")):
         return Outcome("ok", ran.seconds, "not available: it refuses this device")

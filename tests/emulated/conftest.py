@@ -1,9 +1,6 @@
 """CUDA kernels on the CPU (see tests/emulation.py), in a process of its own: backend "cuda" takes CPU tensors there."""
 
-import zlib
-
 import pytest
-import torch
 
 from simsd_kernels import dispatch
 
@@ -12,9 +9,3 @@ if not dispatch.EMULATION:
         "tests/emulated needs its own process: run `SIMSD_CUDA_EMULATION=$(python tests/emulation.py) pytest "
         "tests/emulated`, and the other tests with `pytest tests --ignore tests/emulated` (`make test` does both)"
     )
-
-
-@pytest.fixture(autouse=True)
-def schedule(request):
-    """Another order of blocks and threads for every test, the same whenever it is repeated."""
-    torch.ops.simsd_emulated.set_schedule(zlib.crc32(request.node.name.encode()))

@@ -6,9 +6,9 @@ import contextlib
 
 import pytest
 import torch
-from gpu_cases import DEVICE, needs_gpu
 
 import simsd
+from backends import DEVICE, needs_gpu
 from serving import check, serve, temporal_jobs, varied_jobs
 from simsd.engine.runner import MAX_SHAPES, Runner
 

@@ -6,9 +6,9 @@ import time
 
 import pytest
 import torch
-from gpu_cases import DEVICE, needs_gpu
 
 import simsd
+from backends import DEVICE, needs_gpu
 from simsd import tasks
 from simsd.benchmarking import MODES
 from simsd.stopwatch import Stopwatch

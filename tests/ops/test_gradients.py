@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import pathlib
-import sys
-
 import pytest
 import torch
 
-import simsd_kernels
-from backends import BACKENDS, on_each_backend
-from simsd_kernels import INF, Visibility, dispatch, masked_attention
+from backends import BACKENDS, callable_of
+from every_op import OPS, Op, call, on, same_bits
+from simsd_kernels import INF, Visibility, dispatch
 from simsd_kernels.masked_attention import api, reference
 from simsd_kernels.thin_linear import api as linear_api
 from simsd_kernels.thin_linear import reference as linear_reference
 from test_masked_attention import paged, random_intervals, random_qkv, see_all
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent / "gpu"))
-from gpu_cases import OPS, Op, call, on, same_bits  # noqa: E402
-
+OP = "masked_attention"  # what tests are about that name no other
 CPU = torch.device("cpu")
+masked_attention, thin_linear = callable_of("masked_attention"), callable_of("thin_linear")
 DIFFERENTIABLE = ("masked_attention", "thin_linear")
 WITHOUT_FLOATS = ("sort_by_expert",)  # nothing of theirs can require grad
 REFUSING = [op for op in OPS if op.name not in (*DIFFERENTIABLE, *WITHOUT_FLOATS)]
-each_backend = on_each_backend("masked_attention")
 
 
 def gradients(function, inputs: list, upstream=None) -> list:
@@ -52,7 +47,6 @@ def assert_gradients_right(qkv: list, intervals, backend, **options) -> list:
     return found
 
 
-@each_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("group", [1, 3])
 @pytest.mark.parametrize("scale", [None, 0.3])
@@ -62,7 +56,6 @@ def test_attention_trains_on_every_backend(backend, dtype, group, scale):
     assert_gradients_right(qkv, random_intervals(2, 7, 70), backend, kv_len=kv_len, scale=scale)
 
 
-@each_backend
 def test_attention_trains_on_strided_views(backend):
     q, k, v = random_qkv(2, 2, 2, 6, 40, 24)
     views = [
@@ -74,7 +67,6 @@ def test_attention_trains_on_strided_views(backend):
     assert_gradients_right(views, (clock, birth, death), backend)
 
 
-@each_backend
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")], ids=str)
 def test_what_nobody_sees_has_zero_gradients_whatever_it_holds(backend, poison):
     q, k, v = random_qkv(2, 2, 2, 6, 50, 16)
@@ -95,7 +87,6 @@ def test_what_nobody_sees_has_zero_gradients_whatever_it_holds(backend, poison):
     assert not any(gradient.any() for gradient in gradients(attend, [q, k, v]))
 
 
-@each_backend
 def test_attention_trains_through_pages(backend):
     q, k, v = random_qkv(2, 2, 2, 5, 64, 16)
     k_pages, v_pages, table = paged(k, v, 16)
@@ -148,7 +139,7 @@ def test_opcheck_with_gradients(pages, wanted):
     torch.library.opcheck(torch.ops.simsd.masked_attention, (*given, *random_intervals(1, 3, 32), kv_len, 0.5, table))
 
 
-@each_backend
+@pytest.mark.skipif(dispatch.interpreting(), reason="not run: nothing compiles Triton's interpreter")
 def test_forward_and_backward_compile_into_one_graph(backend):
     qkv = list(random_qkv(2, 2, 2, 5, 40, 16))
     intervals = random_intervals(2, 5, 40)
@@ -161,12 +152,11 @@ def test_forward_and_backward_compile_into_one_graph(backend):
         torch.testing.assert_close(given, expected)
 
 
-@each_backend
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_gradients_do_not_notice_autocast(backend, name):
     if name == "thin_linear":
         inputs = [torch.randn(3, 20), torch.randn(7, 20)]
-        function = lambda x, weight: simsd_kernels.thin_linear(x, weight, backend=backend)  # noqa: E731
+        function = lambda x, weight: thin_linear(x, weight, backend=backend)  # noqa: E731
     else:
         inputs = list(random_qkv(1, 1, 2, 3, 20, 16))
         intervals = random_intervals(1, 3, 20)
@@ -202,7 +192,6 @@ def dense_training_mask(blocks: int, length: int) -> torch.Tensor:
     return own | before | clean
 
 
-@each_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_a_block_diffusion_training_step_has_the_gradients_of_torchs_attention(backend, dtype):
     if dtype == torch.float64 and backend != "reference":
@@ -258,7 +247,6 @@ def test_autograd_notices_what_an_op_writes_in_place(op: Op):
         call(op, {name: x.clone() if torch.is_tensor(x) else x for name, x in given.items()}, None)
 
 
-@each_backend
 def test_nothing_is_computed_for_gradients_that_nobody_wants(backend):
     q, k, v = random_qkv(1, 1, 1, 2, 9, 16)
     out = masked_attention(q, k, v, *see_all(1, 2, 9), backend=backend)

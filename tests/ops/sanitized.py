@@ -1,6 +1,6 @@
 """Every CUDA kernel, or those of the ops that are named, on small arguments of a few seeds: for compute-sanitizer.
 
-compute-sanitizer --tool racecheck python tests/gpu/sanitized.py thin_linear
+compute-sanitizer --tool racecheck python tests/ops/sanitized.py thin_linear
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ import sys
 
 import _pytest.outcomes
 import torch
-from gpu_cases import BACKENDS, DEVICE, OPS, call, on
+
+from backends import BACKENDS, DEVICE
+from every_op import OPS, call, on
 
 SEEDS = (1, 2, 3)
 
@@ -23,7 +25,7 @@ def main(names: list[str]) -> None:
         calls = 0
         for seed in SEEDS:
             try:
-                call(op, on(DEVICE, op.make(seed)), BACKENDS[0])
+                call(op, on(DEVICE, op.make(seed)), BACKENDS[-1])
                 calls += 1
             except _pytest.outcomes.Skipped as skipped:
                 print(skipped)

@@ -1,10 +1,9 @@
-"""Every op with what is needed to test it on a device: random arguments, what to expect, which arguments are lanes."""
+"""Every op with what all of them are tested with: random arguments, what is refused, which arguments are lanes."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
-import os
 import random
 from collections.abc import Callable
 
@@ -32,16 +31,9 @@ import test_store_kv
 import test_thin_linear
 import test_verify_graph
 import walks
+from backends import FLOATS
 from simsd_kernels import dispatch
 from simsd_kernels.masked_attention import reference as attention_reference
-
-HAS_GPU = torch.cuda.is_available()
-REHEARSAL = os.environ.get("SIMSD_GPU_REHEARSAL") == "1" and not HAS_GPU
-DEVICE = torch.device("cpu" if REHEARSAL else "cuda")
-ON_CPU = "cuda" if dispatch.EMULATION else "triton" if dispatch.interpreting() else "cpu"
-BACKENDS = (ON_CPU,) if REHEARSAL else ("cuda", "triton")
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-SEEDS = range(3 if REHEARSAL else 24)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +86,11 @@ def call(op: Op, made: dict, backend: str | None) -> tuple[torch.Tensor, ...]:
             raise
         lines = [line.strip() for line in str(error).splitlines()]
         pytest.skip(f"{op.name}: {next((line for line in lines if line.startswith(f'{backend}:')), lines[0])}")
-    out = (out,) if torch.is_tensor(out) else tuple(out or ())
-    return *out, *(made[name] for name in op.changed)
+    return outputs(out) + tuple(made[name] for name in op.changed)
+
+
+def outputs(out) -> tuple[torch.Tensor, ...]:
+    return (out,) if torch.is_tensor(out) else tuple(out or ())
 
 
 def compare(out: tuple, expected: tuple) -> None:
@@ -240,17 +235,6 @@ def add_case(seed: int) -> dict:
 
 def add_right(made: dict, out: tuple) -> None:
     test_add_rms_norm.assert_as_modules(*out, made)
-
-
-def silu_case(seed: int) -> dict:
-    chance = random.Random(seed)
-    pick = chance.choice
-    shape, size = pick([(0,), (1,), (7,), (40,), (3, 5), (2, 3, 4)]), pick([1, 33, 128, 448, 3072, 6001])
-    return {"gate_up": test_silu_mul.random_case(shape, size, pick(FLOATS), seed)}
-
-
-def silu_right(made: dict, out: tuple) -> None:
-    test_silu_mul.assert_as_module(out[0], made["gate_up"])
 
 
 # sample_logits
@@ -438,8 +422,8 @@ OPS = [
         ("residual", "x"), ("residual",), add_right,
     ),
     Op(
-        "silu_mul", ops.silu_mul, silu_case, lambda: {"gate_up": test_silu_mul.random_case()}, test_silu_mul.REFUSED,
-        ("gate_up",), right=silu_right,
+        "silu_mul", ops.silu_mul, test_silu_mul.random_arguments, test_silu_mul.good_arguments, test_silu_mul.REFUSED,
+        ("gate_up",), right=lambda made, out: test_silu_mul.assert_as_module(*out, **made),
     ),
     Op(
         "sample_logits", ops.sample_logits, sample_case,
@@ -489,5 +473,3 @@ OPS = [
 OPS_BY_NAME = {op.name: op for op in OPS}
 
 each_op = pytest.mark.parametrize("op", OPS, ids=str)
-each_backend = pytest.mark.parametrize("backend", BACKENDS)
-needs_gpu = pytest.mark.skipif(REHEARSAL, reason="not run: a rehearsal has no GPU")
