@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from backends import HAS_GPU, backends, compiled, device_of
+from backends import HAS_GPU, backends, compiled, device_of, kernels
 from every_op import OPS, call, check, on, outputs, same_bits
 from simsd_kernels import dispatch
 
 ANY_LENGTH = ("banned_ids", "text")  # arguments that may have any
 OF_ROWS = ("silu_mul", "add_rms_norm", "thin_linear")  # [..., D]: one dimension is one row
 OWN_WORDS = ("store_kv",)  # whose CUDA kernel says otherwise what is wrong
+FLOAT64 = ("add_rms_norm", "silu_mul")  # whose reference takes it
 UNTRACED = ("plan_block",)  # whose reference asks what is in its tensors
 SEEDS = range(24 if HAS_GPU else 3)
 
@@ -29,6 +30,18 @@ def test_right_on_random_arguments(op, backend):
         check(op, made, call(op, on(device_of(backend), made), backend))
 
 
+@pytest.mark.parametrize("op", [op for op in OPS if op.name in FLOAT64], ids=str)
+def test_float64_is_left_to_the_reference(op, backend):
+    wide = {name: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for name, x in op.good().items()}
+    if backend == "reference":
+        narrow, out = (outputs(op.function(**made, backend=backend)) for made in (op.good(), wide))
+        for given, expected in zip(out, narrow, strict=True):
+            torch.testing.assert_close(given, expected.double(), rtol=1e-4, atol=1e-4)
+        return
+    with pytest.raises(RuntimeError, match=f"{backend}: supports float32, bfloat16 and float16, got torch.float64"):
+        op.function(**on(device_of(backend), wide), backend=backend)
+
+
 @each_op
 @compiled
 def test_dispatcher_serves_what_the_function_serves(op, backend):
@@ -40,6 +53,7 @@ def test_dispatcher_serves_what_the_function_serves(op, backend):
 
 
 @each_op
+@kernels
 @pytest.mark.parametrize("number", SEEDS[:12])
 def test_lane_is_bit_identical_alone_and_twice(op, backend, number):
     device, made = device_of(backend), op.make(number)
