@@ -171,24 +171,6 @@ def attention_right(made: dict, out: tuple) -> None:
     test_masked_attention.assert_right(out[0], **plain)
 
 
-# store_kv
-
-
-def store_case(seed: int) -> dict:
-    chance = random.Random(seed)
-    rows = chance.choice([0, 1, 4, 16, 33])
-    sizes = {"batch": chance.choice([1, 2, 3]), "heads": chance.choice([1, 2, 5]), "rows": rows}
-    sizes |= {"dim": chance.choice([1, 8, 33, 64, 128, 256]), "capacity": rows + chance.choice([0, 1, 20])}
-    made = test_store_kv.random_case(**sizes, dtype=chance.choice(FLOATS), seed=seed)
-    k, v, k_cache, v_cache, slots = made
-    generator = torch.Generator().manual_seed(seed)
-    slots = torch.where(torch.rand(slots.shape, generator=generator) < 0.2, -1, slots).int()
-    if chance.random() < 0.5:  # as a projection's output is: [B, R, Hkv, D] in memory
-        k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v))
-    k_cache[..., ::3] = float("nan")  # old contents stay as they are
-    return dict(zip(("k", "v", "k_cache", "v_cache", "slots"), (k, v, k_cache, v_cache, slots), strict=True))
-
-
 # qk_norm_rope_store
 
 
@@ -356,22 +338,6 @@ def grouped_alone(made: dict, row: int) -> dict:
     return made | {"x": made["x"][row : row + 1], "offsets": (made["offsets"] > row).int()}
 
 
-def sorted_case(seed: int) -> dict:
-    chance = random.Random(seed)
-    sizes = chance.choice([0, 1, 17, 64, 300]), chance.choice([1, 2, 8]), chance.choice([1, 8, 33, 128])
-    return test_sort_by_expert.random_case(*sizes, seed)
-
-
-def combined_case(seed: int) -> dict:
-    chance = random.Random(seed)
-    sizes = chance.choice([1, 17, 64]), chance.choice([1, 2, 8]), chance.choice([1, 33, 768, 2048, 6001])
-    return test_combine_experts.random_case(*sizes, chance.choice(FLOATS), seed)
-
-
-def combined_right(made: dict, out: tuple) -> None:
-    test_combine_experts.assert_right(out[0], **made)
-
-
 def by_name(names: tuple[str, ...], values) -> dict:
     return dict(zip(names, values, strict=True))
 
@@ -389,8 +355,7 @@ OPS = [
         test_masked_attention.REFUSED, ("q", "k", "v", "clock", "birth", "death", "kv_len"), right=attention_right,
     ),
     Op(
-        "store_kv", ops.store_kv, store_case,
-        lambda: by_name(("k", "v", "k_cache", "v_cache", "slots"), test_store_kv.random_case()),
+        "store_kv", ops.store_kv, test_store_kv.random_arguments, test_store_kv.good_arguments,
         test_store_kv.REFUSED, ("k", "v", "k_cache", "v_cache", "slots"), ("k_cache", "v_cache"),
     ),
     Op(
@@ -422,12 +387,13 @@ OPS = [
         ("x",), right=grouped_right, alone=grouped_alone,
     ),
     Op(
-        "sort_by_expert", ops.sort_by_expert, sorted_case, test_sort_by_expert.random_case,
+        "sort_by_expert", ops.sort_by_expert, test_sort_by_expert.random_arguments, test_sort_by_expert.random_case,
         test_sort_by_expert.REFUSED, (),
     ),
     Op(
-        "combine_experts", ops.combine_experts, combined_case, test_combine_experts.random_case,
-        test_combine_experts.REFUSED, ("weights", "places"), right=combined_right,
+        "combine_experts", ops.combine_experts, test_combine_experts.random_arguments,
+        test_combine_experts.random_case, test_combine_experts.REFUSED, ("weights", "places"),
+        right=lambda made, out: test_combine_experts.assert_right(*out, **made),
     ),
     Op(
         "reveal", ops.reveal, reveal_case, reveal_good, test_reveal.REFUSED,

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-import simsd_kernels
-from backends import needs_compiled_ops, on_each_backend, unsafe
+from arguments import Pick, relaid
+from backends import backends, callable_of, device_of
 from simsd_kernels import dispatch
 
-each_backend = on_each_backend("sort_by_expert")
+sort_by_expert = callable_of("sort_by_expert")
 # (M, C, experts)
 SIZES = [(1, 1, 1), (1, 8, 128), (3, 2, 5), (33, 1, 7), (17, 8, 9), (64, 8, 128), (300, 4, 33), (40, 3, 300)]
 
@@ -19,6 +19,18 @@ def random_case(tokens=17, choices=3, n_experts=9, seed=0) -> dict:
     generator = torch.Generator().manual_seed(seed)
     scores = torch.rand(tokens, max(n_experts, choices), generator=generator)
     return {"experts": scores.topk(choices, dim=1).indices % n_experts, "n_experts": n_experts}
+
+
+def random_arguments(seed: int) -> dict:
+    pick = Pick(seed)
+    tokens, choices = pick(0, 1, 3, 17, 31, 32, 33, 64, 130, 300), pick(1, 2, 3, 8)
+    given = random_case(tokens, choices, pick(1, 2, 4, 5, 8, 31, 33, 60, 128), seed)
+    match pick("even", "even", "few", "one"):
+        case "few":
+            given["experts"] = given["experts"] % max(1, given["n_experts"] // 8)
+        case "one":
+            given["experts"] = torch.full_like(given["experts"], given["n_experts"] // 2)
+    return given | {"experts": relaid(given["experts"], pick)}
 
 
 def assert_sorted(out, experts: torch.Tensor, n_experts: int) -> None:
@@ -34,48 +46,49 @@ def assert_sorted(out, experts: torch.Tensor, n_experts: int) -> None:
     assert places == [[ranks[int(experts[m, c]), m, c] for c in range(choices)] for m in range(tokens)]
 
 
-@each_backend
 def test_golden_values(backend):
-    out = simsd_kernels.sort_by_expert(torch.tensor([[3, 1], [1, 0], [3, 2]]), n_experts=5, backend=backend)
+    out = sort_by_expert(torch.tensor([[3, 1], [1, 0], [3, 2]]), n_experts=5, backend=backend)
     assert out.offsets.tolist() == [0, 1, 3, 4, 6, 6]
     assert out.rows.tolist() == [1, 0, 1, 2, 0, 2]
     assert out.places.tolist() == [[4, 1], [2, 0], [5, 3]]
 
 
-@each_backend
+def test_choices_are_sorted_as_the_reference_sorts_them(backend, seed):
+    given = random_arguments(seed)
+    out, expected = sort_by_expert(**given, backend=backend), sort_by_expert(**given, backend="reference")
+    assert all(map(torch.equal, out, expected))
+
+
 @pytest.mark.parametrize("tokens, choices, n_experts", SIZES)
 def test_choices_are_sorted_by_expert_then_token(backend, tokens, choices, n_experts):
     for seed in range(3):
         given = random_case(tokens, choices, n_experts, seed)
-        assert_sorted(simsd_kernels.sort_by_expert(**given, backend=backend), **given)
+        assert_sorted(sort_by_expert(**given, backend=backend), **given)
 
 
-@each_backend
 @pytest.mark.parametrize("expert", [0, 4, 8])
 def test_one_expert_may_take_all(backend, expert):
     given = {"experts": torch.full((50, 2), expert), "n_experts": 9}
-    out = simsd_kernels.sort_by_expert(**given, backend=backend)
+    out = sort_by_expert(**given, backend=backend)
     assert_sorted(out, **given)
     assert out.rows.tolist() == [m for m in range(50) for _ in range(2)]
 
 
-@each_backend
 def test_strides_change_nothing(backend):
     given = random_case()
-    experts, expected = given["experts"], simsd_kernels.sort_by_expert(**given, backend=backend)
+    experts, expected = given["experts"], sort_by_expert(**given, backend=backend)
     for view in (experts.T.contiguous().T, torch.stack((experts, experts + 99), -1)[..., 0]):
         assert not view.is_contiguous()
-        out = simsd_kernels.sort_by_expert(view, n_experts=9, backend=backend)
+        out = sort_by_expert(view, n_experts=9, backend=backend)
         assert all(map(torch.equal, out, expected))
     repeated = experts[:1].expand(6, 3)
-    assert_sorted(simsd_kernels.sort_by_expert(repeated, n_experts=9, backend=backend), repeated, 9)
+    assert_sorted(sort_by_expert(repeated, n_experts=9, backend=backend), repeated, 9)
 
 
-@each_backend
 @pytest.mark.parametrize("tokens, choices", [(0, 3), (4, 0), (0, 0)])
 def test_empty_sizes_are_fine(backend, tokens, choices):
     given = {"experts": torch.zeros(tokens, choices, dtype=torch.int64), "n_experts": 3}
-    out = simsd_kernels.sort_by_expert(**given, backend=backend)
+    out = sort_by_expert(**given, backend=backend)
     assert out.offsets.tolist() == [0] * 4 and out.rows.shape == (0,) and out.places.shape == (tokens, choices)
 
 
@@ -89,43 +102,34 @@ REFUSED = [
 OUTSIDE = [(9, 9), (-1, 9), (2**40, 9), (3, 3)]  # an expert, of how many
 
 
-@pytest.mark.parametrize("name, value, error, message", REFUSED)
-def test_bad_input_is_refused_by_name(name, value, error, message):
-    with pytest.raises(error, match=message):
-        simsd_kernels.sort_by_expert(**{**random_case(), name: value})
-
-
 @pytest.mark.parametrize("expert, n_experts", OUTSIDE)
 def test_an_expert_that_does_not_exist_is_refused(expert, n_experts):
     experts = torch.zeros(4, 2, dtype=torch.int64)
     experts[2, 1] = expert
     with pytest.raises(ValueError, match=rf"experts must be in .* = \[0, {n_experts}\), got {expert}"):
-        simsd_kernels.sort_by_expert(experts, n_experts=n_experts)
+        sort_by_expert(experts, n_experts=n_experts)
 
 
-@needs_compiled_ops
-def test_compiled_op_checks_its_arguments_itself():
-    good = random_case()
-    libraries = (torch.ops.simsd, torch.ops.simsd_emulated) if dispatch.EMULATION else (torch.ops.simsd,)
-    for name, value in [*unsafe(REFUSED, good), ("n_experts", 0), ("n_experts", 2**31)]:
-        for library in libraries:
-            with pytest.raises(RuntimeError, match="sort_by_expert: "):
-                library.sort_by_expert(**{**good, name: value})
-    for expert, n_experts in OUTSIDE:
+@backends("cpu", "cuda")
+def test_compiled_op_checks_values_itself(backend):
+    call, experts = dispatch.operator("sort_by_expert", backend), random_case()["experts"].to(device_of(backend))
+    for n_experts in (0, 2**31):
+        with pytest.raises(RuntimeError, match="sort_by_expert: "):
+            call(experts, n_experts)
+    for expert, n_experts in OUTSIDE if backend == "cpu" else ():
         with pytest.raises(RuntimeError, match=f"experts must be .*got {expert}"):
-            torch.ops.simsd.sort_by_expert(torch.full((3, 2), expert), n_experts)
+            call(torch.full((3, 2), expert), n_experts)
 
 
-def test_opcheck():
-    torch.library.opcheck(torch.ops.simsd.sort_by_expert, tuple(random_case().values()))
+@backends("cuda")
+def test_an_expert_that_does_not_exist_gets_no_place_and_moves_nobody(backend):
+    experts = torch.tensor([[1, 7], [-1, 0], [2**40, 1]]).to(device_of(backend))
+    offsets, rows, places = dispatch.operator("sort_by_expert", backend)(experts, 3)
+    assert offsets.tolist() == [0, 1, 3, 3] and rows[:3].tolist() == [1, 0, 2]
+    assert places[0, 0] == 1 and places[1, 1] == 0 and places[2, 1] == 2
 
 
-@each_backend
-def test_compiles_into_a_larger_graph(backend):
-    def step(experts):
-        out = simsd_kernels.sort_by_expert(experts + 1, n_experts=10, backend=backend)
-        return out.offsets + 1, out.rows, out.places
-
-    experts = random_case()["experts"]
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    assert all(map(torch.equal, compiled(experts), step(experts)))
+@backends("emulation")
+def test_one_launch_needs_no_atomic(counted):
+    counters = counted(lambda: sort_by_expert(**random_case(64, 8, 128), backend="cuda"))
+    assert counters["launches"] == 1 and counters["blocks"] == 32
