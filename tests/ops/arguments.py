@@ -22,6 +22,11 @@ def same_bits(a, b):
     return torch.equal(a.view(torch.int32), b.view(torch.int32)) if a.dtype == torch.float32 else torch.equal(a, b)
 
 
+def alike(a, b):
+    """Equal, with NaN in the same places."""
+    return torch.equal(a.isnan(), b.isnan()) and torch.equal(a[~a.isnan()], b[~b.isnan()])
+
+
 def signed(bits):
     """A set of 64 as int64 has it."""
     return bits - (1 << 64) if bits >> 63 & 1 else bits

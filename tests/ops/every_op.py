@@ -171,35 +171,6 @@ def attention_right(made: dict, out: tuple) -> None:
     test_masked_attention.assert_right(out[0], **plain)
 
 
-# qk_norm_rope_store
-
-
-def norm_case(seed: int) -> dict:
-    chance = random.Random(seed)
-    pick = chance.choice
-    rows, dim = pick([0, 1, 4, 16, 33]), pick([16, 64, 80, 128, 128, 256])
-    case = test_qk_norm_rope_store.random_case(
-        *(pick([1, 2, 3]), rows, pick([(4, 2), (1, 1), (8, 8), (32, 8)]), dim, pick([None, None, dim // 2])),
-        *(rows + pick([0, 1, 20]), pick(FLOATS), pick([(True, True), (False, False), (True, False)]), seed),
-    )
-    made = case.arguments()
-    made["k_cache"][..., ::3] = float("nan")  # old contents stay as they are
-    if rows:
-        made["slots"][:, rows // 2] = -1
-    return made
-
-
-def norm_right(made: dict, out: tuple) -> None:
-    """Up to the order in which squares are added up; what is only copied, exactly."""
-    expected = call(OPS_BY_NAME["qk_norm_rope_store"], on(torch.device("cpu"), made), "reference")
-    assert same_bits(out[2:], expected[2:]), "v_cache"
-    eps = torch.finfo(made["q"].dtype).eps
-    for name, given, wanted in zip(("q", "k_cache"), out, expected[:2], strict=False):
-        largest = float(wanted.double().nan_to_num(0).abs().amax()) if wanted.numel() else 0.0
-        close = {"rtol": 4 * eps, "atol": 4 * eps * largest, "equal_nan": True}
-        torch.testing.assert_close(given, wanted, **close, msg=lambda m, name=name: f"{name}: {m}")
-
-
 # sample_logits
 
 
@@ -294,50 +265,6 @@ def advance_case(seed: int) -> dict:
     return advances.random_case(seed, sizes)
 
 
-# thin_linear
-
-
-def linear_case(seed: int) -> dict:
-    chance = random.Random(seed)
-    n, k = chance.choice([*test_thin_linear.SIZES, (1024, 2048), (300, 4096), (257, 4104)])
-    rows = chance.choice([(1,), (4,), (13,), (2, 3), (16,), (40,), (65,)])
-    return dict(
-        zip(("x", "weight"), test_thin_linear.random_case(rows, n, k, chance.choice(FLOATS), seed), strict=True)
-    )
-
-
-def linear_right(made: dict, out: tuple) -> None:
-    x, weight = made["x"].double(), made["weight"].double()
-    exact = x @ weight.T
-    magnitude = x.abs() @ weight.abs().T  # no sum of K float32 terms errs by more; then the result is rounded once
-    bound = x.shape[-1] * torch.finfo(torch.float32).eps * magnitude + torch.finfo(made["x"].dtype).eps * exact.abs()
-    assert out[0].dtype == made["x"].dtype and out[0].shape == exact.shape
-    assert ((out[0].double() - exact).abs() <= bound).all()
-
-
-# grouped_linear, sort_by_expert, combine_experts
-
-
-def grouped_case(seed: int) -> dict:
-    chance = random.Random(seed)
-    n, k = chance.choice([*test_grouped_linear.SIZES, (1536, 2048), (300, 768), (257, 1032)])
-    experts = chance.choice([1, 5, 33, 128]) if n * k < 10**5 else chance.choice([1, 5])
-    rows, taken = chance.choice([0, 1, 8, 40, 65]), [0] * experts
-    for _ in range(rows):
-        taken[int(experts * chance.random() ** chance.choice([1, 4]))] += 1
-    return by_name(
-        ("x", "weight", "offsets"), test_grouped_linear.random_case(taken, n, k, chance.choice(FLOATS), seed)
-    )
-
-
-def grouped_right(made: dict, out: tuple) -> None:
-    test_grouped_linear.assert_right(out[0], **made)
-
-
-def grouped_alone(made: dict, row: int) -> dict:
-    return made | {"x": made["x"][row : row + 1], "offsets": (made["offsets"] > row).int()}
-
-
 def by_name(names: tuple[str, ...], values) -> dict:
     return dict(zip(names, values, strict=True))
 
@@ -359,9 +286,9 @@ OPS = [
         test_store_kv.REFUSED, ("k", "v", "k_cache", "v_cache", "slots"), ("k_cache", "v_cache"),
     ),
     Op(
-        "qk_norm_rope_store", ops.qk_norm_rope_store, norm_case,
-        lambda: test_qk_norm_rope_store.random_case().arguments(), test_qk_norm_rope_store.REFUSED,
-        ("q", "k", "v", "cos", "sin", "k_cache", "v_cache", "slots"), ("k_cache", "v_cache"), norm_right,
+        "qk_norm_rope_store", ops.qk_norm_rope_store, test_qk_norm_rope_store.random_arguments,
+        test_qk_norm_rope_store.good_arguments, test_qk_norm_rope_store.REFUSED,
+        ("q", "k", "v", "cos", "sin", "k_cache", "v_cache", "slots"), ("k_cache", "v_cache"), lambda made, out: None,
     ),
     Op(
         "add_rms_norm", ops.add_rms_norm, test_add_rms_norm.random_arguments, test_add_rms_norm.random_case,
@@ -378,13 +305,13 @@ OPS = [
         test_sample_logits.REFUSED, test_sample_logits.NAMES[:-1],
     ),
     Op(
-        "thin_linear", ops.thin_linear, linear_case, lambda: by_name(("x", "weight"), test_thin_linear.random_case()),
-        test_thin_linear.REFUSED, ("x",), right=linear_right,
+        "thin_linear", ops.thin_linear, test_thin_linear.random_arguments, test_thin_linear.good_arguments,
+        test_thin_linear.REFUSED, ("x",), right=lambda made, out: test_thin_linear.assert_right(*out, **made),
     ),
     Op(
-        "grouped_linear", ops.grouped_linear, grouped_case,
-        lambda: by_name(("x", "weight", "offsets"), test_grouped_linear.random_case()), test_grouped_linear.REFUSED,
-        ("x",), right=grouped_right, alone=grouped_alone,
+        "grouped_linear", ops.grouped_linear, test_grouped_linear.random_arguments, test_grouped_linear.good_arguments,
+        test_grouped_linear.REFUSED, ("x",), right=lambda made, out: test_grouped_linear.assert_right(*out, **made),
+        alone=test_grouped_linear.row_alone,
     ),
     Op(
         "sort_by_expert", ops.sort_by_expert, test_sort_by_expert.random_arguments, test_sort_by_expert.random_case,

@@ -12,7 +12,8 @@ from simsd_kernels import dispatch
 ANY_LENGTH = ("banned_ids", "text")  # arguments that may have any
 OF_ROWS = ("silu_mul", "add_rms_norm", "thin_linear")  # [..., D]: one dimension is one row
 OWN_WORDS = ("store_kv",)  # whose CUDA kernel says otherwise what is wrong
-FLOAT64 = ("add_rms_norm", "silu_mul", "combine_experts")  # whose reference takes it
+# Whose reference takes float64.
+FLOAT64 = ("add_rms_norm", "silu_mul", "combine_experts", "grouped_linear", "thin_linear", "qk_norm_rope_store")
 UNTRACED = ("plan_block",)  # whose reference asks what is in its tensors
 SEEDS = range(24 if HAS_GPU else 3)
 

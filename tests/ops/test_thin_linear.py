@@ -1,0 +1,258 @@
+"""thin_linear is a linear layer, and no row of it notices the others."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from arguments import Pick, relaid
+from backends import FLOATS, backends, callable_of, each_dtype, needs_compiled_ops
+from simsd_kernels.thin_linear import reference
+
+thin_linear = callable_of("thin_linear")
+# (N, K) around the vectors' and tiles' widths.
+SIZES = [(1, 1), (5, 3), (4, 16), (6, 17), (33, 100), (7, 333), (130, 257), (64, 128)]
+
+
+def random_case(shape=(7,), n=33, k=100, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(*shape, k, generator=generator).to(dtype)
+    return x, torch.randn(n, k, generator=generator).to(dtype)
+
+
+def good_arguments() -> dict:
+    return dict(zip(("x", "weight"), random_case(), strict=True))
+
+
+def random_arguments(seed: int) -> dict:
+    """Rows around the tiles of 8, 16, 32 and 64. K of whole pieces of 16 bytes, whole chunks, one chunk more than there
+    are warps, several rounds of chunks; and not."""
+    pick = Pick(seed)
+    rows = pick(1, 2, 3, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33, 40, 63, 64, 65, 90)
+    k = pick(1, 7, 8, 16, 24, 32, 63, 64, 65, 72, 100, 128, 200, 256, 257, 512, 520, 577, 600, 640, 1100)
+    x, weight = random_case((rows,), pick(1, 5, 15, 16, 17, 31, 32, 33, 70), k, pick(*FLOATS), seed)
+    return {"x": relaid(x, pick), "weight": relaid(weight, pick)}
+
+
+def assert_right(out, x, weight) -> None:
+    """No sum of K float32 terms errs by more; then the result is rounded once."""
+    exact = x.double() @ weight.double().T
+    magnitude = x.double().abs() @ weight.double().abs().T
+    bound = x.shape[-1] * torch.finfo(torch.float32).eps * magnitude + torch.finfo(x.dtype).eps * exact.abs()
+    assert out.dtype == x.dtype and out.shape == exact.shape
+    assert ((out.double() - exact).abs() <= bound).all()
+
+
+def test_it_is_the_linear_layer_and_rows_are_alone(backend, seed):
+    x, weight = random_arguments(seed).values()
+    got = thin_linear(x, weight, backend=backend)
+    assert_right(got, x, weight)
+    plain = torch.clone(weight, memory_format=torch.contiguous_format)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(x), generator=generator)
+    assert torch.equal(thin_linear(x[order].contiguous(), plain, backend=backend), got[order]), "order, strides"
+    count = int(torch.randint(1, len(x) + 1, (), generator=generator))
+    assert torch.equal(thin_linear(x[-count:], plain, backend=backend), got[-count:]), "number of rows"
+    row = int(order[0])
+    first = int(torch.randint(len(weight), (), generator=generator))
+    alone = thin_linear(x[row].contiguous(), plain[first : first + 1].clone(), backend=backend)
+    assert torch.equal(alone, got[row, first : first + 1]), "alone"
+
+
+@each_dtype
+@pytest.mark.parametrize("n, k", SIZES)
+def test_it_is_the_linear_layer(backend, dtype, n, k):
+    x, weight = random_case((13,), n, k, dtype)
+    assert_right(thin_linear(x, weight, backend=backend), x, weight)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (2, 3), (2, 1, 5)], ids=str)
+def test_leading_sizes_are_kept(backend, shape):
+    x, weight = random_case(shape)
+    got = thin_linear(x, weight, backend=backend)
+    torch.testing.assert_close(got, torch.nn.functional.linear(x, weight))
+
+
+@each_dtype
+@pytest.mark.parametrize("n, k", SIZES)
+def test_rows_do_not_notice_how_many_they_are(backend, dtype, n, k, threads):
+    rows = {"cpu": 512, "triton": 17}.get(backend, 64)
+    x, weight = random_case((rows,), n, k, dtype)
+    threads(1)
+    alone = torch.cat([thin_linear(row, weight, backend=backend) for row in x.split(1)])
+    for count in (1, 2):
+        threads(count)
+        for m in [*range(1, 71), 128, 512]:
+            if m > rows:
+                continue
+            got = thin_linear(x[rows - m :], weight, backend=backend)
+            assert torch.equal(got, alone[rows - m :]), f"{m} rows, {count} threads"
+
+
+def test_rows_do_not_notice_the_threads(backend, threads):
+    x, weight = random_case((128,), 640, 256)  # enough work for every thread
+    threads(1)
+    alone = thin_linear(x, weight, backend=backend)
+    for count in (2, 3):
+        threads(count)
+        assert torch.equal(thin_linear(x, weight, backend=backend), alone)
+
+
+def test_rows_do_not_notice_their_place_and_company(backend):
+    x, weight = random_case((40,))
+    expected = thin_linear(x, weight, backend=backend)
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(thin_linear(x[order], weight, backend=backend), expected[order])
+    in_a_batch = thin_linear(x.reshape(5, 8, -1), weight, backend=backend)
+    assert torch.equal(in_a_batch.reshape(40, -1), expected)
+    poisoned = x.clone()
+    poisoned[::3] = torch.tensor([float("nan"), float("inf"), -1e38, 0.0]).repeat(25)
+    got = thin_linear(poisoned, weight, backend=backend)
+    assert torch.equal(got[1::3], expected[1::3]) and torch.equal(got[2::3], expected[2::3])
+    assert got[::3].isnan().all()
+
+
+def test_outputs_do_not_notice_the_other_weight_rows(backend):
+    x, weight = random_case((9,), 70)
+    expected = thin_linear(x, weight, backend=backend)
+    for first, last in ((0, 1), (3, 10), (69, 70)):
+        part = thin_linear(x, weight[first:last], backend=backend)
+        assert torch.equal(part, expected[:, first:last])
+
+
+@each_dtype
+def test_strides_change_nothing(backend, dtype):
+    x, weight = random_case((4, 6), dtype=dtype)
+    expected = thin_linear(x, weight, backend=backend)
+    wide = torch.stack((x, x), dim=-1)[..., 0]
+    turned = x.permute(2, 1, 0).contiguous().permute(2, 1, 0)
+    for view in (wide, turned, x.transpose(0, 1).contiguous().transpose(0, 1)):
+        assert not view.is_contiguous()
+        assert torch.equal(thin_linear(view, weight, backend=backend), expected)
+    column_major = weight.T.contiguous().T
+    padded = torch.nn.functional.pad(weight, (3, 2))[:, 3:-2]
+    for view in (column_major, padded):
+        assert torch.equal(thin_linear(x, view, backend=backend), expected)
+    repeated = x[:1].expand(4, 6, 100)
+    got = thin_linear(repeated, weight, backend=backend)
+    assert torch.equal(got, expected[:1].expand(4, 6, 33))
+
+
+@pytest.mark.parametrize("shape, n, k", [((0,), 5, 4), ((3,), 0, 4), ((2, 0), 5, 4), ((0,), 0, 0)])
+@each_dtype
+def test_empty_sizes_are_fine(backend, dtype, shape, n, k):
+    got = thin_linear(*random_case(shape, n, k, dtype), backend=backend)
+    assert got.shape == (*shape, n)
+
+
+@each_dtype
+def test_a_sum_over_nothing_is_zero(backend, dtype):
+    given = random_case((3,), 5, 0, dtype)
+    assert torch.equal(thin_linear(*given, backend=backend), torch.zeros(3, 5, dtype=dtype))
+
+
+def test_reference_in_parts_is_the_same(monkeypatch):
+    x, weight = random_case()
+    whole = thin_linear(x, weight, backend="reference")
+    monkeypatch.setattr(reference, "MAX_PRODUCTS", 1000)
+    assert torch.equal(thin_linear(x, weight, backend="reference"), whole)
+
+
+@needs_compiled_ops
+@pytest.mark.parametrize("capability", ["portable", "avx2", "avx512"])
+def test_every_instruction_set_keeps_the_promise(capability):
+    if capability not in _capabilities():
+        pytest.skip(f"this machine has no {capability}")
+    script = (
+        "import torch, simsd_kernels\n"
+        f"assert torch.ops.simsd._cpu_capability() == {capability!r}\n"
+        "for dtype in (torch.float32, torch.bfloat16, torch.float16):\n"
+        "    for n, k in ((5, 3), (33, 100), (130, 257)):\n"
+        "        x, w = torch.randn(70, k).to(dtype), torch.randn(n, k).to(dtype)\n"
+        "        alone = torch.cat([simsd_kernels.thin_linear(row, w) for row in x.split(1)])\n"
+        "        torch.testing.assert_close(alone.double(), x.double() @ w.double().T, atol=0.1, rtol=0.02)\n"
+        "        for m in range(1, 71):\n"
+        "            assert torch.equal(simsd_kernels.thin_linear(x[:m], w), alone[:m]), (dtype, n, k, m)\n"
+    )
+    subprocess.run([sys.executable, "-c", script], env=os.environ | {"SIMSD_CPU_CAPABILITY": capability}, check=True)
+
+
+def _capabilities() -> list[str]:
+    order = ["portable", "avx2", "avx512"]
+    return order[: order.index(torch.ops.simsd._cpu_capability()) + 1]
+
+
+REFUSED = [
+    ("x", None, TypeError, "x must be a tensor, got NoneType"),
+    ("x", torch.tensor(1.0), ValueError, r"x must be \[..., K\]"),
+    ("x", torch.zeros(7, 100, dtype=torch.int32), TypeError, "x must be torch.float32.*got torch.int32"),
+    ("x", torch.zeros(7, 99), ValueError, r"weight must be \[N, K\] = \[any, 99\], got \[33, 100\]"),
+    ("weight", torch.zeros(100), ValueError, r"weight must be \[N, K\] = \[any, 100\], got \[100\]"),
+    ("weight", torch.zeros(33, 100).bfloat16(), TypeError, "weight must be torch.float32, got torch.bfloat16"),
+    ("weight", torch.zeros(33, 100, device="meta"), ValueError, "one device.*weight on meta"),
+]
+
+
+@pytest.mark.parametrize("gradients", [False, True], ids=["forward", "with gradients"])
+def test_opcheck(gradients):
+    given = [value.requires_grad_(gradients) for value in random_case((2, 5))]
+    torch.library.opcheck(torch.ops.simsd.thin_linear, given)
+
+
+def test_gradients_are_those_of_the_linear_layer(backend):
+    ours = [value.requires_grad_() for value in random_case((2, 5))]
+    torchs = [value.detach().clone().requires_grad_() for value in ours]
+    thin_linear(*ours, backend=backend).square().sum().backward()
+    torch.nn.functional.linear(*torchs).square().sum().backward()
+    for mine, theirs in zip(ours, torchs, strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, atol=1e-3, rtol=1e-3)
+
+
+@each_dtype
+@pytest.mark.parametrize("k", [72, 100])
+def test_nan_and_infinity_stay_in_their_rows_and_columns(backend, dtype, k):
+    x, weight = random_case((20,), 40, k, dtype)
+    expected = thin_linear(x, weight, backend=backend)
+    x[3], x[11, 5], x[19, -1] = float("nan"), float("inf"), float("-inf")
+    weight[7], weight[39, 0] = float("nan"), float("inf")
+    got = thin_linear(x, weight, backend=backend)
+    clean_rows = [i for i in range(20) if i not in (3, 11, 19)]
+    clean_columns = [i for i in range(40) if i not in (7, 39)]
+    assert torch.equal(got[clean_rows][:, clean_columns], expected[clean_rows][:, clean_columns])
+    assert not got[[3, 11, 19]].isfinite().any() and not got[:, [7, 39]].isfinite().any()
+
+
+@backends("cuda")
+@each_dtype
+def test_no_number_of_rows_changes_a_bit(backend, dtype):
+    x, weight = random_case((130,), 33, 584, dtype)
+    alone = torch.cat([thin_linear(row, weight, backend=backend) for row in x[:70].split(1)])
+    for rows in (*range(1, 71), 128, 130):
+        got = thin_linear(x[:rows], weight, backend=backend)
+        assert torch.equal(got[:70], alone[:rows]), f"{rows} rows"
+
+
+@backends("cuda")
+@pytest.mark.parametrize("dtype", FLOATS[1:], ids=str)
+@pytest.mark.parametrize("rows, n", [(1, 8200), (8, 8192), (9, 3100), (31, 3072), (64, 3073), (70, 3072)])
+def test_blocks_of_32_columns_give_the_bits_of_blocks_of_16(backend, dtype, rows, n):
+    x, weight = random_case((rows,), n, 136, dtype)
+    wide = thin_linear(x, weight, backend=backend)
+    parts = [thin_linear(x, part, backend=backend) for part in weight.split(1024)]
+    assert torch.equal(torch.cat(parts, dim=1), wide)
+    off = torch.nn.functional.pad(weight, (1, 0))[:, 1:]
+    assert torch.equal(thin_linear(x, off, backend=backend), wide), "element by element"
+
+
+@backends("emulation")
+@pytest.mark.parametrize("dtype", FLOATS[1:], ids=str)
+def test_the_weight_is_read_once_and_products_serve_eight_rows(counted, dtype):
+    """Per block of 16 columns: the weight once, x once; a product per 16 k, 16 columns and 8 rows."""
+    for rows, tiles in ((1, 1), (8, 1), (16, 2), (32, 4), (64, 8)):
+        x, weight = random_case((rows,), 48, 1024, dtype)
+        counters = counted(lambda x=x, weight=weight: thin_linear(x, weight, backend="cuda"))
+        assert counters["launches"] == 1 and counters["blocks"] == 3
+        assert counters["async_bytes"] == weight.numel() * 2 + 3 * x.numel() * 2
+        assert counters["matrix_products"] == 3 * 64 * tiles
