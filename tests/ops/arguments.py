@@ -41,6 +41,18 @@ class Pick:
     def __call__(self, *choices):
         return choices[int(torch.randint(len(choices), (), generator=self.generator))]
 
+    def each(self, count: int, *choices):
+        return torch.tensor([self(*choices) for _ in range(count)])
+
+    def uniform(self, *shape):
+        return torch.rand(shape, generator=self.generator)
+
+    def normal(self, *shape):
+        return torch.randn(shape, generator=self.generator)
+
+    def integers(self, low, high, *shape):
+        return torch.randint(low, high, shape, generator=self.generator)
+
 
 def relaid(x: torch.Tensor, pick: Pick) -> torch.Tensor:
     """The same values, often lying otherwise in memory, and not in memory of their own: around them is garbage."""

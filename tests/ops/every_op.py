@@ -171,32 +171,6 @@ def attention_right(made: dict, out: tuple) -> None:
     test_masked_attention.assert_right(out[0], **plain)
 
 
-# sample_logits
-
-
-def sample_case(seed: int) -> dict:
-    chance = random.Random(seed)
-    pick = chance.choice
-    rows, vocabulary = (3, 151936) if seed % 10 == 9 else (pick([0, 1, 5, 40]), pick([1, 3, 64, 513, 2000, 32000]))
-    logits = test_sample_logits.random_logits(rows, vocabulary, seed, scale=4.0, dtype=pick(FLOATS))
-    if pick([False, False, True]):
-        logits.view(-1)[::7], logits.view(-1)[3::11] = float("nan"), float("-inf")
-
-    def each(values):
-        return torch.tensor([pick(values) for _ in range(rows)])
-
-    given = test_sample_logits.arguments(
-        logits,
-        temperature=each([0.0, 0.7, 1.0]),
-        top_k=each([0, 0, 20]) if pick([False, True]) else 0,
-        top_p=each([1.0, 1.0, 0.9]) if pick([False, True]) else 1.0,
-        seed=each([0, -5, 2**40]),
-        revealed=each([0, 77, -(2**63)]),
-        banned=pick([None, [vocabulary // 2]]) if vocabulary > 1 else None,
-    )
-    return dict(zip(test_sample_logits.NAMES, given, strict=True))
-
-
 # reveal
 
 
@@ -206,34 +180,6 @@ def reveal_case(seed: int) -> dict:
 
 def reveal_good() -> dict:
     return test_reveal.block([True, False, True, True], threshold=0.5)
-
-
-# block_verify
-
-
-def verify_case(seed: int) -> dict:
-    chance = random.Random(seed)
-    batch, length, vocabulary = (
-        chance.choice([1, 2, 5]),
-        chance.choice([1, 4, 7, 16]),
-        chance.choice([3, 60, 1000, 33000]),
-    )
-    dtype = chance.choice(FLOATS)
-    target = test_block_verify.random_logits(batch, length, vocabulary, seed=seed, dtype=dtype)
-    generator = torch.Generator().manual_seed(seed)
-    wild = torch.randint(0, vocabulary, (batch, length), generator=generator)
-    draft_ids = torch.where(torch.rand(batch, length, generator=generator) < 0.7, target.float().argmax(2), wild)
-    filters = {"top_k": min(20, vocabulary), "top_p": 0.9} if seed % 3 == 0 else {}
-    known = torch.randint(0, length + 1, (batch,), generator=generator)
-    drafted = torch.randint(0, 1 << length, (batch,), generator=generator)
-    common = {"known": known, "drafted": drafted, **filters}
-    if seed % 2:
-        draft = target.float() + test_block_verify.random_logits(batch, length, vocabulary, seed=seed + 1, scale=0.5)
-        rest = {"draft_logits": draft.to(dtype), "coin": test_block_verify.uniform(batch, length, seed=seed)}
-        rest |= {"residual": test_block_verify.uniform(batch, seed=seed + 2), "rule": "mrs", "temperature": 0.8}
-    else:
-        rest = {"seed": seed, "temperature": torch.tensor([chance.choice([0.0, 0.9]) for _ in range(batch)])}
-    return test_block_verify.arguments(target, draft_ids, **common, **rest)
 
 
 # verify_graph, plan_block
@@ -300,8 +246,7 @@ OPS = [
         ("gate_up",), right=lambda made, out: test_silu_mul.assert_as_module(*out, **made),
     ),
     Op(
-        "sample_logits", ops.sample_logits, sample_case,
-        lambda: by_name(test_sample_logits.NAMES, test_sample_logits.arguments(torch.zeros(2, 5))),
+        "sample_logits", ops.sample_logits, test_sample_logits.random_arguments, test_sample_logits.good_arguments,
         test_sample_logits.REFUSED, test_sample_logits.NAMES[:-1],
     ),
     Op(
@@ -327,7 +272,8 @@ OPS = [
         tuple(reveal_good()), test_reveal.WRITTEN,
     ),
     Op(
-        "block_verify", ops.block_verify, verify_case, test_block_verify.good_arguments, test_block_verify.REFUSED,
+        "block_verify", ops.block_verify, test_block_verify.random_arguments, test_block_verify.good_arguments,
+        test_block_verify.REFUSED,
         VERIFIED,
     ),
     Op(
