@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -11,15 +12,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import simsd_kernels
-from backends import on_each_backend
-from simsd_kernels import INF, Visibility, dispatch, masked_attention
+from attentions import random_call
+from backends import FLOATS, backends, callable_of, device_of, each_dtype, kernels
+from simsd_kernels import INF, Visibility, dispatch
 from simsd_kernels.masked_attention import reference
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-each_backend = on_each_backend("masked_attention")
-each_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype).removeprefix("torch."))
-needs_cpu = on_each_backend("masked_attention", but="reference")
+OP = "masked_attention"
+masked_attention = callable_of("masked_attention")
+any_head_size = backends("reference", "cpu", "cuda")  # Triton takes 16 to 256
+fast = backends("reference", "cpu", "cuda")  # test_masked_attention_kernels.py asks the interpreter for less
 
 
 def random_qkv(batch=1, kv_heads=2, group=2, rows=5, keys=70, dim=16, dtype=torch.float32, seed=0):
@@ -97,7 +98,7 @@ SIZES = [  # batch, kv heads, group, rows, keys, head size
 ]
 
 
-@each_backend
+@any_head_size
 @each_dtype
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_matches_float64_at_any_size(backend, dtype, sizes):
@@ -107,7 +108,6 @@ def test_matches_float64_at_any_size(backend, dtype, sizes):
     assert_right(masked_attention(q, k, v, *intervals, backend=backend), q, k, v, *intervals)
 
 
-@each_backend
 @pytest.mark.parametrize("group", range(1, 9))
 def test_query_heads_share_their_kv_head(backend, group):
     q, k, v = random_qkv(group=group, rows=3)
@@ -131,7 +131,7 @@ MASKS = {
 }
 
 
-@each_backend
+@any_head_size
 @each_dtype
 @pytest.mark.parametrize("mask", MASKS)
 def test_every_mask_of_the_design(backend, dtype, mask):
@@ -146,7 +146,6 @@ def test_every_mask_of_the_design(backend, dtype, mask):
     assert float((out.double() - dense).abs().amax()) < 8 * torch.finfo(dtype).eps * float(v.abs().amax())
 
 
-@each_backend
 @each_dtype
 def test_strided_views_are_read_as_they_lie(backend, dtype):
     q, k, v = random_qkv(2, 2, 2, 6, 80, 24, dtype)
@@ -170,7 +169,7 @@ def test_strided_views_are_read_as_they_lie(backend, dtype):
     )
 
 
-@each_backend
+@any_head_size
 @pytest.mark.parametrize("empty", ["batch", "rows", "keys", "dim", "group"])
 def test_empty_sizes_are_fine(backend, empty):
     q, k, v = random_qkv(**{"batch": 2, "rows": 3, "keys": 4, empty: 0})
@@ -179,7 +178,6 @@ def test_empty_sizes_are_fine(backend, empty):
     assert out.shape == q.shape and not out.any()
 
 
-@each_backend
 @each_dtype
 def test_a_row_that_sees_nothing_is_zero(backend, dtype):
     q, k, v = random_qkv(rows=6, keys=150, dtype=dtype)
@@ -191,7 +189,6 @@ def test_a_row_that_sees_nothing_is_zero(backend, dtype):
     assert not nothing.any() and not nothing.isnan().any()
 
 
-@each_backend
 @each_dtype
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")], ids=str)
 def test_garbage_in_unseen_keys_never_shows(backend, dtype, poison):
@@ -209,7 +206,6 @@ def test_garbage_in_unseen_keys_never_shows(backend, dtype, poison):
     torch.testing.assert_close(out, clean)
 
 
-@each_backend
 def test_a_key_weighs_exactly_nothing_for_a_row_that_does_not_see_it(backend):
     q, k, v = random_qkv(rows=4, keys=70)
     clock, birth, death = see_all(1, 4, 70)
@@ -223,7 +219,6 @@ def test_a_key_weighs_exactly_nothing_for_a_row_that_does_not_see_it(backend):
     assert not torch.equal(before[:, :, 1::2], after[:, :, 1::2])
 
 
-@each_backend
 def test_kv_len_cuts_the_keys(backend):
     q, k, v = random_qkv(batch=4, keys=130)
     intervals = random_intervals(4, 5, 130)
@@ -236,7 +231,6 @@ def test_kv_len_cuts_the_keys(backend):
     torch.testing.assert_close(masked_attention(q, k, v, *intervals, beyond, backend=backend), whole)
 
 
-@each_backend
 @pytest.mark.parametrize("scale", [0.0, 0.3, -1.0, 30.0])
 def test_scale_is_honoured_and_large_scores_do_not_overflow(backend, scale):
     q, k, v = random_qkv(keys=300)
@@ -246,7 +240,6 @@ def test_scale_is_honoured_and_large_scores_do_not_overflow(backend, scale):
     assert_right(out, q, k, v, *intervals, scale=scale)
 
 
-@each_backend
 def test_nan_in_a_seen_key_shows(backend):
     q, k, v = random_qkv()
     k[0, 0, 3, 2] = float("nan")
@@ -254,7 +247,7 @@ def test_nan_in_a_seen_key_shows(backend):
     assert out[:, :2].isnan().all() and not out[:, 2:].isnan().any()
 
 
-@needs_cpu
+@backends("cpu", "cuda")
 @each_dtype
 @pytest.mark.parametrize("dim", [24, 128])
 def test_a_row_is_bit_identical_whatever_rows_and_batch_ride_along(backend, dtype, dim):
@@ -274,7 +267,7 @@ def test_a_row_is_bit_identical_whatever_rows_and_batch_ride_along(backend, dtyp
     assert torch.equal(moved, whole[order])
 
 
-@needs_cpu
+@kernels
 @each_dtype
 def test_a_row_is_bit_identical_whatever_the_capacity_and_the_threads(backend, dtype):
     q, k, v = random_qkv(1, 1, 2, 9, 1500, 64, dtype)  # one KV head: the keys are split over the threads
@@ -297,7 +290,7 @@ def test_a_row_is_bit_identical_whatever_the_capacity_and_the_threads(backend, d
     assert torch.equal(masked_attention(q, *larger, clock, *grown, kv_len, backend=backend), expected)
 
 
-@needs_cpu
+@backends("cpu", "cuda")
 def test_many_waves_of_splits_fold_to_the_same_bits(backend):
     q, k, v = random_qkv(1, 1, 1, 2, 12000, 8)
     intervals = see_all(1, 2, 12000)
@@ -327,7 +320,7 @@ def paged(k, v, page_size, spare=3, seed=0):
     return pool(k), pool(v), table.view(batch, -1).int()
 
 
-@each_backend
+@fast
 @each_dtype
 @pytest.mark.parametrize("page_size", [16, 48, 64, 240, 256])
 def test_pages_in_any_order_give_the_bits_of_keys_in_order(backend, dtype, page_size):
@@ -346,7 +339,6 @@ def test_pages_in_any_order_give_the_bits_of_keys_in_order(backend, dtype, page_
     assert torch.equal(out, expected)
 
 
-@each_backend
 @each_dtype
 @pytest.mark.parametrize("hole", [-1, -(2**31), 15, 2**31 - 1])
 def test_keys_without_a_page_are_dead(backend, dtype, hole):
@@ -370,7 +362,6 @@ def test_keys_without_a_page_are_dead(backend, dtype, hole):
         assert (blind == 0).all()
 
 
-@each_backend
 def test_a_page_may_serve_several_sequences(backend):
     q, k, v = random_qkv(2, 2, 2, 5, 64, 16)
     k, v = (cache[:1].expand(2, -1, -1, -1) for cache in (k, v))
@@ -380,7 +371,6 @@ def test_a_page_may_serve_several_sequences(backend):
     assert torch.equal(out, masked_attention(q, k.clone(), v.clone(), *intervals, backend=backend))
 
 
-@each_backend
 @pytest.mark.parametrize("empty", ["batch", "rows", "keys"])
 def test_empty_sizes_are_fine_with_pages(backend, empty):
     q, k, v = random_qkv(**{"batch": 2, "rows": 3, "keys": 32, empty: 0})
@@ -424,21 +414,20 @@ PAGED_REFUSED = [
 
 
 @pytest.mark.parametrize("name, value, error, message", PAGED_REFUSED)
-def test_bad_pages_are_refused_by_name(name, value, error, message):
+def test_bad_pages_are_refused_by_name(backend, name, value, error, message):
     pages = torch.zeros(9, 2, 16, 16)
     arguments = {**good_arguments(), "k": pages, "v": pages, "block_table": torch.zeros(2, 4).int()}
     arguments |= {"birth": torch.zeros(2, 64).int(), "death": torch.zeros(2, 64).int()}
     arguments |= {"k": value, "v": value} if name == "pages" else {name: value}
     with pytest.raises(error, match=message):
         masked_attention(**arguments)
-    with pytest.raises((RuntimeError, TypeError, ValueError), match=message):
-        torch.ops.simsd.masked_attention(**arguments)
-    if dispatch.EMULATION:
-        with pytest.raises(RuntimeError, match=message):
-            torch.ops.simsd_emulated.masked_attention(**arguments)
+    if backend != "triton":
+        operator = torch.ops.simsd.masked_attention if backend == "reference" else dispatch.operator(OP, backend)
+        with pytest.raises((RuntimeError, TypeError, ValueError), match=message):
+            operator(**{name: x.to(device_of(backend)) for name, x in arguments.items()})
 
 
-@each_backend
+@any_head_size
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_any_intervals_behave_as_defined(backend, data):
@@ -453,6 +442,10 @@ def test_any_intervals_behave_as_defined(backend, data):
     seen = reference.visible(*intervals, kv_len).any(1)[:, None, :, None]
     k, v = torch.where(seen, k, float("nan")), torch.where(seen, v, float("inf"))
     assert_right(masked_attention(q, k, v, *intervals, kv_len, backend=backend), q, k, v, *intervals, kv_len)
+
+
+def random_arguments(seed: int) -> dict:
+    return dataclasses.asdict(random_call(seed)[0])
 
 
 def good_arguments() -> dict:
@@ -489,12 +482,14 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize("name, value, error, message", REFUSED)
-def test_bad_input_is_refused_by_name(name, value, error, message):
-    with pytest.raises(error, match=message):
-        masked_attention(**{**good_arguments(), name: value})
-    with pytest.raises((RuntimeError, TypeError, ValueError), match=message):
-        torch.ops.simsd.masked_attention(**{**good_arguments(), name: value})
+PAGES_OF_NO_SIZE = [
+    (
+        "block_table",
+        torch.zeros(2, 1).int(),
+        ValueError,
+        "a page must hold a multiple of 16 keys, from 16 to 256, got 70",
+    ),
+]
 
 
 def test_what_only_python_can_be_given_is_refused():
@@ -502,14 +497,6 @@ def test_what_only_python_can_be_given_is_refused():
         masked_attention(**{**good_arguments(), "q": None})
     with pytest.raises(ValueError, match="one device.*clock on meta"):
         masked_attention(**{**good_arguments(), "clock": torch.zeros(2, 5, dtype=torch.int32, device="meta")})
-
-
-@needs_cpu
-def test_float64_is_left_to_the_reference(backend):
-    arguments = {name: t.double() if t.is_floating_point() else t for name, t in good_arguments().items()}
-    assert masked_attention(**arguments).dtype == torch.float64
-    with pytest.raises(RuntimeError, match="cpu: supports float32, bfloat16 and float16, got torch.float64"):
-        masked_attention(**arguments, backend=backend)
 
 
 @each_dtype
@@ -524,29 +511,20 @@ def test_opcheck(dtype):
     torch.library.opcheck(torch.ops.simsd.masked_attention, given)
 
 
-@each_backend
-def test_compiles_into_a_larger_graph(backend):
-    def layer(q, k, v, clock, birth, death):
-        return masked_attention(q * 2, k, v, clock, birth, death, backend=backend).transpose(1, 2).flatten(2)
-
-    arguments = (*random_qkv(batch=2), *random_intervals(2, 5, 70))
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(*arguments), layer(*arguments))
-
-    def paged_layer(q, k, v, clock, birth, death, table):
-        return masked_attention(q * 2, k, v, clock, birth, death, block_table=table, backend=backend).flatten(2)
-
-    q, k, v = random_qkv(batch=2, keys=64)
-    k_pages, v_pages, table = paged(k, v, 16)
-    arguments = (q, k_pages, v_pages, *random_intervals(2, 5, 64), table)
-    compiled = torch.compile(paged_layer, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(*arguments), paged_layer(*arguments))
-
-
 NARROWER = ("avx2", "portable")  # what the tests above do not run where the machine has AVX-512
 
 
-@needs_cpu
+@backends("emulation")
+@pytest.mark.parametrize("name, value, error, message", [*REFUSED, *PAGES_OF_NO_SIZE])
+def test_bad_input_is_refused_by_name_before_any_kernel_starts(counted, name, value, error, message):
+    def call():
+        with pytest.raises(RuntimeError, match=message):
+            dispatch.operator(OP, "cuda")(**{**good_arguments(), name: value})
+
+    assert counted(call)["launches"] == 0
+
+
+@backends("cpu")
 @pytest.mark.parametrize("capability", NARROWER)
 def test_narrower_instruction_sets_pass_the_same_tests(backend, capability):
     best = torch.ops.simsd._cpu_capability()
@@ -562,7 +540,7 @@ def test_narrower_instruction_sets_pass_the_same_tests(backend, capability):
     assert ran.returncode == 0, ran.stdout
 
 
-@needs_cpu
+@backends("cpu")
 def test_an_unknown_instruction_set_is_refused_by_name(backend):
     code = "import torch, simsd_kernels; torch.ops.simsd._cpu_capability()"
     ran = subprocess.run(
@@ -573,7 +551,3 @@ def test_an_unknown_instruction_set_is_refused_by_name(backend):
     )
     assert ran.returncode != 0
     assert "SIMSD_CPU_CAPABILITY='avx3' is unknown: choose one of avx512, avx2, portable" in ran.stderr
-
-
-def test_the_package_exports_the_op():
-    assert simsd_kernels.masked_attention is masked_attention

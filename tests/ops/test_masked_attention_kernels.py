@@ -1,0 +1,345 @@
+"""The kernels of masked_attention against the definition in float64, whatever sees what, and the ways they go."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import zlib
+
+import pytest
+import torch
+
+from attentions import assert_right, in_pages, make, poisoned, random_call, run
+from backends import backends, device_of, each_dtype, kernels
+from simsd_kernels import INF, Visibility, dispatch
+from simsd_kernels.masked_attention import reference
+from test_masked_attention import random_intervals, see_all
+
+OP = "masked_attention"
+GOLDEN = json.loads((pathlib.Path(__file__).parents[1] / "golden" / "temporal_masks.json").read_text())["masks"]
+HALVES = (torch.bfloat16, torch.float16)
+SPLIT, TILE = 256, 32
+pytestmark = kernels
+
+
+@pytest.fixture
+def work_of(counted):
+    """The result of a call and what the emulated kernels did for it."""
+
+    def run_(call):
+        found = []
+        work = counted(lambda: found.append(run(call, "cuda")))
+        return found[0], work
+
+    return run_
+
+
+def test_any_lives_sizes_and_layouts(backend, seed):
+    given, call = random_call(seed, least_dim=16 if backend == "triton" else 1)
+    assert_right(run(given, backend), call)
+
+
+def golden_mask(case):
+    return Visibility.from_labels(
+        torch.tensor(case["token_labels"]), torch.tensor(case["block_ids"]), case["block_length"]
+    )
+
+
+FAMILIES = {
+    "bidirectional": Visibility.bidirectional(90),
+    "causal": Visibility.causal(70),
+    "sliding_window": Visibility.sliding_window(150, 20),
+    "block_causal": Visibility.block_causal(130, 16),
+    "tree": Visibility.tree([-1, 0, 0, 1, 1, 2, 2, 3, -1, 8]),
+    "temporal": Visibility.temporal([0, 1, 3, -1], 300, pending=True),
+    "unrolled": Visibility.unrolled(3, 4, 270),
+    **{f"golden_{number}": golden_mask(case) for number, case in enumerate(GOLDEN)},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_of_masks(backend, family):
+    if backend == "triton" and family.startswith("golden") and int(family[7:]) % 13:
+        pytest.skip("every 13th: the interpreter is slow")
+    mask = FAMILIES[family]
+    queries, keys = mask.clock.shape[-1], mask.birth.shape[-1]
+    call = poisoned(make(torch.bfloat16, 1, (2, 1), queries, keys, 64, lives=mask))
+    assert torch.equal(reference.visible(call.clock, call.birth, call.death)[0], mask.dense())
+    assert_right(run(call, backend), call)
+
+
+@backends("emulation")
+@pytest.mark.parametrize("dim", [64, 96, 128, 200])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_few_and_many_rows_go_different_ways_to_the_same_bits(work_of, dtype, dim):
+    """Many blocks of rows walk over all keys; few spread the splits over blocks and add them up in a second kernel."""
+    call = poisoned(make(dtype, 9, (3, 1), 6, 600, dim, [600, 411, 0, 256, 257, 1, 600, 600, 520]))
+    together, work = work_of(call)
+    assert work["launches"] == 1
+    for b in (0, 1, 2, 4, 8):
+        alone, work = work_of(call.replace(**{
+            name: getattr(call, name)[b : b + 1] for name in ("q", "k", "v", "clock", "birth", "death", "kv_len")
+        }))  # fmt: skip
+        assert work["launches"] == 2
+        assert torch.equal(alone[0], together[b])
+
+
+def first_rows(call, rows):
+    return call.replace(q=call.q[:, :, :rows], clock=call.clock[:, :rows])
+
+
+@each_dtype
+def test_a_row_does_not_change_with_what_rides_along(backend, dtype):
+    call = make(dtype, 3, (2, 1), 70, 300, 64)
+    call = call.replace(clock=call.clock.clamp(min=0))
+    out = run(call, backend)
+    for rows in (1, 3, 9, 17, 40):  # 2 or 4 warps in a block, whole tiles of rows and parts
+        assert torch.equal(run(first_rows(call, rows), backend), out[:, :, :rows])
+    middle = call.replace(q=call.q[:, :, 13:20], clock=call.clock[:, 13:20])
+    assert torch.equal(run(middle, backend), out[:, :, 13:20])
+    lone = call.replace(**{name: getattr(call, name)[1:2] for name in ("q", "k", "v", "clock", "birth", "death")})
+    assert torch.equal(run(lone, backend), out[1:2])
+
+
+@each_dtype
+def test_capacity_and_pages_do_not_change_a_bit(backend, dtype):
+    call = make(dtype, 2, (2, 1), 5, 300, 80)
+    out = run(call, backend)
+
+    def grown(part, fill, keys=1040):
+        shape = list(part.shape)
+        axis = 2 if part.dim() == 4 else 1
+        shape[axis] = keys - shape[axis]
+        return torch.cat((part, torch.full(shape, fill, dtype=part.dtype)), dim=axis)
+
+    garbage = float("nan")
+    roomier = call.replace(
+        k=grown(call.k, garbage), v=grown(call.v, garbage), birth=grown(call.birth, 0), death=grown(call.death, INF),
+        kv_len=torch.full((2,), 300, dtype=torch.int32),
+    )  # fmt: skip
+    assert torch.equal(run(roomier, backend), out)
+    for page_size in (16, 80, 208):
+        ordered, given = in_pages(roomier, page_size, torch.Generator().manual_seed(page_size))
+        assert torch.equal(run(given, backend), run(ordered, backend))
+
+
+@each_dtype
+def test_strides_do_not_change_a_bit(backend, dtype):
+    """Rows that are no whole aligned chunks are gathered, into the same products."""
+    call = poisoned(make(dtype, 2, (4, 2), 6, 290, 32))
+    out = run(call, backend)
+    odd = torch.empty(call.k.numel() + 1, dtype=dtype)[1:].view(call.k.shape)
+    odd.copy_(call.k)
+    strided = call.replace(
+        q=call.q.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0),
+        k=torch.stack((call.k, call.k), -1).flatten(3)[..., ::2],
+        v=call.v.transpose(1, 2).contiguous().transpose(1, 2),
+        clock=call.clock.repeat(1, 3)[:, :6],
+        birth=call.birth.t().contiguous().t(),
+        death=call.death.repeat_interleave(2, 1)[:, ::2],
+    )
+    assert torch.equal(run(strided, backend), out)
+    assert torch.equal(run(call.replace(k=odd), backend), out)
+    assert torch.equal(run(strided.replace(v=call.v.transpose(2, 3).contiguous().transpose(2, 3)), backend), out)
+    table = torch.arange(2, dtype=torch.int32)[:, None]
+    pages = call.replace(
+        k=call.k[:, :, :256].permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3), v=call.v[:, :, :256],
+        birth=call.birth[:, :256], death=call.death[:, :256], block_table=table,
+    )  # fmt: skip
+    assert torch.equal(run(pages, backend), run(pages.replace(k=pages.k.contiguous(), block_table=None), backend))
+
+
+def bytes_of_tiles(tiles, dim, heads=1):
+    return 2 * tiles * TILE * dim * 2 * heads
+
+
+@backends("emulation")
+@pytest.mark.parametrize("batch", [1, 9], ids=["few rows", "many rows"])
+def test_only_keys_that_somebody_sees_are_loaded(work_of, batch):
+    dim, queries, keys = 64, 4, 1024
+    clock, birth, death = see_all(batch, queries, keys)
+    query_bytes = batch * queries * 2 * dim * 2 * (1 if batch > 1 else keys // SPLIT)  # few rows: in every split
+    whole = make(torch.bfloat16, batch, (2, 1), queries, keys, dim, lives=(clock, birth, death))
+    assert work_of(whole)[1]["async_bytes"] == batch * bytes_of_tiles(keys // TILE, dim) + query_bytes
+    birth = torch.full_like(birth, INF)
+    birth[:, 64:128] = 0  # two whole tiles
+    birth[:, 700:703] = 0  # three keys of a tile
+    some = make(torch.bfloat16, batch, (2, 1), queries, keys, dim, lives=(clock, birth, death))
+    assert work_of(some)[1]["async_bytes"] == batch * (bytes_of_tiles(2, dim) + 3 * dim * 2 * 2) + query_bytes
+    dead = some.replace(clock=torch.full_like(clock, -1))
+    out, work = work_of(dead)
+    assert not out.any() and work["async_bytes"] == query_bytes and work["matrix_products"] == 0
+    cut = whole.replace(kv_len=torch.full((batch,), 96, dtype=torch.int32))
+    # Blocks of splits past the end do not even read their queries.
+    assert work_of(cut)[1]["async_bytes"] == batch * (bytes_of_tiles(3, dim) + queries * 2 * dim * 2)
+
+
+@backends("emulation")
+def test_products_skip_what_a_warp_does_not_see(work_of):
+    """64 causal queries of one head are 4 warps over the same tiles of 32 keys: each leaves out those ahead of it."""
+    call = make(torch.bfloat16, 1, (1, 1), 64, 64, 64, lives=Visibility.causal(64))
+    per_tile = 4 * (64 // 16) + 2 * (64 // 8)  # scores, output
+    assert work_of(call)[1]["matrix_products"] == (1 + 1 + 2 + 2) * per_tile
+
+
+def test_dead_queries_in_a_tile_that_the_others_see_whole_return_zeros(backend):
+    for batch in (1, 9):
+        clock, birth, death = see_all(batch, 8, 300)
+        clock[:, 1::2] = -1
+        call = make(torch.float16, batch, (2, 1), 8, 300, 64, lives=(clock, birth, death))
+        out = run(call, backend)
+        assert_right(out, call)
+        assert not out[:, :, 1::2].any() and out[:, :, ::2].any(-1).all()
+
+
+def test_a_key_between_two_moments_is_unseen(backend):
+    """Its life [5, 6] lies inside the span of the clocks {0, 10} of its tile, so only the exact test can tell."""
+    call = make(torch.bfloat16, 1, (1, 1), 2, 3, 16)
+    call = poisoned(
+        call.replace(
+            clock=torch.tensor([[0, 10]], dtype=torch.int32),
+            birth=torch.tensor([[0, 5, 0]], dtype=torch.int32),
+            death=torch.tensor([[INF, 6, INF]], dtype=torch.int32),
+        )
+    )
+    assert_right(run(call, backend), call)
+
+
+@each_dtype
+@pytest.mark.parametrize("first, last", [(0, 5), (3, INF), (3, 5)], ids=["die early", "born late", "both"])
+def test_a_tile_that_some_rows_see_whole_and_others_not_at_all(backend, first, last, dtype):
+    call = make(dtype, 1, (1, 1), 4, 70, 16)
+    call = call.replace(
+        clock=torch.tensor([[0, 3, 5, 9]], dtype=torch.int32),
+        birth=torch.full_like(call.birth, first),
+        death=torch.full_like(call.death, last),
+    )
+    assert_right(run(call, backend), call)
+
+
+@each_dtype
+def test_scores_of_any_size_are_weighed_without_overflow(backend, dtype):
+    """One key outweighs all others by far; it lies in the first, the last or a middle split, and after small ones."""
+    for at in (0, 300, 599):
+        call = make(dtype, 1, (1, 1), 3, 600, 64, lives=see_all(1, 3, 600))
+        k = call.k.clone()
+        k[0, 0, at] = 30 * call.q[0, 0].mean(0)
+        call = call.replace(k=k, scale=20.0)
+        out = run(call, backend)
+        assert_right(out, call)
+    huge = call.replace(q=call.q * 100, k=call.k * 100)
+    assert_right(run(huge, backend), huge)
+
+
+def test_scores_of_minus_infinity_weigh_nothing(backend):
+    call = make(torch.bfloat16, 1, (1, 1), 2, 40, 64, lives=see_all(1, 2, 40))
+    q, k = call.q.abs(), call.k.clone()
+    k[0, 0, 7:9] = -torch.inf
+    rest = [j for j in range(40) if j not in (7, 8)]
+    fewer = call.replace(
+        q=q, k=k[:, :, rest], v=call.v[:, :, rest], birth=call.birth[:, rest], death=call.death[:, rest]
+    )
+    assert_right(run(call.replace(q=q, k=k), backend), fewer)
+
+
+@each_dtype
+@pytest.mark.parametrize("batch", [1, 9])
+def test_nan_and_infinity_in_seen_keys_show_in_rows_that_see_them(backend, batch, dtype):
+    for at, value in ((3, float("nan")), (290, float("nan")), (290, float("inf"))):
+        call = make(dtype, batch, (2, 1), 3, 300, 64, lives=see_all(batch, 3, 300))
+        k = call.k.clone()
+        k[0, 0, at, 2] = value
+        out = run(call.replace(k=k, q=call.q.abs()), backend)
+        assert out[0].isnan().all() and not out[1:].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("queries, keys", [(0, 5), (3, 0), (0, 0)])
+def test_empty_inputs(backend, queries, keys, dtype):
+    out = run(make(dtype, 2, (2, 1), queries, keys, 32), backend)
+    assert out.shape == (2, 2, queries, 32) and not out.any()
+    table = torch.zeros(2, 0, dtype=torch.int32)
+    no_pages = make(dtype, 2, (2, 1), 3, 0, 32).replace(block_table=table, k=torch.zeros(4, 1, 16, 32, dtype=dtype))
+    assert not run(no_pages.replace(v=no_pages.k), backend).any()
+
+
+@backends("emulation")
+def test_long_contexts_of_many_rows_take_no_more_scratch_than_documented(work_of):
+    """Past 32 MiB of partial results one kernel serves the call."""
+    queries, keys = 4, 150_000
+    lives = see_all(1, queries, keys)
+    lives[1][:] = INF  # all dead: no time is spent on products
+    few = make(torch.bfloat16, 1, (1, 1), queries, keys, 64, lives=lives)
+    assert work_of(few)[1]["launches"] == 2
+    many = make(torch.bfloat16, 1, (60, 1), queries, keys, 64, lives=(lives[0], *lives[1:]))
+    assert work_of(many)[1]["launches"] == 1
+
+
+@pytest.mark.parametrize("number", range(20))
+def test_lives_that_end_before_they_begin(backend, number):
+    call = make(torch.bfloat16, 2, (4, 2), 11, 330, 64, lives=random_intervals(2, 11, 330, number), seed=number)
+    call = poisoned(call)
+    assert_right(run(call, backend), call)
+
+
+@pytest.mark.parametrize("what", ["unborn keys", "dead queries", "nothing cached", "no pages"])
+def test_queries_that_see_nothing_return_zeros(backend, what):
+    call = make(torch.float32, 2, (2, 1), 5, 80, 16)
+    match what:
+        case "unborn keys":
+            call = poisoned(call.replace(birth=torch.full_like(call.birth, INF)))
+        case "dead queries":
+            call = poisoned(call.replace(clock=torch.full_like(call.clock, -1)))
+        case "nothing cached":
+            call = poisoned(call.replace(kv_len=torch.zeros(2, dtype=torch.int32)))
+        case "no pages":
+            call = in_pages(call, 16, torch.Generator())[1]
+            call = call.replace(block_table=torch.full_like(call.block_table, -1))
+    assert not run(call, backend).any()
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.0, -0.3, 30.0])
+def test_scale(backend, scale):
+    call = make(torch.float32, 1, (2, 1), 4, 90, 32).replace(scale=scale)
+    assert_right(run(call, backend), call)
+
+
+# dtype, batch, (Hq, Hkv), Lq, pages of a sequence, keys of a page, D
+PAGED = [
+    (torch.float32, 1, (1, 1), 1, 1, 16, 16),
+    (torch.float32, 2, (2, 1), 5, 7, 16, 24),
+    (torch.float32, 2, (2, 2), 9, 3, 80, 40),
+    (torch.float32, 1, (3, 1), 4, 2, 256, 128),
+    (torch.float16, 3, (4, 2), 3, 5, 48, 64),
+    (torch.float16, 1, (2, 1), 33, 6, 64, 128),
+    (torch.float16, 2, (5, 1), 7, 19, 16, 80),
+    (torch.float16, 1, (1, 1), 2, 3, 240, 32),
+    (torch.bfloat16, 2, (4, 1), 8, 9, 32, 128),
+    (torch.bfloat16, 1, (6, 2), 12, 4, 128, 64),
+    (torch.bfloat16, 3, (2, 1), 1, 21, 16, 256),
+    (torch.bfloat16, 2, (1, 1), 20, 5, 112, 96),
+]
+
+
+@pytest.mark.parametrize("case", PAGED, ids=lambda case: "-".join(map(str, case)))
+def test_pages_give_the_bits_of_keys_in_order(backend, case):
+    dtype, batch, heads, queries, pages, page_size, dim = case
+    keys, seed = pages * page_size, zlib.crc32(str(case).encode())
+    call = make(dtype, batch, heads, queries, keys, dim, [keys - 5 * b for b in range(batch)], seed=seed)
+    ordered, given = in_pages(call, page_size, torch.Generator().manual_seed(seed))
+    out = run(given, backend)
+    assert torch.equal(out, run(ordered, backend))
+    assert_right(out, ordered)
+
+
+@backends("triton", "cuda")
+@pytest.mark.parametrize("dim", [8, 264])
+def test_head_sizes_that_do_not_fit_are_refused_by_name(backend, dim):
+    call = make(torch.float16, 1, (1, 1), 1, 1, dim)
+    if backend == "triton":
+        with pytest.raises(RuntimeError, match=f"triton: supports head sizes 16 to 256, got {dim}"):
+            run(call, backend)
+    elif dim > 256:
+        given = [x.to(device_of(backend)) if torch.is_tensor(x) else x for x in call.arguments()]
+        with pytest.raises(RuntimeError, match="cuda supports head sizes up to 256, got 264"):
+            dispatch.operator(OP, backend)(*given)
