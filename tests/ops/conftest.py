@@ -25,15 +25,21 @@ if dispatch.INTERPRETER_OBSTACLE:
 def pytest_generate_tests(metafunc):
     if "backend" not in metafunc.fixturenames:
         return
+    mark = metafunc.definition.get_closest_marker("backends")
+    served = [name for name in BACKENDS if not mark or name in mark.args]
     if "seed" in metafunc.fixturenames:
         cases = getattr(metafunc.module, "CASES", CASES)
-        metafunc.parametrize("backend, seed", [(name, seed) for name in BACKENDS for seed in range(cases[name])])
+        metafunc.parametrize("backend, seed", [(name, seed) for name in served for seed in range(cases[name])])
     else:
-        metafunc.parametrize("backend", BACKENDS)
+        metafunc.parametrize("backend", served)
 
 
-def pytest_collection_modifyitems(items):
-    items[:] = [item for item in items if HERE not in item.path.parents or is_served(item)]
+def pytest_collection_modifyitems(config, items):
+    kept, dropped = [], []
+    for item in items:
+        (kept if HERE not in item.path.parents or is_served(item) else dropped).append(item)
+    config.hook.pytest_deselected(items=dropped)
+    items[:] = kept
 
 
 def is_served(item) -> bool:

@@ -11,6 +11,7 @@ from backends import FLOATS, backends, callable_of, each_dtype, kernels
 from simsd_kernels import dispatch
 
 add_rms_norm = callable_of("add_rms_norm")
+LANES = ("residual", "x")
 # D around the vectors' widths, and of real models.
 DIMS = (1, 5, 16, 33, 64, 160, 250, 1024, 2560)
 
@@ -25,6 +26,10 @@ def random_case(shape=(3, 5), dim=160, dtype=torch.float32, given=True, seed=0) 
     residual = (draw(*shape, dim) * 5).to(dtype)
     x = draw(*shape, dim).to(dtype) if given else None
     return {"x": x, "residual": residual, "weight": (1 + 0.3 * draw(dim)).to(dtype), "eps": 1e-6}
+
+
+def good_arguments() -> dict:
+    return random_case()
 
 
 def random_arguments(seed: int) -> dict:

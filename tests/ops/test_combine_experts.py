@@ -10,6 +10,7 @@ from backends import FLOATS, HAS_GPU, backends, callable_of, each_dtype
 from simsd_kernels import dispatch
 
 combine_experts = callable_of("combine_experts")
+LANES = ("weights", "places")
 # (M, C, N) around the vectors' widths, and of real models.
 SIZES = [(1, 1, 1), (3, 2, 5), (2, 8, 16), (9, 3, 33), (5, 4, 77), (4, 8, 2048), (3, 1, 1000)]
 
@@ -21,6 +22,10 @@ def random_case(tokens=9, choices=3, size=33, dtype=torch.float32, seed=0) -> di
         "weights": torch.rand(tokens, choices, generator=generator).to(dtype),
         "places": torch.randperm(tokens * choices, generator=generator).view(tokens, choices).int(),
     }
+
+
+def good_arguments() -> dict:
+    return random_case()
 
 
 def random_arguments(seed: int) -> dict:

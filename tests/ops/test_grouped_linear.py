@@ -15,6 +15,7 @@ from simsd_kernels import dispatch
 from simsd_kernels.grouped_linear import reference
 
 grouped_linear, thin_linear = callable_of("grouped_linear"), callable_of("thin_linear")
+LANES = ("x",)
 NAMES = ("x", "weight", "offsets")
 # Rows of each expert: some without any, at either end and between; all with one expert; around the kernels' tiles.
 GROUPS = [(3, 0, 5, 1), (0, 0, 7), (13, 0, 0), (1, 1, 1, 1, 1), (6, 7, 8, 9), (0, 17, 0, 0, 2, 0), (70, 1)]
@@ -53,7 +54,7 @@ def random_arguments(seed: int) -> dict:
     return {"x": relaid(x, pick), "weight": weight, "offsets": relaid(offsets, pick)}
 
 
-def row_alone(made: dict, row: int) -> dict:
+def lane_alone(made: dict, row: int) -> dict:
     return made | {"x": made["x"][row : row + 1], "offsets": (made["offsets"] > row).int()}
 
 

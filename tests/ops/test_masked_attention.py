@@ -19,6 +19,7 @@ from simsd_kernels.masked_attention import reference
 
 OP = "masked_attention"
 masked_attention = callable_of("masked_attention")
+LANES = ("q", "k", "v", "clock", "birth", "death", "kv_len")
 any_head_size = backends("reference", "cpu", "cuda")  # Triton takes 16 to 256
 fast = backends("reference", "cpu", "cuda")  # test_masked_attention_kernels.py asks the interpreter for less
 

@@ -13,6 +13,7 @@ from backends import FLOATS, backends, callable_of, device_of, each_dtype, kerne
 from simsd_kernels import dispatch
 
 qk_norm_rope_store = callable_of("qk_norm_rope_store")
+LANES = ("q", "k", "v", "cos", "sin", "k_cache", "v_cache", "slots")
 # Head size and rotary columns: whole units of 16 bytes and broken ones, more of them than a warp has lanes.
 SIZES = [(128, 128), (128, 64), (64, 64), (64, 16), (256, 256), (256, 2), (256, 0), (80, 80), (80, 24), (96, 48)]
 SIZES += [(48, 12), (33, 10), (17, 16), (8, 4), (2, 2), (1, 0), (255, 254), (192, 128), (16, 16)]

@@ -9,6 +9,7 @@ from arguments import Pick, relaid
 from backends import FLOATS, backends, callable_of, each_dtype, kernels
 
 run = callable_of("silu_mul")
+LANES = ("gate_up",)
 # I around the vectors' widths, and of real models.
 SIZES = (1, 3, 8, 16, 33, 448, 1000, 3072)
 

@@ -10,6 +10,7 @@ from backends import backends, callable_of, device_of
 from simsd_kernels import dispatch
 
 sort_by_expert = callable_of("sort_by_expert")
+LANES = ()
 # (M, C, experts)
 SIZES = [(1, 1, 1), (1, 8, 128), (3, 2, 5), (33, 1, 7), (17, 8, 9), (64, 8, 128), (300, 4, 33), (40, 3, 300)]
 
@@ -19,6 +20,10 @@ def random_case(tokens=17, choices=3, n_experts=9, seed=0) -> dict:
     generator = torch.Generator().manual_seed(seed)
     scores = torch.rand(tokens, max(n_experts, choices), generator=generator)
     return {"experts": scores.topk(choices, dim=1).indices % n_experts, "n_experts": n_experts}
+
+
+def good_arguments() -> dict:
+    return random_case()
 
 
 def random_arguments(seed: int) -> dict:

@@ -11,6 +11,7 @@ from simsd_kernels import dispatch
 
 store_kv = callable_of("store_kv")
 NAMES = ("k", "v", "k_cache", "v_cache", "slots")
+LANES = NAMES
 
 
 def random_case(batch=2, heads=3, rows=5, dim=8, capacity=11, dtype=torch.float32, seed=0):

@@ -12,6 +12,7 @@ from backends import FLOATS, backends, callable_of, each_dtype, needs_compiled_o
 from simsd_kernels.thin_linear import reference
 
 thin_linear = callable_of("thin_linear")
+LANES = ("x",)
 # (N, K) around the vectors' and tiles' widths.
 SIZES = [(1, 1), (5, 3), (4, 16), (6, 17), (33, 100), (7, 333), (130, 257), (64, 128)]
 

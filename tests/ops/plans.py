@@ -7,9 +7,11 @@ import random
 import torch
 from hypothesis import strategies as st
 
-import simsd_kernels
+from backends import callable_of
 from rules import STRATEGIES, even, rule
 from simsd_kernels.plan_block.api import copy_stride
+
+plan_block = callable_of("plan_block")
 
 MASK = 99
 VOCABULARY = 20
@@ -69,7 +71,7 @@ def arguments(batch=1, ahead=1, length=4, number=0, rules=None, blocks_left=None
 
 
 def plan(made, backend=None):
-    return simsd_kernels.plan_block(**made, backend=backend)
+    return plan_block(**made, backend=backend)
 
 
 def assert_same(out, expected):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 
-import simsd_kernels
 from arguments import copy_of, same_bits, signed
+from backends import callable_of
 from rules import STRATEGIES, even, rule
 from simsd_kernels.propose_block.arguments import SIGNATURE
+
+propose_block, sample_logits, reveal = callable_of("propose_block"), callable_of("sample_logits"), callable_of("reveal")
 
 TENSORS = [argument.name for argument in SIGNATURE.arguments]
 WRITTEN = [argument.name for argument in SIGNATURE.arguments if argument.written]
@@ -53,7 +55,7 @@ def slot(tokens=(5, 6, 7, 8), blocks=2, block=0, noise=0, rules=((2, 2), "sequen
 def propose(case, backend=None):
     """Proposes; checks that only the slots change."""
     before = copy_of(case)
-    assert simsd_kernels.propose_block(**case, backend=backend) is None
+    assert propose_block(**case, backend=backend) is None
     for name in set(TENSORS) - set(WRITTEN):
         assert case[name] is None or same_bits(case[name], before[name]), name
     return case
@@ -127,7 +129,7 @@ def loop(case, b, backend):
     def draw(i, known):
         sequential = STRATEGIES[int(case["strategy"][b])] == "sequential"
         one = lambda name, default: torch.tensor([default]) if case[name] is None else case[name][b : b + 1]  # noqa: E731
-        return simsd_kernels.sample_logits(
+        return sample_logits(
             case["logits"][int(case["rows"][b, i])][None],
             case["temperature"][b : b + 1],
             one("top_k", 0).int(),
@@ -154,7 +156,7 @@ def loop(case, b, backend):
         columns = [torch.cat([one[n] for one in drawn])[None] for n in range(4)]
         rules = [case[name][b : b + 1] for name in RULE]
         now_step = torch.tensor([now_step], dtype=torch.int32)
-        simsd_kernels.reveal(tokens[None], known, step_map, *columns, now_step, *rules, backend=backend)
+        reveal(tokens[None], known, step_map, *columns, now_step, *rules, backend=backend)
     now["draft_tokens"][block] = tokens
     now["text"][first : first + length] = tokens
     now["proposal_depth"].fill_(block + 1)

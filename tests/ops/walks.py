@@ -6,9 +6,11 @@ import zlib
 
 import torch
 
-import simsd_kernels
+from backends import callable_of
 from rules import STRATEGIES, even, rule
 from simsd_kernels.verify_graph.api import DENOISED, DRAFTED
+
+verify_graph, sample_logits, reveal = callable_of("verify_graph"), callable_of("sample_logits"), callable_of("reveal")
 
 VOCABULARY = 30
 FINISHED, HELD, TAKEN, LAST, STEP, JUDGED, ACCEPTED = range(7)  # progress
@@ -77,7 +79,7 @@ def replay(made, backend):
             tokens, when, prob, how = blocks[block]
             masked = [i for i in range(length) if not known >> i & 1]
             drawn = draw(made, b, at, known, masked, backend)
-            for i in reveal(made, b, known, length, step, drawn):
+            for i in revealed_by(made, b, known, length, step, drawn):
                 tokens[i], prob[i] = drawn[i][0], drawn[i][1]
                 when[i], how[i] = step + 1, DENOISED if at == 0 else DRAFTED
                 known |= 1 << i
@@ -108,7 +110,7 @@ def draw(made, b, c, known, masked, backend):
         return torch.full((count,), value, dtype=dtype)
 
     sequential = STRATEGIES[int(made["strategy"][b])] == "sequential"
-    out = simsd_kernels.sample_logits(
+    out = sample_logits(
         made["target_logits"][made["rows"][b, c, masked].long()],
         every("temperature", 0.0, torch.float32),
         every("top_k", 0, torch.int32),
@@ -122,11 +124,11 @@ def draw(made, b, c, known, masked, backend):
     return dict(zip(masked, zip(*(x.tolist() for x in out[:4]), strict=True), strict=True))
 
 
-def reveal(made, b, known, length, step, drawn):
+def revealed_by(made, b, known, length, step, drawn):
     tokens, given = torch.zeros(1, length, dtype=torch.int64), torch.zeros(3, 1, length)
     for i, (_, *statistics) in drawn.items():
         given[:, 0, i] = torch.tensor(statistics)
-    newly = simsd_kernels.reveal(
+    newly = reveal(
         *(tokens, torch.tensor([signed(known)]), tokens.int(), tokens.clone(), *given, ints(step)),
         *(made[name][b : b + 1] for name in RULE),
         backend="reference",
@@ -243,7 +245,7 @@ def native(made, tokens, known, number, dtype, forwards):
             break
         graph = tokens[:, None], known[:, None], idle
         logits, rows = target_rows(number, state["start"], *graph, dtype)
-        out = simsd_kernels.verify_graph(
+        out = verify_graph(
             *(logits, rows, *graph, torch.zeros(batch, 0, length, dtype=torch.int64), zero, zero),
             **state,
             **{name: made[name] for name in fixed},
