@@ -31,8 +31,6 @@ demo: $(VENV)/.installed
 	$(BIN)/simsd bench --items 25 --modes native,temporal,exact-model,exact-auto
 	@echo "simsd is $(BIN)/simsd: try $(BIN)/simsd generate \"What is the capital of Japan?\", or first . $(BIN)/activate"
 
-# The suites of ops that list their backends themselves, and the others.
-OP_TESTS := $(wildcard $(patsubst simsd_kernels/%/api.py,tests/test_%.py,$(wildcard simsd_kernels/*/api.py)))
 TRANSFORMERS_TESTS := $(foreach what,models published configuration loading checkpoint supported weights tokenizer cache \
 	iteration draft prefill decoder engine experts fused runner hf, \
 	$(wildcard tests/test_$(what).py tests/test_$(what)_*.py)) tests/test_ambient.py
@@ -41,16 +39,16 @@ IN_PARALLEL := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 test: test-python test-interpreted test-emulated test-sanitized test-transformers
 
 test-python: $(VENV)/.installed-test
-	$(IN_PARALLEL) --dist loadfile tests --ignore tests/interpreted --ignore tests/emulated --ignore tests/gpu
+	$(IN_PARALLEL) --dist loadfile tests --ignore tests/emulated --ignore tests/gpu
 
 # Kernels under Triton's interpreter, and CUDA kernels run on the CPU, need processes of their own: which it is to be is
 # settled when the package is imported.
 test-interpreted: $(VENV)/.installed-test
-	TRITON_INTERPRET=1 $(IN_PARALLEL) tests/ops tests/interpreted
+	TRITON_INTERPRET=1 $(IN_PARALLEL) tests/ops
 
 test-emulated: $(VENV)/.installed-test
 	library=$$($(BIN)/python tests/emulation.py) && \
-		SIMSD_CUDA_EMULATION=$$library $(IN_PARALLEL) tests/ops tests/emulated $(OP_TESTS) -k "cuda or emulat"
+		SIMSD_CUDA_EMULATION=$$library $(IN_PARALLEL) tests/ops tests/emulated
 
 # AddressSanitizer must be there before anything else, and C++'s runtime with it: it would end the process at the first
 # exception.
