@@ -49,6 +49,14 @@ def device_of(backend: str | None) -> torch.device:
     return torch.device("cuda" if on_gpu else "cpu")
 
 
+def op_of(item) -> str:
+    """What a test is about: its parameter `op`, its module's OP, or what its file is called by."""
+    settings = item.callspec.params if hasattr(item, "callspec") else {}
+    if "op" in settings:
+        return settings["op"].name
+    return getattr(item.module, "OP", item.path.stem.removeprefix("test_").removeprefix("gpu_"))
+
+
 def written(op: str) -> tuple[str, ...]:
     """The arguments that an op writes in place."""
     arguments = dispatch.overload("simsd", op)._schema.arguments

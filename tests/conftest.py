@@ -25,11 +25,12 @@ def pytest_collection_modifyitems(config, items):
     wanted, served = (given.split(",") if (given := config.getoption(name, None)) else None for name in ASKED)
     if not wanted and not served:
         return
+    from backends import op_of
+
     kept, dropped = [], []
     for item in items:
         settings = item.callspec.params if hasattr(item, "callspec") else {}
-        op = settings["op"].name if "op" in settings else item.path.stem.removeprefix("test_").removeprefix("gpu_")
-        is_asked = (not wanted or op in wanted) and (not served or settings.get("backend", "none") in served)
+        is_asked = (not wanted or op_of(item) in wanted) and (not served or settings.get("backend", "none") in served)
         (kept if is_asked else dropped).append(item)
     config.hook.pytest_deselected(items=dropped)
     items[:] = kept

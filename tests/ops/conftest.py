@@ -13,7 +13,7 @@ import pathlib
 import pytest
 import torch
 
-from backends import BACKENDS, CASES, HAS_GPU, PROCESS, device_of
+from backends import BACKENDS, CASES, HAS_GPU, PROCESS, device_of, op_of
 from simsd_kernels import dispatch
 
 HERE = pathlib.Path(__file__).parent
@@ -51,7 +51,7 @@ def is_served(item) -> bool:
         return False
     if backend is None:
         return not (named or {"reference"}).isdisjoint(PROCESS)
-    op = settings["op"].name if "op" in settings else getattr(item.module, "OP", item.path.stem.removeprefix("test_"))
+    op = op_of(item)
     if backend not in (named - kinds or BACKENDS) or (backend == "triton" and not dispatch.has_triton(op)):
         return False
     if obstacle := dispatch.device_obstacle(backend, op, device_of(backend)):

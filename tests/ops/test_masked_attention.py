@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attentions import random_call
-from backends import FLOATS, backends, callable_of, device_of, each_dtype, kernels
+from backends import FLOATS, backends, callable_of, device_of, each_dtype
 from simsd_kernels import INF, Visibility, dispatch
 from simsd_kernels.masked_attention import reference
 
@@ -268,19 +268,15 @@ def test_a_row_is_bit_identical_whatever_rows_and_batch_ride_along(backend, dtyp
     assert torch.equal(moved, whole[order])
 
 
-@kernels
+@backends("cpu", "cuda")
 @each_dtype
-def test_a_row_is_bit_identical_whatever_the_capacity_and_the_threads(backend, dtype):
+def test_a_row_is_bit_identical_whatever_the_capacity_and_the_threads(backend, dtype, threads):
     q, k, v = random_qkv(1, 1, 2, 9, 1500, 64, dtype)  # one KV head: the keys are split over the threads
     clock, birth, death = random_intervals(1, 9, 1500)
     expected = masked_attention(q, k, v, clock, birth, death, backend=backend)
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 3, 5):
-            torch.set_num_threads(count)
-            assert torch.equal(masked_attention(q, k, v, clock, birth, death, backend=backend), expected)
-    finally:
-        torch.set_num_threads(threads)
+    for count in (1, 2, 3, 5):
+        threads(count)
+        assert torch.equal(masked_attention(q, k, v, clock, birth, death, backend=backend), expected)
     room = (0, 0, 0, 777)
     unwritten = torch.nn.functional.pad(birth, (0, 777), value=INF), torch.nn.functional.pad(death, (0, 777), value=INF)
     larger = [torch.nn.functional.pad(tensor, room, value=float("nan")) for tensor in (k, v)]
@@ -292,17 +288,13 @@ def test_a_row_is_bit_identical_whatever_the_capacity_and_the_threads(backend, d
 
 
 @backends("cpu", "cuda")
-def test_many_waves_of_splits_fold_to_the_same_bits(backend):
+def test_many_waves_of_splits_fold_to_the_same_bits(backend, threads):
     q, k, v = random_qkv(1, 1, 1, 2, 12000, 8)
     intervals = see_all(1, 2, 12000)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        expected = masked_attention(q, k, v, *intervals, backend=backend)
-        torch.set_num_threads(2)
-        assert torch.equal(masked_attention(q, k, v, *intervals, backend=backend), expected)
-    finally:
-        torch.set_num_threads(threads)
+    threads(1)
+    expected = masked_attention(q, k, v, *intervals, backend=backend)
+    threads(2)
+    assert torch.equal(masked_attention(q, k, v, *intervals, backend=backend), expected)
     assert_right(expected, q, k, v, *intervals)
 
 

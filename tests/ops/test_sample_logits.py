@@ -155,6 +155,7 @@ def test_equal_logits_of_any_size_are_equally_likely(backend, dtype, value):
     torch.testing.assert_close(out.entropy, torch.tensor([math.log(7), math.log(2)]), **close)
 
 
+@many_rows
 def test_sampled_runner_up_has_its_own_log_odds(backend):
     logits = torch.tensor([[5.0, 4.5, -3.0, 4.0]]).repeat(200, 1)
     out = sample(logits, backend=backend)
@@ -374,19 +375,15 @@ def test_lesser_instruction_sets_agree_with_the_reference(capability):
     assert done.stdout.strip() == capability
 
 
-def test_result_does_not_depend_on_rows_strides_or_threads(backend):
+def test_result_does_not_depend_on_rows_strides_or_threads(backend, threads):
     logits = random_logits(33, 1003)
     whole = sample(logits, top_k=torch.arange(33) % 3 * 10, backend=backend)
     strided = torch.empty(1003, 70)[:, ::2][:, :33].T.copy_(logits)
     assert strided.stride(1) != 1
     padded = torch.full((33, 1100), math.nan)[:, :1003].copy_(logits)
-    threads = torch.get_num_threads()
+    threads(1)
     for view in (strided, padded):
-        torch.set_num_threads(1)
-        try:
-            again = sample(view, top_k=torch.arange(33) % 3 * 10, backend=backend)
-        finally:
-            torch.set_num_threads(threads)
+        again = sample(view, top_k=torch.arange(33) % 3 * 10, backend=backend)
         assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
     for row in (0, 7, 32):
         alone = sample(logits[row : row + 1], top_k=row % 3 * 10, position=torch.tensor([row]), backend=backend)

@@ -14,6 +14,7 @@ import triton.language as tl  # noqa: E402
 
 from simsd_kernels.triton_noise import gumbel, noise_words  # noqa: E402
 
+OP = "sample_logits"
 pytestmark = backends("triton")
 DEVICE = device_of("triton")
 

@@ -216,16 +216,12 @@ def test_first_of_equal_states_is_visited(backend):
     assert out.progress[0, HELD] == 2 and out.progress[0, LAST] % 3 == 0
 
 
-def test_result_does_not_depend_on_batch_strides_or_threads(backend):
+def test_result_does_not_depend_on_batch_strides_or_threads(backend, threads):
     rules = [(even(4, steps), strategy, 0.5) for steps, strategy in zip((4, 2, 4, 3), STRATEGIES, strict=True)]
     made = arguments(4, rules=rules, temperature=torch.tensor([0.0, 0.8, 0.8, 0.5]), start=ints(4, 8, 12, 0))
     whole = walk(made, backend)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        again = walk(strided(made), backend)
-    finally:
-        torch.set_num_threads(threads)
+    threads(1)
+    again = walk(strided(made), backend)
     assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
     for b in range(4):
         assert all(torch.equal(x[0], y[b]) for x, y in zip(walk(alone(made, b), backend), whole, strict=True))
