@@ -197,11 +197,30 @@ def test_refusing_profiler_costs_one_line(tmp_path, monkeypatch):
         counters.run_section(bench(tmp_path))
 
 
-def test_every_test_of_the_gpu_suite_passes_in_a_rehearsal_and_is_asked_for():
+def test_every_test_of_decoding_on_a_gpu_passes_in_a_rehearsal_and_is_asked_for():
     """On the day itself there is no time for a test that cannot run, or that nobody runs."""
     variables = os.environ | {"SIMSD_GPU_REHEARSAL": "1", "OMP_NUM_THREADS": "1"}
     options = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "tests/gpu"]
     whole = subprocess.run(options, cwd=ROOT, env=variables, capture_output=True, text=True)
     assert whole.returncode == 0, whole.stdout[-3000:]
     files = {path.stem.removeprefix("test_gpu_") for path in (ROOT / "tests" / "gpu").glob("test_gpu_*.py")}
-    assert files == {*correctness.DECODING, "ops"}
+    assert files == {*correctness.DECODING}
+
+
+ABOUT = """
+import pytest
+
+class About:
+    def pytest_collection_finish(self, session):
+        from backends import op_of
+        print("about", *{op_of(item) for item in session.items})
+
+pytest.main(["-qq", "--co", "-p", "no:cacheprovider", "tests/ops"], plugins=[About()])
+"""
+
+
+def test_every_test_of_an_op_is_asked_for():
+    """One that is about no op that has a job of its own would run on no GPU."""
+    collected = subprocess.run([sys.executable, "-c", ABOUT], cwd=ROOT, capture_output=True, text=True).stdout
+    (about,) = (line.split()[1:] for line in collected.splitlines() if line.startswith("about "))
+    assert sorted(about) == sorted(correctness.ops())

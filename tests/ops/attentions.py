@@ -158,3 +158,48 @@ def random_call(seed, least_dim=1):
         room = [torch.nn.functional.pad(part, (0, 0, 0, 9), value=float("nan")) for part in (call.k, call.v)]
         given = call.replace(k=room[0][:, :, :keys], v=room[1][:, :, :keys])
     return given, call
+
+
+def random_qkv(batch=1, kv_heads=2, group=2, rows=5, keys=70, dim=16, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*size):
+        return torch.randn(size, generator=generator).to(dtype)
+
+    q = draw(batch, kv_heads * group, rows, dim)
+    return q, draw(batch, kv_heads, keys, dim), draw(batch, kv_heads, keys, dim)
+
+
+def random_intervals(batch, rows, keys, seed=0, moments=12):
+    """Clocks and lives in which every kind of key occurs: always seen, never, by some rows only."""
+    generator = torch.Generator().manual_seed(seed)
+    clock = torch.randint(-1, moments, (batch, rows), generator=generator)
+    birth = torch.randint(0, moments + 3, (batch, keys), generator=generator)
+    death = birth + torch.randint(-2, moments, (batch, keys), generator=generator)
+    return clock.int(), birth.int(), death.int()
+
+
+def batched(visibility: Visibility, batch: int = 1):
+    vectors = visibility.clock, visibility.birth, visibility.death
+    return tuple(vector.expand(batch, -1) for vector in vectors)
+
+
+def see_all(batch: int, rows: int, keys: int):
+    zeros = torch.zeros(batch, rows, dtype=torch.int32)
+    births = torch.zeros(batch, keys, dtype=torch.int32)
+    return zeros, births, torch.full_like(births, INF)
+
+
+def paged(k, v, page_size, spare=3, seed=0):
+    """K and V of whole pages in a pool of NaN, in random order: k_pages, v_pages, block_table."""
+    batch, heads, keys, dim = k.shape
+    count = batch * keys // page_size
+    generator = torch.Generator().manual_seed(seed)
+    table = torch.randperm(count + spare, generator=generator)[:count]
+
+    def pool(cache):
+        pages = torch.full((count + spare, heads, page_size, dim), float("nan"), dtype=cache.dtype)
+        lying = cache.view(batch, heads, -1, page_size, dim).transpose(1, 2).flatten(0, 1)
+        return pages.index_copy(0, table, lying)
+
+    return pool(k), pool(v), table.view(batch, -1).int()

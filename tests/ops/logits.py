@@ -1,4 +1,4 @@
-"""Logits of every kind that a kernel may meet, and what goes with them."""
+"""Logits of every kind that a kernel may meet, what goes with them, and calls of sample_logits."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import math
 
 import torch
 
-from arguments import Pick
+from arguments import Pick, relaid
+from backends import FLOATS, callable_of
 
 INF = math.inf
 # Around vectors, warps and pieces of a row: of CUDA's segments, and of Triton's chunks of 4096.
@@ -44,3 +45,59 @@ def random_banned(pick: Pick, vocabulary: int) -> list[int] | None:
             spared = int(pick.integers(0, vocabulary))
             return [id for id in range(vocabulary) if id != spared]
     return None
+
+
+sample_logits = callable_of("sample_logits")
+NAMES = ("logits", "temperature", "top_k", "top_p", "seed", "position", "revealed", "banned_ids")
+
+
+def arguments(logits, temperature=1.0, top_k=0, top_p=1.0, seed=0, position=None, revealed=0, banned=None):
+    """The op's arguments, scalars spread over the rows; position counts the rows unless given."""
+    rows = logits.shape[0]
+    position = torch.arange(rows) if position is None else position
+
+    def spread(value, dtype):
+        return torch.as_tensor(value).to(dtype).expand(rows).clone()
+
+    return (
+        logits,
+        spread(temperature, torch.float32),
+        spread(top_k, torch.int32),
+        spread(top_p, torch.float32),
+        spread(seed, torch.int64),
+        spread(position, torch.int32),
+        spread(revealed, torch.int64),
+        None if banned is None else torch.tensor(banned, dtype=torch.int64),
+    )
+
+
+def sample(logits, *, backend, **settings):
+    return sample_logits(*arguments(logits, **settings), backend=backend)
+
+
+def random_case(seed: int):
+    """Logits, and settings of their own for each row."""
+    pick = Pick(seed)
+    rows, vocabulary = pick(0, *[1, 1, 2, 3, 5] * 5, 17), pick(*VOCABULARIES)
+    logits = relaid(random_values(pick, rows, vocabulary).to(pick(*FLOATS)), pick)
+    filtered = pick(False, True)
+    settings = {
+        "temperature": pick.each(rows, 0.0, 0.3, 0.9, 1.0, 1.0, 7.0, 1e6),
+        "top_k": pick.each(rows, 0, 1, 2, 7, 40, vocabulary // 2, vocabulary, vocabulary + 5) if filtered else 0,
+        "top_p": pick.each(rows, 1.0, 1.0, 0.0, 0.1, 0.5, 0.9, 0.999, 1 - 2.0**-24) if filtered else 1.0,
+        "seed": pick.integers(-(2**63), 2**63 - 1, rows),
+        "position": pick.integers(-(2**31), 2**31 - 1, rows),
+        "revealed": pick.integers(-(2**63), 2**63 - 1, rows),
+        "banned": random_banned(pick, vocabulary),
+    }
+    return logits, settings
+
+
+def row_of(logits, settings, row):
+    one = {name: value[row : row + 1] if torch.is_tensor(value) else value for name, value in settings.items()}
+    return logits[row : row + 1], one
+
+
+def random_logits(rows, vocabulary, seed=0, scale=3.0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(rows, vocabulary, generator=generator) * scale).to(dtype)

@@ -1,4 +1,4 @@
-"""What of a drafted block is committed: golden cases, plain loops, and the law of modified rejection sampling."""
+"""What of a drafted block is committed: golden cases, plain loops, the definition on random cases."""
 
 import json
 import math
@@ -10,122 +10,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import simsd_kernels
-from arguments import Pick, relaid
-from backends import FLOATS, backends, callable_of, device_of, each_dtype, kernels
-from chi_squared import assert_distributed
-from logits import INF, VOCABULARIES, random_banned, random_values
+from backends import backends, device_of, each_dtype, kernels
+from logits import INF
 from simsd_kernels import dispatch
+from verdicts import DECISIONS, arguments, one_of, random_case, random_logits, sample_logits, uniform, verify, walk
 
-block_verify, sample_logits = callable_of("block_verify"), callable_of("sample_logits")
-ALL = -1  # every bit
 GOLDEN = json.loads((pathlib.Path(__file__).parents[1] / "golden" / "greedy_accept.json").read_text())["cases"]
 LANES = ("target_logits", "draft_ids", "known", "drafted", "temperature", "top_k", "top_p", "seed", "position")
 LANES += ("revealed", "draft_logits", "coin", "residual")
-DECISIONS = ("accepted", "bonus", "tokens", "target_ids")
-BELOW_ONE = 1 - 2.0**-24
 CASES = {"reference": 0, "cpu": 60, "triton": 68, "cuda": 400}
 many_rows = backends("reference", "cpu", "cuda")  # each is a program of its own in Triton's interpreter
-
-
-def arguments(target, draft_ids, known=0, drafted=ALL, temperature=0.0, top_k=None, top_p=None, **rest):
-    """The op's keyword arguments; numbers are spread over the batch, a seed brings position and revealed along."""
-    batch, length, _ = target.shape
-
-    def spread(value, dtype, *shape):
-        return None if value is None else torch.as_tensor(value).to(dtype).expand(batch, *shape).clone()
-
-    made = {
-        "target_logits": target,
-        "draft_ids": torch.as_tensor(draft_ids).expand(batch, length).clone(),
-        "known": spread(known, torch.int32),
-        "drafted": spread(drafted, torch.int64),
-        "temperature": spread(temperature, torch.float32),
-        "top_k": spread(top_k, torch.int32),
-        "top_p": spread(top_p, torch.float32),
-    }
-    if "seed" in rest:
-        made["seed"] = spread(rest.pop("seed"), torch.int64)
-        made["position"] = spread(rest.pop("position", torch.arange(length)), torch.int32, length)
-        made["revealed"] = spread(rest.pop("revealed", 0), torch.int64, length)
-    if "banned" in rest:
-        made["banned_ids"] = torch.tensor(rest.pop("banned"), dtype=torch.int64)
-    return {**made, **rest}
-
-
-def verify(target, draft_ids, *, backend=None, **settings):
-    return block_verify(**arguments(target, draft_ids, **settings), backend=backend)
-
-
-def random_logits(*shape, seed=0, scale=2.0, dtype=torch.float32):
-    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
-
-
-def uniform(*shape, seed=0):
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def random_case(seed: int):
-    """A target, draft ids that mostly are what it would take, so that walks get somewhere, and the other settings."""
-    pick = Pick(seed)
-    batch, length = pick(1, 2, 4), pick(1, 2, 4, 7, 33, 64) if seed % 8 == 0 else pick(1, 2, 4, 7)
-    vocabulary = pick(*VOCABULARIES[:10]) if length > 7 else pick(*VOCABULARIES)
-    values = random_values(pick, batch, length, vocabulary)
-    match pick("near", "same", "unrelated"):
-        case "near":
-            draft = values + pick.normal(batch, length, vocabulary) * 0.5
-        case "same":
-            draft = values
-        case _:
-            draft = random_values(pick, batch, length, vocabulary)
-    settings = {
-        "known": pick.integers(0, length + 1, batch) * (pick.uniform(batch) < 0.5),
-        "drafted": pick.integers(-(2**63), 2**63 - 1, batch) | pick.integers(-(2**63), 2**63 - 1, batch),
-        "temperature": pick.each(batch, 0.0, 0.4, 1.0, 1.7),
-        "top_k": pick.each(batch, 0, 1, 3, vocabulary // 2, vocabulary + 1) if pick(False, True) else None,
-        "top_p": pick.each(batch, 1.0, 0.0, 0.5, 0.95) if pick(False, True) else None,
-        "rule": pick("match", "mrs"),
-    }
-    if banned := random_banned(pick, vocabulary):
-        settings["banned"] = banned
-    if settings["rule"] == "mrs":
-        coin, residual = pick.uniform(batch, length), pick.uniform(batch)
-        coin[pick.uniform(batch, length) < 0.1] = pick(0.0, BELOW_ONE)
-        residual[pick.uniform(batch) < 0.1] = pick(0.0, BELOW_ONE)
-        draft = relaid(draft.to(pick(*FLOATS)), pick)
-        settings |= {"draft_logits": draft, "coin": relaid(coin, pick), "residual": relaid(residual, pick)}
-    else:
-        settings |= {"seed": pick.integers(-(2**63), 2**63 - 1, batch), "revealed": pick.integers(0, 2**62, batch, 1)}
-    target = relaid(values.to(pick(*FLOATS)), pick)
-    own = verify(target, torch.zeros(batch, length, dtype=torch.int64), backend="reference", **settings).target_ids
-    ids = torch.where(pick.uniform(batch, length) < 0.75, own, pick.integers(0, vocabulary, batch, length))
-    position = torch.arange(length)
-    judged = (position >= settings["known"][:, None]) & ((settings["drafted"][:, None] >> position) & 1 == 1)
-    return target, torch.where(judged, ids, pick.integers(-5, vocabulary + 5, batch, length)), settings
 
 
 def random_arguments(seed: int) -> dict:
     target, draft_ids, settings = random_case(seed)
     return arguments(target, draft_ids, **settings)
-
-
-def one_of(b: int, settings: dict) -> dict:
-    return {n: x[b : b + 1] if torch.is_tensor(x) and n != "banned" else x for n, x in settings.items()}
-
-
-def walk(draft_ids, target_ids, known, drafted, accepts):
-    """The rule for one block, position by position: accepted, bonus, tokens. `accepts(i)` judges a drafted position."""
-    tokens, accepted = [-1] * len(draft_ids), 0
-    tokens[:known] = draft_ids[:known]
-    for i in range(known, len(draft_ids)):
-        if not int(drafted) >> i & 1:
-            tokens[i] = target_ids[i]
-        elif accepts(i):
-            tokens[i] = draft_ids[i]
-            accepted += 1
-        else:
-            tokens[i] = target_ids[i]
-            return accepted, target_ids[i], tokens
-    return accepted, -1, tokens
 
 
 @kernels
@@ -195,19 +94,6 @@ def test_probabilities_are_the_targets_before_filtering(backend, temperature):
     assert (out.tokens[:, 4:] == -1).all() and (out.target_ids[:, 4:] >= 0).all()
 
 
-def test_probability_of_the_drafted_token_under_mrs(backend):
-    target = random_logits(4, 3, 50)
-    draft_ids = torch.tensor([[1, 2, 3]])
-    out = verify(
-        *(target, draft_ids), temperature=0.8, top_k=40, rule="mrs", draft_logits=target.clone(),
-        coin=uniform(4, 3), residual=uniform(4), backend=backend,
-    )  # fmt: skip
-    assert (out.accepted == 3).all() or (out.bonus >= 0).any()
-    judged = torch.where(out.tokens >= 0, out.tokens, out.target_ids)
-    expected = (target.double() / 0.8).softmax(dim=2).gather(2, judged[:, :, None]).squeeze(2)
-    torch.testing.assert_close(out.prob.double(), expected, rtol=2e-6, atol=2e-6)
-
-
 def test_match_at_temperature_draws_as_sample_logits_does(backend):
     batch, length, vocabulary = 3, 5, 321
     target = random_logits(batch, length, vocabulary)
@@ -257,129 +143,6 @@ def test_match_walks_as_the_plain_loop_does(backend, data):
             draft[b].tolist(), best, int(known[b]), drafted[b], lambda i, b=b, best=best: draft[b, i] == best[i]
         )
         assert (out.accepted[b], out.bonus[b], out.tokens[b].tolist()) == (accepted, bonus, tokens)
-
-
-def filtered_softmax(logits, temperature, top_k, top_p):
-    x = logits.double() / temperature
-    ids = sorted(range(len(x)), key=lambda i: (-float(x[i]), i))
-    if 0 < top_k < len(ids):
-        ids = [i for i in ids if x[i] >= x[ids[top_k - 1]]]
-    p = torch.zeros_like(x)
-    p[ids] = x[ids].softmax(dim=0)
-    if top_p < 1:
-        kept, mass = [], 0.0
-        for i in ids:
-            if kept and mass >= top_p:
-                break
-            kept.append(i)
-            mass += float(p[i])
-        p = torch.where(torch.isin(torch.arange(len(x)), torch.tensor(kept)), p, 0.0)
-    return p / p.sum()
-
-
-@many_rows
-@pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (5, 1.0), (0, 0.7), (6, 0.9)])
-def test_mrs_decides_as_the_plain_loop_does(backend, top_k, top_p):
-    batch, length, vocabulary = 60, 4, 12
-    target = random_logits(batch, length, vocabulary, seed=1)
-    draft = target + random_logits(batch, length, vocabulary, seed=2, scale=1.0)
-    draft_ids = torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(3))
-    draft_ids = torch.where(uniform(batch, length, seed=6) < 0.7, target.argmax(dim=2), draft_ids)
-    coin, residual = uniform(batch, length, seed=4), uniform(batch, seed=5)
-    known, drafted = torch.arange(batch) % 3, torch.arange(batch) % 16 | 8
-    out = verify(
-        *(target, draft_ids), known=known, drafted=drafted, temperature=0.8, top_k=top_k, top_p=top_p, rule="mrs",
-        draft_logits=draft, coin=coin, residual=residual, backend=backend,
-    )  # fmt: skip
-    seen = set()
-    for b in range(batch):
-        p = [filtered_softmax(row, 0.8, top_k, top_p) for row in target[b]]
-        q = [filtered_softmax(row, 0.8, top_k, top_p) for row in draft[b]]
-
-        def accepts(i, b=b, p=p, q=q):
-            x = draft_ids[b, i]
-            return bool(coin[b, i] * q[i][x] < p[i][x])
-
-        best = target[b].argmax(dim=1).tolist()
-        accepted, bonus, tokens = walk(draft_ids[b].tolist(), best, int(known[b]), drafted[b], accepts)
-        if bonus >= 0:
-            stop = max(i for i in range(length) if tokens[i] >= 0)
-            surplus = (p[stop] - q[stop]).clamp(min=0)
-            surplus = surplus if surplus.any() else p[stop]
-            reached = surplus.cumsum(dim=0)
-            bonus = int((reached > residual[b].double() * reached[-1]).nonzero()[0])
-            tokens[stop] = bonus
-        assert (out.accepted[b], out.bonus[b], out.tokens[b].tolist()) == (accepted, bonus, tokens), b
-        assert out.target_ids[b, known[b] :].tolist() == best[known[b] :]
-        seen.add((accepted, bonus >= 0))
-    assert len(seen) >= 4
-
-
-@many_rows
-@pytest.mark.parametrize(
-    "top_k, top_p, banned", [(0, 1.0, None), (6, 1.0, None), (0, 0.8, None), (9, 0.9, None), (0, 1.0, [2, 5])]
-)
-def test_mrs_emits_the_targets_law_for_one_row(backend, top_k, top_p, banned):
-    count, vocabulary, temperature = 20_000, 14, 0.9
-    target, draft = random_logits(vocabulary, seed=11), random_logits(vocabulary, seed=12)
-    allowed = torch.ones(vocabulary, dtype=torch.bool)
-    allowed[banned or []] = False
-    p, q = (
-        filtered_softmax(logits.masked_fill(~allowed, -INF), temperature, top_k, top_p) for logits in (target, draft)
-    )
-    drawn = torch.multinomial(q, count, replacement=True, generator=torch.Generator().manual_seed(13))
-    out = verify(
-        target.expand(count, 1, vocabulary),
-        drawn[:, None],
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        rule="mrs",
-        draft_logits=draft.expand(count, 1, vocabulary),
-        coin=uniform(count, 1, seed=14),
-        residual=uniform(count, seed=15),
-        backend=backend,
-        **({"banned": banned} if banned else {}),
-    )
-    assert_distributed(out.tokens[:, 0], p)
-    rate = float(torch.minimum(p, q).sum())
-    assert float(out.accepted.double().mean()) == pytest.approx(rate, abs=4.5 * (rate * (1 - rate) / count) ** 0.5)
-
-
-def test_mrs_accepts_everything_from_the_targets_own_twin(backend):
-    target = random_logits(8, 4, 2000)
-    draft_ids = torch.randint(2000, (8, 4), generator=torch.Generator().manual_seed(0))
-    coin = torch.full((8, 4), 1 - 2**-24)
-    out = verify(
-        *(target, draft_ids), temperature=1.0, rule="mrs", draft_logits=target.clone(), coin=coin,
-        residual=uniform(8), backend=backend,
-    )  # fmt: skip
-    assert (out.accepted == 4).all() and (out.bonus == -1).all() and torch.equal(out.tokens, draft_ids)
-
-
-def test_mrs_token_that_both_filter_out_is_rejected_and_drawn_from_the_target(backend):
-    target = torch.tensor([[[3.0, 2.0, 1.0, 0.0]]])
-    draws = []
-    for residual in (0.0, 0.5, 0.8, 0.999):
-        out = verify(
-            *(target, [[3]]), temperature=1.0, top_k=2, rule="mrs", draft_logits=target.clone(),
-            coin=torch.zeros(1, 1), residual=torch.tensor([residual]), backend=backend,
-        )  # fmt: skip
-        assert out.accepted.item() == 0
-        draws.append(out.bonus.item())
-    assert draws == [0, 0, 1, 1]  # p = (.731, .269)
-
-
-def test_mrs_at_temperature_zero_is_match(backend):
-    target = random_logits(6, 4, 30)
-    draft_ids = target.argmax(dim=2)
-    draft_ids[::2, 1] = (draft_ids[::2, 1] + 1) % 30
-    greedy = verify(target, draft_ids, backend=backend)
-    out = verify(
-        *(target, draft_ids), rule="mrs", draft_logits=random_logits(6, 4, 30, seed=1), coin=uniform(6, 4),
-        residual=uniform(6), backend=backend,
-    )  # fmt: skip
-    assert all(torch.equal(a, b) for a, b in zip(greedy, out, strict=True))
 
 
 def test_garbage_where_nothing_was_drafted_does_not_matter(backend):
@@ -541,47 +304,11 @@ def test_float64_is_refused_by_name(backend):
         verify(torch.zeros(1, 1, 3).double(), torch.zeros(1, 1, dtype=torch.int64), backend=backend)
 
 
-def test_filters_judge_both_sides_of_mrs(backend):
-    """top_k = 2 leaves p on ids 0, 1 and q on ids 1, 2: a draft of 2 is rejected, and 0 or 1 takes its place."""
-    p = torch.tensor([0.5, 0.3, 0.2]).log().expand(4, 1, 3)
-    q = torch.tensor([0.1, 0.5, 0.4]).log().expand(4, 1, 3)
-    out = verify(
-        p, torch.tensor([[2], [1], [1], [2]]), temperature=1.0, rule="mrs", draft_logits=q, top_k=2,
-        coin=torch.tensor([[0.0], [0.67], [0.68], [0.99]]), residual=torch.full((4,), 0.999), backend=backend,
-    )  # fmt: skip
-    # p = (5, 3, 0) / 8, q = (0, 5, 4) / 9: p(1) / q(1) = 0.675, and the surplus is all on id 0
-    assert out.accepted.tolist() == [0, 1, 0, 0] and out.bonus.tolist() == [0, -1, 0, 0]
-    torch.testing.assert_close(out.prob[:, 0], torch.tensor([0.5, 0.3, 0.5, 0.5]))
-
-
 def test_filters_do_not_touch_greedy_verification(backend):
     target = random_logits(2, 3, 40)
     draft_ids = torch.where(uniform(2, 3) < 0.7, target.argmax(dim=2), 7)
     plain = verify(target, draft_ids, backend=backend)
     assert all(map(torch.equal, verify(target, draft_ids, top_k=1, top_p=0.0, backend=backend), plain))
-
-
-def test_residual_draw_visits_every_surplus_token_in_its_share(backend):
-    """One block per residual value: the drawn ids are those of the inverse CDF of max(p - q, 0), ids ascending."""
-    p = torch.tensor([0.1, 0.4, 0.1, 0.1, 0.3]).log()
-    q = torch.tensor([0.5, 0.1, 0.2, 0.1, 0.1]).log()  # surplus: 0, .3, 0, 0, .2
-    draws = torch.tensor([0.0, 0.3, 0.59, 0.61, 0.999])
-    out = verify(
-        p.expand(5, 1, 5), torch.zeros(5, 1, dtype=torch.int64), temperature=1.0, rule="mrs",
-        draft_logits=q.expand(5, 1, 5), coin=torch.full((5, 1), 0.9), residual=draws, backend=backend,
-    )  # fmt: skip
-    assert out.bonus.tolist() == [1, 1, 1, 4, 4]
-    torch.testing.assert_close(out.prob[:, 0], torch.tensor([0.4, 0.4, 0.4, 0.3, 0.3]))
-
-
-def test_without_surplus_the_rejected_position_is_drawn_from_the_target(backend):
-    """p = q, and a drafted id that both rule out: it is rejected, and max(p - q, 0) is empty."""
-    p = torch.tensor([0.25, 0.5, 0.0, 0.25]).log().expand(4, 1, 4)
-    out = verify(
-        p, torch.full((4, 1), 2), temperature=1.0, rule="mrs", draft_logits=p, coin=torch.zeros(4, 1),
-        residual=torch.tensor([0.0, 0.3, 0.74, 0.76]), backend=backend,
-    )  # fmt: skip
-    assert out.bonus.tolist() == [0, 1, 1, 3] and out.accepted.tolist() == [0] * 4
 
 
 def test_ties_between_pieces_of_a_long_row_go_to_the_lowest_id(backend):
@@ -598,27 +325,6 @@ def test_a_long_row_is_judged_as_by_the_reference(backend):
     out, expected = (verify(target, draft_ids, backend=name) for name in (backend, "reference"))
     assert all(torch.equal(getattr(out, name), getattr(expected, name)) for name in DECISIONS)
     torch.testing.assert_close(out.prob, expected.prob, rtol=2e-6, atol=2e-7)
-
-
-@many_rows
-@pytest.mark.parametrize("dtypes", [(a, b) for a in FLOATS for b in FLOATS], ids=str)
-def test_residual_draw_is_the_inverse_of_the_cumulative_surplus(backend, dtypes):
-    """Every residual of a fine grid, on a vocabulary of several segments."""
-    vocabulary, count = 2500, 64
-    target = random_logits(vocabulary, seed=3).to(dtypes[0])
-    draft = random_logits(vocabulary, seed=4).to(dtypes[1])
-    p, q = target.float().softmax(dim=0), draft.float().softmax(dim=0)
-    surplus = (p - q).clamp(min=0).double()
-    rejected = int((q - p).argmax())
-    residual = (torch.arange(count) + 0.5) / count
-    out = verify(
-        *(target.expand(count, 1, vocabulary), torch.full((count, 1), rejected)), temperature=1.0, rule="mrs",
-        draft_logits=draft.expand(count, 1, vocabulary), coin=torch.full((count, 1), BELOW_ONE), residual=residual,
-        backend=backend,
-    )  # fmt: skip
-    reached = surplus.cumsum(dim=0)
-    expected = torch.searchsorted(reached, residual.double() * reached[-1], right=True)
-    assert torch.equal(out.bonus, expected) and (out.accepted == 0).all()
 
 
 def test_a_draft_that_was_drawn_by_sample_logits_is_accepted_whole(backend):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from attentions import paged, random_intervals, random_qkv, see_all
 from backends import BACKENDS, callable_of
 from every_op import OPS, Op, call, on, same_bits
 from simsd_kernels import INF, Visibility, dispatch
 from simsd_kernels.masked_attention import api, reference
 from simsd_kernels.thin_linear import api as linear_api
 from simsd_kernels.thin_linear import reference as linear_reference
-from test_masked_attention import paged, random_intervals, random_qkv, see_all
 
 OP = "masked_attention"  # what tests are about that name no other
 CPU = torch.device("cpu")

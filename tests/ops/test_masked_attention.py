@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attentions import random_call
-from backends import FLOATS, backends, callable_of, device_of, each_dtype
+from attentions import batched, random_call, random_intervals, random_qkv, see_all
+from backends import FLOATS, backends, callable_of, each_dtype
 from simsd_kernels import INF, Visibility, dispatch
 from simsd_kernels.masked_attention import reference
 
@@ -22,36 +22,6 @@ masked_attention = callable_of("masked_attention")
 LANES = ("q", "k", "v", "clock", "birth", "death", "kv_len")
 any_head_size = backends("reference", "cpu", "cuda")  # Triton takes 16 to 256
 fast = backends("reference", "cpu", "cuda")  # test_masked_attention_kernels.py asks the interpreter for less
-
-
-def random_qkv(batch=1, kv_heads=2, group=2, rows=5, keys=70, dim=16, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*size):
-        return torch.randn(size, generator=generator).to(dtype)
-
-    q = draw(batch, kv_heads * group, rows, dim)
-    return q, draw(batch, kv_heads, keys, dim), draw(batch, kv_heads, keys, dim)
-
-
-def random_intervals(batch, rows, keys, seed=0, moments=12):
-    """Clocks and lives in which every kind of key occurs: always seen, never, by some rows only."""
-    generator = torch.Generator().manual_seed(seed)
-    clock = torch.randint(-1, moments, (batch, rows), generator=generator)
-    birth = torch.randint(0, moments + 3, (batch, keys), generator=generator)
-    death = birth + torch.randint(-2, moments, (batch, keys), generator=generator)
-    return clock.int(), birth.int(), death.int()
-
-
-def batched(visibility: Visibility, batch: int = 1):
-    vectors = visibility.clock, visibility.birth, visibility.death
-    return tuple(vector.expand(batch, -1) for vector in vectors)
-
-
-def see_all(batch: int, rows: int, keys: int):
-    zeros = torch.zeros(batch, rows, dtype=torch.int32)
-    births = torch.zeros(batch, keys, dtype=torch.int32)
-    return zeros, births, torch.full_like(births, INF)
 
 
 def assert_right(out, q, k, v, clock, birth, death, kv_len=None, scale=None):
@@ -298,128 +268,6 @@ def test_many_waves_of_splits_fold_to_the_same_bits(backend, threads):
     assert_right(expected, q, k, v, *intervals)
 
 
-def paged(k, v, page_size, spare=3, seed=0):
-    """K and V of whole pages in a pool of NaN, in random order: k_pages, v_pages, block_table."""
-    batch, heads, keys, dim = k.shape
-    count = batch * keys // page_size
-    generator = torch.Generator().manual_seed(seed)
-    table = torch.randperm(count + spare, generator=generator)[:count]
-
-    def pool(cache):
-        pages = torch.full((count + spare, heads, page_size, dim), float("nan"), dtype=cache.dtype)
-        lying = cache.view(batch, heads, -1, page_size, dim).transpose(1, 2).flatten(0, 1)
-        return pages.index_copy(0, table, lying)
-
-    return pool(k), pool(v), table.view(batch, -1).int()
-
-
-@fast
-@each_dtype
-@pytest.mark.parametrize("page_size", [16, 48, 64, 240, 256])
-def test_pages_in_any_order_give_the_bits_of_keys_in_order(backend, dtype, page_size):
-    keys = page_size * -(-600 // page_size)
-    q, k, v = random_qkv(2, 2, 3, 21, keys, 32, dtype)
-    intervals = random_intervals(2, 21, keys)
-    kv_len = torch.tensor([keys, keys - 37], dtype=torch.int32)
-    expected = masked_attention(q, k, v, *intervals, kv_len, backend=backend)
-    k_pages, v_pages, table = paged(k, v, page_size)
-    out = masked_attention(q, k_pages, v_pages, *intervals, kv_len, None, table, backend=backend)
-    assert torch.equal(out, expected)
-    # Pools as a serving engine may lay them out: [P, page_size, Hkv, D] in memory, and a table cut from a longer one.
-    k_pages, v_pages = (pages.transpose(1, 2).contiguous().transpose(1, 2) for pages in (k_pages, v_pages))
-    longer = torch.cat((table, table.flip(1)), 1)[:, : table.shape[1]]
-    out = masked_attention(q, k_pages, v_pages, *intervals, kv_len, None, longer, backend=backend)
-    assert torch.equal(out, expected)
-
-
-@each_dtype
-@pytest.mark.parametrize("hole", [-1, -(2**31), 15, 2**31 - 1])
-def test_keys_without_a_page_are_dead(backend, dtype, hole):
-    q, k, v = random_qkv(2, 1, 2, 9, 192, 24, dtype)
-    clock, birth, death = random_intervals(2, 9, 192)
-    clock[:, 0], death[:, ::3] = 2**31 - 1, 2**31 - 1
-    k_pages, v_pages, table = paged(k, v, 32)
-    assert k_pages.shape[0] == 15
-    holes = torch.tensor([[1, 0, 0, 1, 1, 0], [0, 0, 1, 0, 0, 1]]).bool()
-    out = masked_attention(
-        q, k_pages, v_pages, clock, birth, death, block_table=table.masked_fill(holes, hole), backend=backend
-    )
-    unborn = torch.where(holes.repeat_interleave(32, 1), 2**31 - 1, birth)
-    gone = torch.where(holes.repeat_interleave(32, 1), -(2**31), death)
-    assert torch.equal(out, masked_attention(q, k, v, clock, unborn.int(), gone.int(), backend=backend))
-    none = torch.full_like(table, hole)
-    for pages in (slice(None), slice(0)):
-        blind = masked_attention(
-            q, k_pages[pages], v_pages[pages], clock, birth, death, block_table=none, backend=backend
-        )
-        assert (blind == 0).all()
-
-
-def test_a_page_may_serve_several_sequences(backend):
-    q, k, v = random_qkv(2, 2, 2, 5, 64, 16)
-    k, v = (cache[:1].expand(2, -1, -1, -1) for cache in (k, v))
-    intervals = random_intervals(2, 5, 64)
-    k_pages, v_pages, table = paged(k[:1], v[:1], 16)
-    out = masked_attention(q, k_pages, v_pages, *intervals, block_table=table.expand(2, -1), backend=backend)
-    assert torch.equal(out, masked_attention(q, k.clone(), v.clone(), *intervals, backend=backend))
-
-
-@pytest.mark.parametrize("empty", ["batch", "rows", "keys"])
-def test_empty_sizes_are_fine_with_pages(backend, empty):
-    q, k, v = random_qkv(**{"batch": 2, "rows": 3, "keys": 32, empty: 0})
-    table = torch.zeros(k.shape[0], k.shape[2] // 16, dtype=torch.int32)
-    pages = torch.zeros(1, 2, 16, 16)
-    out = masked_attention(
-        q, pages, pages, *see_all(k.shape[0], q.shape[2], k.shape[2]), block_table=table, backend=backend
-    )
-    assert out.shape == q.shape and not out.any()
-
-
-def test_gradients_flow_through_pages():
-    q, k, v = (x.double() for x in random_qkv(1, 1, 1, 2, 32, 4))
-    k_pages, v_pages, table = paged(k, v, 16, spare=0)
-    table[0, 1] = -1
-    intervals = see_all(1, 2, 32)
-    inputs = [x.requires_grad_() for x in (q, k_pages, v_pages)]
-    assert torch.autograd.gradcheck(
-        lambda *qkv: masked_attention(*qkv, *intervals, block_table=table, backend="reference"), inputs
-    )
-
-
-PAGED_REFUSED = [
-    ("block_table", torch.zeros(2, 4).long(), TypeError, "block_table must be torch.int32, got torch.int64"),
-    (
-        "block_table",
-        torch.zeros(3, 4).int(),
-        ValueError,
-        r"block_table must be \[B, n_pages\] = \[2, any\], got \[3, 4\]",
-    ),
-    ("block_table", torch.zeros(8).int(), ValueError, r"block_table must be \[B, n_pages\] = .*got \[8\]"),
-    ("block_table", torch.zeros(2, 3).int(), ValueError, r"birth must be \[B, Lk\] = \[2, 48\], got \[2, 64\]"),
-    ("k", torch.zeros(9, 2, 16, 8), ValueError, r"k must be \[P, Hkv, page_size, D\] = .*got \[9, 2, 16, 8\]"),
-    ("k", torch.zeros(8, 2, 16, 16), ValueError, r"v must be \[P, Hkv, page_size, D\] = \[8, 2, 16, 16\], got \[9"),
-    ("v", torch.zeros(9, 2, 32, 16), ValueError, r"v must be \[P, Hkv, page_size, D\] = \[9, 2, 16, 16\], got \[9"),
-    ("pages", torch.zeros(9, 2, 24, 16), ValueError, "multiple of 16 keys, from 16 to 256, got 24"),
-    ("pages", torch.zeros(9, 2, 272, 16), ValueError, "multiple of 16 keys, from 16 to 256, got 272"),
-    ("pages", torch.zeros(9, 2, 0, 16), ValueError, "multiple of 16 keys, from 16 to 256, got 0"),
-    ("death", torch.zeros(2, 63).int(), ValueError, r"death must be \[B, Lk\] = \[2, 64\], got \[2, 63\]"),
-]
-
-
-@pytest.mark.parametrize("name, value, error, message", PAGED_REFUSED)
-def test_bad_pages_are_refused_by_name(backend, name, value, error, message):
-    pages = torch.zeros(9, 2, 16, 16)
-    arguments = {**good_arguments(), "k": pages, "v": pages, "block_table": torch.zeros(2, 4).int()}
-    arguments |= {"birth": torch.zeros(2, 64).int(), "death": torch.zeros(2, 64).int()}
-    arguments |= {"k": value, "v": value} if name == "pages" else {name: value}
-    with pytest.raises(error, match=message):
-        masked_attention(**arguments)
-    if backend != "triton":
-        operator = torch.ops.simsd.masked_attention if backend == "reference" else dispatch.operator(OP, backend)
-        with pytest.raises((RuntimeError, TypeError, ValueError), match=message):
-            operator(**{name: x.to(device_of(backend)) for name, x in arguments.items()})
-
-
 @any_head_size
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
@@ -473,8 +321,6 @@ REFUSED = [
     ("kv_len", torch.zeros(3).int(), ValueError, r"kv_len must be \[B\] = \[2\], got \[3\]"),
     ("kv_len", torch.zeros(2).long(), TypeError, "kv_len must be torch.int32, got torch.int64"),
 ]
-
-
 PAGES_OF_NO_SIZE = [
     (
         "block_table",
@@ -498,10 +344,6 @@ def test_opcheck(dtype):
     torch.library.opcheck(torch.ops.simsd.masked_attention, arguments)
     kv_len = torch.tensor([3, 70], dtype=torch.int32)
     torch.library.opcheck(torch.ops.simsd.masked_attention, (*arguments, kv_len, 0.5))
-    q, k, v = random_qkv(batch=2, keys=64, dtype=dtype)
-    k_pages, v_pages, table = paged(k, v, 16)
-    given = (q, k_pages, v_pages, *random_intervals(2, 5, 64), None, None, table)
-    torch.library.opcheck(torch.ops.simsd.masked_attention, given)
 
 
 NARROWER = ("avx2", "portable")  # what the tests above do not run where the machine has AVX-512
@@ -523,9 +365,10 @@ def test_narrower_instruction_sets_pass_the_same_tests(backend, capability):
     best = torch.ops.simsd._cpu_capability()
     if best in NARROWER[NARROWER.index(capability) :]:
         pytest.skip(f"the tests above ran on {best}")
+    pytest_on = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
     chosen = "float64 or unseen or bit_identical or sees_nothing or behave or page"
     ran = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", f"cpu and ({chosen})"],
+        [*pytest_on, __file__, __file__.replace(".py", "_pages.py"), "-k", f"cpu and ({chosen})"],
         env=os.environ | {"SIMSD_CPU_CAPABILITY": capability},
         capture_output=True,
         text=True,

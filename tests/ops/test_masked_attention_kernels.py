@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import pathlib
-import zlib
 
 import pytest
 import torch
 
-from attentions import assert_right, in_pages, make, poisoned, random_call, run
+from attentions import assert_right, in_pages, make, poisoned, random_call, random_intervals, run, see_all
 from backends import backends, device_of, each_dtype, kernels
 from simsd_kernels import INF, Visibility, dispatch
 from simsd_kernels.masked_attention import reference
-from test_masked_attention import random_intervals, see_all
 
 OP = "masked_attention"
 GOLDEN = json.loads((pathlib.Path(__file__).parents[1] / "golden" / "temporal_masks.json").read_text())["masks"]
@@ -304,34 +302,6 @@ def test_queries_that_see_nothing_return_zeros(backend, what):
 def test_scale(backend, scale):
     call = make(torch.float32, 1, (2, 1), 4, 90, 32).replace(scale=scale)
     assert_right(run(call, backend), call)
-
-
-# dtype, batch, (Hq, Hkv), Lq, pages of a sequence, keys of a page, D
-PAGED = [
-    (torch.float32, 1, (1, 1), 1, 1, 16, 16),
-    (torch.float32, 2, (2, 1), 5, 7, 16, 24),
-    (torch.float32, 2, (2, 2), 9, 3, 80, 40),
-    (torch.float32, 1, (3, 1), 4, 2, 256, 128),
-    (torch.float16, 3, (4, 2), 3, 5, 48, 64),
-    (torch.float16, 1, (2, 1), 33, 6, 64, 128),
-    (torch.float16, 2, (5, 1), 7, 19, 16, 80),
-    (torch.float16, 1, (1, 1), 2, 3, 240, 32),
-    (torch.bfloat16, 2, (4, 1), 8, 9, 32, 128),
-    (torch.bfloat16, 1, (6, 2), 12, 4, 128, 64),
-    (torch.bfloat16, 3, (2, 1), 1, 21, 16, 256),
-    (torch.bfloat16, 2, (1, 1), 20, 5, 112, 96),
-]
-
-
-@pytest.mark.parametrize("case", PAGED, ids=lambda case: "-".join(map(str, case)))
-def test_pages_give_the_bits_of_keys_in_order(backend, case):
-    dtype, batch, heads, queries, pages, page_size, dim = case
-    keys, seed = pages * page_size, zlib.crc32(str(case).encode())
-    call = make(dtype, batch, heads, queries, keys, dim, [keys - 5 * b for b in range(batch)], seed=seed)
-    ordered, given = in_pages(call, page_size, torch.Generator().manual_seed(seed))
-    out = run(given, backend)
-    assert torch.equal(out, run(ordered, backend))
-    assert_right(out, ordered)
 
 
 @backends("triton", "cuda")

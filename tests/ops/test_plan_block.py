@@ -1,32 +1,15 @@
 """Which partial reveals the target is shown, and that their rows see exactly what native decoding would."""
 
-import functools
 import math
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from backends import backends, callable_of, kernels, needs_compiled_ops
-from plans import (
-    MASK,
-    NEVER,
-    PER_SLOT_RESULTS,
-    VOCABULARY,
-    alone,
-    arguments,
-    assert_same,
-    cases,
-    graph,
-    ints,
-    plan,
-    random_case,
-    sizes,
-    strided,
-)
-from rules import STRATEGIES, even, rule
+from backends import callable_of
+from plans import MASK, PER_SLOT_RESULTS, alone, arguments, assert_same, cases, graph, ints, plan, random_case, strided
+from rules import STRATEGIES
 from simsd_kernels import INF
-from simsd_kernels.plan_block import reference
 from simsd_kernels.plan_block.api import copy_stride
 
 sample_logits = callable_of("sample_logits")
@@ -34,23 +17,6 @@ LANES = ()  # slots share the rows
 bounded = settings(
     max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-
-
-@kernels
-@given(made=cases())
-@bounded
-def test_same_plan_as_the_reference_to_the_last_bit(backend, made):
-    assert_same(plan(made, backend), plan(made, "reference"))
-
-
-@kernels
-@given(made=cases(logits=True))
-@bounded
-def test_same_plan_as_the_reference_would_make_of_the_same_draws(monkeypatch, backend, made):
-    out = plan(made, backend)
-    with monkeypatch.context() as patched:
-        patched.setattr(reference, "sample_logits", functools.partial(sample_logits, backend=backend))
-        assert_same(out, plan(made, "reference"))
 
 
 def test_random_cases_plan_far():
@@ -222,137 +188,6 @@ def test_a_slot_gets_the_same_plan_alone_and_in_company(backend, made):
             assert torch.equal(getattr(by_itself, name)[0], getattr(together, name)[b]), name
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES[1:])
-@pytest.mark.parametrize("length", [1, 2, 3, 4, 5])
-def test_no_floor_and_ample_budgets_take_the_whole_lattice(backend, strategy, length):
-    rules = [(even(length, length), strategy, 1.0 if "low" in strategy else 0.1)]
-    made = arguments(ahead=2, length=length, rules=rules, blocks_left=ints(2))
-    found = graph(plan(made, backend))
-    drafted = made["draft_tokens"][0].tolist()
-    assert len(found) == 2 * (2**length - 1)
-    for block, bits, tokens in found:
-        assert tokens == tuple(t if bits >> i & 1 else None for i, t in enumerate(drafted[block]))
-
-
-def test_sequential_takes_prefixes_only(backend):
-    made = arguments(ahead=2, length=6, rules=[(even(6, 6), "sequential", 0.0)])
-    assert [(block, bits) for block, bits, _ in graph(plan(made, backend))] == [
-        *((0, (1 << n) - 1) for n in range(6)),
-        *((1, (1 << n) - 1) for n in range(6)),
-        (2, 0),
-    ]
-
-
-def test_two_reveals_per_step_take_even_counts_only(backend):
-    rules = [(even(6, 3), "low_confidence_static", 0.0)]
-    found = sizes(plan(arguments(length=6, rules=rules, blocks_left=ints(1)), backend))
-    assert set(found) == {0, 2, 4} and found.count(2) == 1 + 2 * 4  # the draft's two, and one of them for another
-
-
-@pytest.mark.parametrize("count, swaps", [(1, 19), (4, 16 + 16 + 16 + 16), (10, 64)])
-def test_no_more_continuations_are_looked_at_than_the_likeliest(backend, count, swaps):
-    made = arguments(length=20, rules=[([count, 20 - count], "low_confidence_static", 0.0)], blocks_left=ints(1))
-    made["log_odds"] = torch.arange(20, 0, -1.0)[None, None]
-    made["order_sharpness"] = torch.full((1, 1), 1e-3)
-    found = graph(plan(made | {"max_states": 100}, backend))
-    continued = [bits for _, bits, _ in found[1:]]
-    assert continued.count((1 << count) - 1) == 1 and len(continued) == min(64, 1 + swaps)
-
-
-def test_visits_are_the_chance_of_the_order_times_that_of_the_tokens(backend):
-    made = arguments(length=2, blocks_left=ints(2), draft_calibration=torch.tensor([0.5]))
-    made["order_sharpness"] = torch.full((1, 1), 0.5)
-    made["prob"], made["log_odds"] = torch.tensor([[[0.75, 0.5]]]), torch.tensor([[[3.0, 1.0]]])
-    swapped = math.exp(-0.5 * 2.0)
-    first, second = 1 / (1 + swapped) * 0.5 * 0.75, swapped / (1 + swapped) * 0.5 * 0.5
-    finished = first * 0.5 * 0.5 + second * 0.5 * 0.75
-    assert [bits for _, bits, _ in graph(plan(made, backend))] == [0, 1, 2, 0]
-    for floor, count in (
-        *((finished / 2 * 1.001, 3), (finished / 2 * 0.999, 4)),
-        *((second * 1.001, 2), (second * 0.999, 3), (first * 1.001, 1), (first * 0.999, 2), (1.1, 1)),
-    ):
-        assert len(graph(plan(made | {"min_visit_prob": torch.tensor([floor])}, backend))) == count
-
-
-def test_row_budget_goes_to_the_best_states_of_the_batch(backend):
-    made = arguments(batch=2, length=4, blocks_left=ints(1, 1))
-    made["prob"] = torch.tensor([0.1, 0.9])[:, None, None].expand(2, 1, 4).contiguous()
-    counts = [
-        (plan(made | {"row_budget": ints(rows)}, backend).block >= 0).sum(1).tolist() for rows in (0, 3, 4, 15, 16)
-    ]
-    assert counts == [[1, 1], [1, 1], [1, 2], [1, 4], [1, 5]]
-
-
-def test_rows_of_logits_go_to_the_best_states_of_the_batch(backend):
-    made = arguments(batch=2, length=4, blocks_left=ints(1, 1))
-    made["prob"] = torch.tensor([0.1, 0.9])[:, None, None].expand(2, 1, 4).contiguous()
-    made["log_odds"] = torch.zeros(2, 1, 4)
-    made["revealed"] = torch.tensor([0, 1])  # 4 and 3 positions are masked, in the second slot's next three states 2
-    counts = [
-        (plan(made | {"logits_rows": 7 + spare}, backend).block >= 0).sum(1).tolist() for spare in (1, 2, 3, 4, 5, 6, 7)
-    ]
-    assert counts == [[1, 1], [1, 2], [1, 2], [1, 3], [1, 3], [1, 4], [1, 5]]
-
-
-def test_each_slot_follows_its_own_rule(backend):
-    rules = [
-        (even(4, 4), "sequential", 0.0),
-        (even(4, 2), "low_confidence_static", 0.0),
-        (even(4, 4), "low_confidence_dynamic", 0.6),
-        ([4], "entropy_bounded", 0.0),
-    ]
-    made = arguments(batch=4, rules=rules, blocks_left=ints(1, 1, 1, 1))
-    made["prob"] = torch.tensor([0.7, 0.5, 0.7, 0.4]).expand(4, 1, 4).contiguous()
-    made["log_odds"], made["order_sharpness"] = torch.logit(made["prob"]), torch.full((4, 1), 1e4)
-    made["min_visit_prob"] = torch.full((4,), 1e-6)
-    found = [[bits for _, bits, _ in graph(plan(made, backend), b)] for b in range(4)]
-    assert found == [[0, 1, 3, 7], [0, 5], [0, 5, 7], [0]]
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"proposal_depth": ints(0)},
-        {"draft_calibration": torch.zeros(1)},
-        {"prob": torch.full((1, 1, 4), math.nan)},
-        {"max_states": 1},
-        {"row_budget": ints(3)},
-        {"logits_rows": 6},
-        {"min_visit_prob": torch.tensor([math.inf])},
-        {"step": ints(4)},
-        {"step": ints(-1)},
-        {"steps": ints(0)},
-        rule(4, ([0, 4], "low_confidence_static", 0.0)),
-        {"revealed": torch.tensor([15])},
-    ],
-    ids=lambda changes: next(iter(changes)),
-)
-def test_current_state_alone(backend, changes):
-    assert len(graph(plan(arguments() | changes, backend))) == 1
-
-
-def test_next_block_follows_only_where_text_draft_and_proposal_go_on(backend):
-    def deepest(**changes):
-        return plan(arguments(ahead=3, **changes), backend).block.max().item()
-
-    assert [deepest(blocks_left=ints(n)) for n in (0, 1, 2, 3, 4)] == [0, 0, 1, 2, 3]
-    assert [deepest(draft_end=ints(n)) for n in (0, 1, 2, 3, NEVER)] == [0, 0, 1, 2, 3]
-    assert [deepest(proposal_depth=ints(n)) for n in (0, 1, 2, 3, 9)] == [0, 1, 2, 3, 3]
-
-
-def test_block_that_the_states_draws_would_not_finish_as_drafted_leads_nowhere(backend):
-    made = arguments(ahead=2, draft_logits=torch.zeros(1, 2, 4, VOCABULARY), temperature=torch.zeros(1))
-    made["draft_tokens"].zero_()
-    assert plan(made, backend).draft_blocks_in_rows.item() == 2
-    made["draft_tokens"][0, 1, 2] = 1
-    assert plan(made, backend).draft_blocks_in_rows.item() == 1
-
-
-def test_waiting_step_of_a_confident_draft_is_no_division_by_zero(backend):
-    made = arguments(rules=[([0, 1, 1, 2], "low_confidence_dynamic", 1.0)], order_sharpness=torch.full((1, 1), 1e6))
-    assert sizes(plan(made, backend)) == [0]
-
-
 def test_what_stands_behind_the_revealed_tokens_is_of_no_meaning(backend):
     made = arguments(ahead=2, number=3, revealed=torch.tensor([5]))
     expected = plan(made, backend)
@@ -367,21 +202,6 @@ def test_what_stands_behind_the_revealed_tokens_is_of_no_meaning(backend):
 @settings(bounded, max_examples=20)
 def test_columns_of_a_packed_buffer_serve_as_they_are(backend, made):
     assert_same(plan(strided(made), backend), plan(made, backend))
-
-
-def test_large_blocks_fill_hundreds_of_states(backend):
-    count = 8 if backend == "reference" else 512
-    made = arguments(batch=2, ahead=2, length=64, rules=[(even(64, 32), "low_confidence_static", 0.9)] * 2)
-    small = made | {"max_states": count, "row_budget": ints(10**7), "kv_slots": 10**5, "stride": 515}
-    out = plan(small | {"logits_rows": 2 * count * 64}, backend)
-    assert (out.block[:, -1] >= 0).all()
-
-
-@pytest.mark.parametrize("batch, ahead", [(0, 2), (2, 0), (0, 0)])
-def test_empty_batches_and_no_draft_are_fine(backend, batch, ahead):
-    out = plan(arguments(batch=batch, ahead=ahead, max_states=3), backend)
-    assert out.tokens.shape == (batch, (1 + ahead + 3) * 4)
-    assert (out.block >= 0).sum() == batch
 
 
 def test_arguments_are_left_as_they_were(backend):
@@ -456,14 +276,6 @@ def good_arguments():
     )  # fmt: skip
 
 
-@needs_compiled_ops
-def test_compiled_op_checks_every_number_that_it_writes_by():
-    named = ("start", "end", "kv_len", "banned_ids", "seed")
-    for name, value in [*((n, v) for n, v, *_ in REFUSED if n in named), ("temperature", None)]:
-        with pytest.raises(RuntimeError, match=r"plan_block: "):
-            torch.ops.simsd.plan_block(**{**good_arguments(), name: value})
-
-
 def test_unsupported_backends_say_why():
     with pytest.raises(RuntimeError, match="triton: this op has no triton kernel"):
         plan(arguments(), "triton")
@@ -475,70 +287,3 @@ def test_unsupported_backends_say_why():
 def test_opcheck():
     torch.library.opcheck(torch.ops.simsd.plan_block, (), good_arguments())
     torch.library.opcheck(torch.ops.simsd.plan_block, (), arguments(batch=2, ahead=2, max_states=4))
-
-
-def assert_same_plan(made):
-    before = {name: value.clone() for name, value in made.items() if torch.is_tensor(value)}
-    out = plan(made, "cuda")
-    assert_same(out, plan(made, "cpu"))
-    for name, value in before.items():
-        assert torch.equal(made[name].nan_to_num(7), value.nan_to_num(7)), name
-    return out
-
-
-@backends("cuda")
-@pytest.mark.parametrize("logits", [False, True], ids=["given", "drawn"])
-@pytest.mark.parametrize("number", range(200))
-def test_random_batches(number, logits):
-    made = random_case(number, logits)
-    assert_same_plan(strided(made) if number % 3 == 0 else made)
-
-
-@backends("cuda")
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("length, steps", [(16, 16), (33, 12), (64, 64)])
-def test_long_blocks(strategy, length, steps):
-    out = assert_same_plan(arguments(2, 2, length, length, [(even(length, steps), strategy, 0.8)] * 2, max_states=12))
-    assert (out.block >= 0).sum() > 2
-
-
-@backends("cuda")
-def test_a_batch_that_fights_for_its_rows_is_cut_alike():
-    for number in range(8):
-        made = arguments(7, 2, 4, number, max_states=20, row_budget=ints(40 + 9 * number), logits_rows=7 * 4 * 3)
-        out = assert_same_plan(made)
-        assert 7 < (out.block >= 0).sum() < 7 * 20
-
-
-@backends("cuda")
-def test_numbers_that_are_none():
-    made = arguments(2, 2, 8, 3, max_states=20)
-    for name in ("prob", "log_odds", "entropy"):
-        made[name].view(-1)[1::3] = math.nan
-        made[name].view(-1)[2::5] = math.inf
-    assert_same_plan(made)
-
-
-@backends("cuda")
-@pytest.mark.parametrize("sizes", [(0, 2, 4), (2, 0, 4), (1, 1, 1)], ids=["no slots", "nothing drafted", "one token"])
-def test_small_sizes(sizes):
-    assert_same_plan(arguments(*sizes, max_states=3))
-
-
-@backends("cuda")
-def test_every_place_of_the_outputs_is_written():
-    """Outputs start as NaN bytes: a place left out would differ from the CPU's."""
-    made = arguments(3, 1, 4, max_states=5, logits_rows=3 * 4 + 7, start=ints(-1, 8, 0))
-    out = assert_same_plan(made)
-    assert (out.slots[0] == -1).all() and (out.clock[0] == -1).all()
-
-
-@backends("emulation")
-def test_launches_do_not_depend_on_what_grows(counted):
-    def launches(made):
-        return counted(lambda: plan(made, "cuda"))["launches"]
-
-    few, many = (arguments(4, 2, 4, max_states=16, min_visit_prob=torch.full((4,), floor)) for floor in (1.0, 0.0))
-    assert launches(few) == launches(many) == 3
-    drawn = good_arguments()  # 8 states, banned ids
-    assert launches(drawn) == 3 + 7 * 4

@@ -11,17 +11,7 @@ from hypothesis import strategies as st
 
 from arguments import Pick, copy_of, same_bits, strided
 from backends import FLOATS, backends, callable_of, needs_compiled_ops
-from proposals import (
-    NO_END,
-    STATISTICS,
-    TENSORS,
-    VOCABULARY,
-    WRITTEN,
-    as_one_by_one,
-    propose,
-    random_case,
-    slot,
-)
+from proposals import NO_END, STATISTICS, TENSORS, VOCABULARY, WRITTEN, as_one_by_one, propose, random_case, slot
 from simsd_kernels import dispatch
 from simsd_kernels.propose_block import reference
 

@@ -1,6 +1,5 @@
-"""Draws, their statistics and their noise, against float64 torch and against the law they claim."""
+"""Draws and their statistics, against float64 torch and against the definition."""
 
-import json
 import math
 import os
 import pathlib
@@ -13,80 +12,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import simsd_kernels
-from arguments import Pick, relaid
-from backends import FLOATS, backends, callable_of, device_of, each_dtype, kernels, needs_compiled_ops
-from chi_squared import assert_distributed
-from logits import INF, VOCABULARIES, random_banned, random_values
-from simsd_kernels import dispatch, noise
+from backends import backends, device_of, each_dtype, kernels, needs_compiled_ops
+from logits import INF, NAMES, arguments, random_case, random_logits, row_of, sample, sample_logits
+from simsd_kernels import dispatch
 
-sample_logits = callable_of("sample_logits")
-NAMES = ("logits", "temperature", "top_k", "top_p", "seed", "position", "revealed", "banned_ids")
 LANES = NAMES[:-1]
 STATISTICS = ("prob", "log_odds", "entropy", "logsumexp")
-KEYED = json.loads((pathlib.Path(__file__).parents[1] / "golden_noise.json").read_text())["cases"]
 CASES = {"reference": 0, "cpu": 60, "triton": 60, "cuda": 400}
 many_rows = backends("reference", "cpu", "cuda")  # each is a program of its own in Triton's interpreter
-
-
-def arguments(logits, temperature=1.0, top_k=0, top_p=1.0, seed=0, position=None, revealed=0, banned=None):
-    """The op's arguments, scalars spread over the rows; position counts the rows unless given."""
-    rows = logits.shape[0]
-    position = torch.arange(rows) if position is None else position
-
-    def spread(value, dtype):
-        return torch.as_tensor(value).to(dtype).expand(rows).clone()
-
-    return (
-        logits,
-        spread(temperature, torch.float32),
-        spread(top_k, torch.int32),
-        spread(top_p, torch.float32),
-        spread(seed, torch.int64),
-        spread(position, torch.int32),
-        spread(revealed, torch.int64),
-        None if banned is None else torch.tensor(banned, dtype=torch.int64),
-    )
-
-
-def sample(logits, *, backend, **settings):
-    return sample_logits(*arguments(logits, **settings), backend=backend)
 
 
 def good_arguments() -> dict:
     return dict(zip(NAMES, arguments(torch.zeros(2, 5)), strict=True))
 
 
-def random_case(seed: int):
-    """Logits, and settings of their own for each row."""
-    pick = Pick(seed)
-    rows, vocabulary = pick(0, *[1, 1, 2, 3, 5] * 5, 17), pick(*VOCABULARIES)
-    logits = relaid(random_values(pick, rows, vocabulary).to(pick(*FLOATS)), pick)
-    filtered = pick(False, True)
-    settings = {
-        "temperature": pick.each(rows, 0.0, 0.3, 0.9, 1.0, 1.0, 7.0, 1e6),
-        "top_k": pick.each(rows, 0, 1, 2, 7, 40, vocabulary // 2, vocabulary, vocabulary + 5) if filtered else 0,
-        "top_p": pick.each(rows, 1.0, 1.0, 0.0, 0.1, 0.5, 0.9, 0.999, 1 - 2.0**-24) if filtered else 1.0,
-        "seed": pick.integers(-(2**63), 2**63 - 1, rows),
-        "position": pick.integers(-(2**31), 2**31 - 1, rows),
-        "revealed": pick.integers(-(2**63), 2**63 - 1, rows),
-        "banned": random_banned(pick, vocabulary),
-    }
-    return logits, settings
-
-
 def random_arguments(seed: int) -> dict:
     logits, settings = random_case(seed)
     return dict(zip(NAMES, arguments(logits, **settings), strict=True))
-
-
-def row_of(logits, settings, row):
-    one = {name: value[row : row + 1] if torch.is_tensor(value) else value for name, value in settings.items()}
-    return logits[row : row + 1], one
-
-
-def random_logits(rows, vocabulary, seed=0, scale=3.0, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(rows, vocabulary, generator=generator) * scale).to(dtype)
 
 
 @kernels
@@ -139,20 +81,6 @@ def test_confident_rows_still_rank_by_log_odds(backend):
     assert (out.entropy.diff() <= 0).all() and (out.entropy[:4] > 0).all()
     weight = 49 * torch.exp(-margins[:3].double())
     torch.testing.assert_close(out.entropy[:3].double(), (1 + margins[:3]) * weight, rtol=1e-4, atol=0)
-
-
-@each_dtype
-@pytest.mark.parametrize("value", [-INF, -3.4e38, -65504.0, 0.0, 65504.0, 3.4e38, INF], ids=str)
-def test_equal_logits_of_any_size_are_equally_likely(backend, dtype, value):
-    largest = torch.finfo(dtype).max
-    finite = max(-largest, min(value, largest))
-    rows = [[finite if value < 0 else value] * 7, [-INF, math.nan, finite, *[-INF] * 3, finite]]
-    out = sample(torch.tensor(rows, dtype=dtype), temperature=0.0, backend=backend)
-    close = {"rtol": 1e-6, "atol": 1e-6}
-    assert out.token.tolist() == [0, 2]
-    torch.testing.assert_close(out.log_odds, torch.tensor([-math.log(6), 0.0]), **close)
-    torch.testing.assert_close(out.prob, torch.tensor([1 / 7, 1 / 2]), **close)
-    torch.testing.assert_close(out.entropy, torch.tensor([math.log(7), math.log(2)]), **close)
 
 
 @many_rows
@@ -227,79 +155,6 @@ def test_banned_ids_are_as_if_absent(backend):
         assert allowed[out.token].all()
 
 
-def test_ties_go_to_the_lowest_id(backend):
-    logits = torch.zeros(3, 1500)
-    logits[1, [700, 900, 1400]] = 4.0
-    logits[2, [511, 512]] = 4.0
-    assert sample(logits, temperature=0.0, backend=backend).token.tolist() == [0, 700, 511]
-
-
-@many_rows
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_draws_follow_softmax_at_temperature(backend, temperature):
-    logits = random_logits(1, 40, scale=2.0)
-    draws = sample(logits.expand(20_000, 40), temperature=temperature, seed=3, backend=backend).token
-    assert_distributed(draws, (logits[0].double() / temperature).softmax(dim=0))
-
-
-@many_rows
-@pytest.mark.parametrize("key", ["seed", "position", "revealed"])
-def test_draws_are_independent_over_each_part_of_the_key(backend, key):
-    logits = random_logits(1, 12, scale=1.0)
-    count = torch.arange(10_000)
-    parts = {"seed": torch.tensor(1), "position": torch.tensor(0), "revealed": torch.tensor(0), key: count}
-    draws = sample(logits.expand(10_000, 12), backend=backend, **parts).token
-    p = logits[0].double().softmax(dim=0)
-    assert_distributed(draws, p)
-    assert_distributed(draws[:-1] * 12 + draws[1:], (p[:, None] * p).flatten())
-
-
-def kept_by_definition(x, top_k, top_p):
-    """The ids that top-k and then top-p keep, from the definition, one row in float64."""
-    x = x.double()
-    ids = sorted(range(len(x)), key=lambda i: (-float(x[i]), i))
-    if 0 < top_k < len(ids):
-        ids = [i for i in ids if x[i] >= x[ids[top_k - 1]]]
-    if top_p >= 1:
-        return set(ids)
-    p = x[ids].softmax(dim=0).tolist()
-    kept, mass = set(), 0.0
-    for i, weight in zip(ids, p, strict=True):
-        if kept and mass >= top_p:
-            break
-        kept.add(i)
-        mass += weight
-    return kept
-
-
-@many_rows
-@pytest.mark.parametrize("top_k, top_p", [(5, 1.0), (0, 0.7), (8, 0.8), (1, 0.5), (0, 0.0), (100, 0.999)])
-def test_draws_follow_the_filtered_softmax(backend, top_k, top_p):
-    logits = random_logits(1, 30, seed=4, scale=1.5)
-    draws = sample(logits.expand(8000, 30), top_k=top_k, top_p=top_p, seed=17, backend=backend).token
-    x = torch.full((30,), -INF, dtype=torch.float64)
-    kept = sorted(kept_by_definition(logits[0], top_k, top_p))
-    x[kept] = logits[0, kept].double()
-    assert_distributed(draws, x.softmax(dim=0))
-    assert set(draws.tolist()) <= set(kept)
-
-
-@many_rows
-def test_top_k_keeps_every_tie_with_the_kth(backend):
-    logits = torch.tensor([[3.0, 2.0, 2.0, 1.0, 2.0, 0.0]]).expand(500, 6)
-    assert set(sample(logits, top_k=2, backend=backend).token.tolist()) == {0, 1, 2, 4}
-
-
-@many_rows
-def test_top_p_keeps_the_id_that_crosses_and_breaks_ties_by_id(backend):
-    logits = torch.tensor([0.4, 0.2, 0.2, 0.2]).log().expand(500, 4)
-    draw = lambda p: set(sample(logits, top_p=p, backend=backend).token.tolist())  # noqa: E731
-    assert draw(0.39) == {0}
-    assert draw(0.45) == {0, 1}
-    assert draw(0.65) == {0, 1, 2}
-    assert draw(0.85) == {0, 1, 2, 3}
-
-
 def test_settings_are_per_row(backend):
     logits = random_logits(1, 50).expand(6, 50)
     mixed = {
@@ -313,15 +168,6 @@ def test_settings_are_per_row(backend):
         one = {name: value[row : row + 1] for name, value in mixed.items()}
         alone = sample(logits[row : row + 1], backend=backend, position=torch.tensor([row]), **one)
         assert all(torch.equal(a[row], b[0]) for a, b in zip(together, alone, strict=True)), row
-
-
-def test_a_draw_is_argmax_of_scaled_logits_plus_keyed_gumbel(backend):
-    logits = random_logits(64, 333)
-    seed, revealed = torch.arange(64) - 30, -(torch.arange(64) ** 5) << 20
-    token = sample(logits, temperature=0.7, seed=seed, revealed=revealed, backend=backend).token
-    words = noise.words(seed, torch.arange(64, dtype=torch.int32), revealed, 333)
-    uniform = (words.double() + 0.5) / 2**32
-    assert torch.equal(token, (logits.double() / 0.7 - torch.log(-torch.log1p(-uniform))).argmax(dim=1))
 
 
 @backends("cpu", "cuda")
@@ -343,7 +189,7 @@ def test_same_tokens_and_statistics_as_the_reference(backend, rows, vocabulary, 
 
 CAPABILITY_SCRIPT = """
 import torch, simsd_kernels
-from test_sample_logits import random_logits, sample
+from logits import random_logits, sample
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
     for vocabulary in (5, 700, 5000):
         logits = random_logits(30, vocabulary, dtype=dtype)
@@ -478,13 +324,6 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.simsd.sample_logits, arguments(logits.bfloat16()))
 
 
-def test_ties_between_pieces_of_a_long_row_go_to_the_lowest_id(backend):
-    logits = torch.zeros(2, 18 * 4096)
-    logits[0, [4095, 4096, 17 * 4096]] = 1.0
-    logits[1, [16 * 4096 + 3, 17 * 4096]] = 1.0
-    assert sample(logits, temperature=0.0, backend=backend).token.tolist() == [4095, 16 * 4096 + 3]
-
-
 def test_pieces_of_a_long_row_merge_to_the_statistics_of_float64(backend):
     logits = random_logits(2, 17 * 4096 + 3, seed=1, scale=2.0)
     logits[1, :4096] = -INF
@@ -494,49 +333,6 @@ def test_pieces_of_a_long_row_merge_to_the_statistics_of_float64(backend):
     entropy = -(log_p.exp() * log_p).nan_to_num(nan=0.0).sum(dim=1)
     torch.testing.assert_close(out.entropy.double(), entropy, rtol=2e-6, atol=0)
     assert torch.equal(out.token, logits.argmax(dim=1))
-
-
-@pytest.mark.parametrize("temperature", [1.0, 1e30])
-@pytest.mark.parametrize("vocabulary", [1000, 4099])
-def test_noise_alone_decides_between_equal_logits(backend, vocabulary, temperature):
-    rows = 30
-    seed, position, revealed = torch.arange(rows) << 40, torch.arange(rows, dtype=torch.int32), torch.arange(rows) << 50
-    words = noise.words(seed, position, revealed, vocabulary)
-    logits = random_logits(rows, vocabulary) if temperature > 1 else torch.zeros(rows, vocabulary)
-    out = sample(logits, temperature=temperature, seed=seed, position=position, revealed=revealed, backend=backend)
-    assert torch.equal(out.token, words.argmin(dim=1))
-
-
-@pytest.mark.parametrize("case", KEYED, ids=lambda case: f"seed={case['seed']}")
-def test_every_golden_word_tips_the_balance_where_it_should(backend, case):
-    """Two ids, one ahead by the difference of their noise and a little more, or a little less."""
-    count = (
-        sum(id <= 1000 for id in case["ids"]) if backend == "triton" else len(case["ids"])
-    )  # the rest are large rows
-    words, ids = torch.tensor(case["words"][:count], dtype=torch.float64), case["ids"][:count]
-    variate = -torch.log(-torch.log1p(-((words + 0.5) / 2**32).clamp(max=noise.LARGEST_UNIFORM)))
-    logits, expected = [], []
-    for i in range(count):
-        other = (i + 1) % count
-        for little, winner in ((1e-4, ids[i]), (-1e-4, ids[other])):
-            row = torch.full((max(ids) + 1,), -INF)
-            row[ids[i]], row[ids[other]] = float(variate[other] - variate[i] + little), 0.0
-            logits.append(row)
-            expected.append(winner)
-    key = {name: case[name] for name in ("seed", "revealed")}
-    position = torch.full((len(expected),), case["position"])
-    out = sample(torch.stack(logits), position=position, backend=backend, **key)
-    assert out.token.tolist() == expected
-
-
-@many_rows
-@pytest.mark.parametrize("number", range(20))
-def test_many_ties_at_the_edge_of_top_p_go_by_id(backend, number):
-    pick = Pick(number)
-    logits = pick.normal(1, 3000).round().expand(60, 3000)
-    settings = {"temperature": 100.0, "top_p": float(pick.uniform()), "seed": number}
-    out = sample(logits, backend=backend, **settings)
-    assert torch.equal(out.token, sample(logits, backend="reference", **settings).token)
 
 
 @backends("cuda")

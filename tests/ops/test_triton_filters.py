@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from backends import backends
-from logits import INF
+from logits import INF, arguments, random_case, random_logits
 from simsd_kernels.sample_logits import reference
-from test_sample_logits import arguments, random_case, random_logits
 
 OP = "sample_logits"
 CHUNK = 4096
