@@ -20,10 +20,9 @@ import simsd_kernels as kernels
 from simsd_kernels import dispatch
 
 TESTS = pathlib.Path(__file__).resolve().parents[1] / "tests"
-sys.path[:0] = [str(TESTS), str(TESTS / "gpu")]
-from gpu_cases import OPS  # noqa: E402
-
+sys.path[:0] = [str(TESTS), str(TESTS / "ops")]
 import plans  # noqa: E402
+from every_op import OPS  # noqa: E402
 
 RANDOM_CASES = 60
 HALVES = (torch.bfloat16, torch.float16)

@@ -58,7 +58,7 @@ STOP_IDS, CAPACITY = 8, 4096
 PAGE_SIZE, KV_MEMORY = EngineConfig.page_size, 2**40
 
 # Kernels that a call of an op of ours launches at these sizes on an H100, by its arguments where they decide: what
-# tests/emulated/test_trace_iteration.py counts on the kernels themselves.
+# tests/emulated/test_cuda_launches.py counts on the kernels themselves.
 DRAW = 3  # sample_logits: marks what is banned, reads the logits, finishes
 KERNELS: dict[str, int | Callable[[dict], int]] = {
     "masked_attention": 2,

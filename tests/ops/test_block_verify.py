@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import simsd_kernels
-from backends import backends, device_of, each_dtype, kernels
+from backends import backends, device_of, each_dtype, kernels, sized
 from logits import INF
 from simsd_kernels import dispatch
 from verdicts import DECISIONS, arguments, one_of, random_case, random_logits, sample_logits, uniform, verify, walk
@@ -200,15 +200,17 @@ def test_same_verdicts_as_the_reference(backend, dtype, rule, batch, length, voc
 
 
 def test_result_does_not_depend_on_batch_strides_or_threads(backend, threads):
-    target, draft = random_logits(6, 5, 300), random_logits(6, 5, 300, seed=1)
+    batch, length = sized((6, 5), interpreted=(2, 3))
+    target, draft = random_logits(batch, length, 300), random_logits(batch, length, 300, seed=1)
     draft_ids = target.argmax(dim=2)
-    settings = {"temperature": 1.0, "rule": "mrs", "coin": uniform(6, 5), "residual": uniform(6), "top_k": 30}
+    settings = {"temperature": 1.0, "rule": "mrs", "top_k": 30}
+    settings |= {"coin": uniform(batch, length), "residual": uniform(batch)}
     whole = verify(target, draft_ids, draft_logits=draft, backend=backend, **settings)
-    strided = torch.empty(5, 300, 12)[:, :, ::2].permute(2, 0, 1).copy_(target)
+    strided = torch.empty(length, 300, 2 * batch)[:, :, ::2].permute(2, 0, 1).copy_(target)
     threads(1)
     again = verify(strided, draft_ids, draft_logits=draft, backend=backend, **settings)
     assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
-    for b in range(6):
+    for b in range(batch):
         one = {name: value[b : b + 1] if torch.is_tensor(value) else value for name, value in settings.items()}
         alone = verify(target[b : b + 1], draft_ids[b : b + 1], draft_logits=draft[b : b + 1], backend=backend, **one)
         for name in DECISIONS:

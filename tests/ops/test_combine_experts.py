@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from arguments import Pick, relaid
-from backends import FLOATS, HAS_GPU, backends, callable_of, each_dtype
+from backends import FLOATS, HAS_GPU, backends, callable_of, each_dtype, sized
 from simsd_kernels import dispatch
 
 combine_experts = callable_of("combine_experts")
@@ -30,7 +30,8 @@ def good_arguments() -> dict:
 
 def random_arguments(seed: int) -> dict:
     pick = Pick(seed)
-    sizes = pick(1, 2, 5, 9, 17, 64), pick(0, 1, 2, 3, 8, 9), pick(1, 3, 8, 33, 64, 448, 768, 1024, 1030)
+    tokens = pick(*sized((1, 2, 5, 9, 17, 64), interpreted=(1, 2, 5)))
+    sizes = tokens, pick(0, 1, 2, 3, 8, 9), pick(1, 3, 8, 33, 64, 448, 768, 1024, 1030)
     given = random_case(*sizes, pick(*FLOATS), seed)
     if pick(False, True):  # rows may be used twice, or by nobody
         given["places"] = given["places"] // 2

@@ -117,6 +117,7 @@ def test_every_mask_of_the_design(backend, dtype, mask):
     assert float((out.double() - dense).abs().amax()) < 8 * torch.finfo(dtype).eps * float(v.abs().amax())
 
 
+@fast
 @each_dtype
 def test_strided_views_are_read_as_they_lie(backend, dtype):
     q, k, v = random_qkv(2, 2, 2, 6, 80, 24, dtype)
@@ -160,6 +161,7 @@ def test_a_row_that_sees_nothing_is_zero(backend, dtype):
     assert not nothing.any() and not nothing.isnan().any()
 
 
+@fast
 @each_dtype
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")], ids=str)
 def test_garbage_in_unseen_keys_never_shows(backend, dtype, poison):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from attentions import assert_right, in_pages, make, poisoned, random_call, random_intervals, run, see_all
-from backends import backends, device_of, each_dtype, kernels
+from backends import CASES, backends, device_of, each_dtype, kernels, sized
 from simsd_kernels import INF, Visibility, dispatch
 from simsd_kernels.masked_attention import reference
 
@@ -17,6 +17,7 @@ OP = "masked_attention"
 GOLDEN = json.loads((pathlib.Path(__file__).parents[1] / "golden" / "temporal_masks.json").read_text())["masks"]
 HALVES = (torch.bfloat16, torch.float16)
 SPLIT, TILE = 256, 32
+CASES = {**CASES, "triton": sized(60, interpreted=40)}  # each by both of Triton's kernels
 pytestmark = kernels
 
 
@@ -33,7 +34,7 @@ def work_of(counted):
 
 
 def test_any_lives_sizes_and_layouts(backend, seed):
-    given, call = random_call(seed, least_dim=16 if backend == "triton" else 1)
+    given, call = random_call(seed, least_dim=16 if backend == "triton" else 1, most_heads=sized(14, interpreted=4))
     assert_right(run(given, backend), call)
 
 
@@ -88,7 +89,7 @@ def first_rows(call, rows):
 
 @each_dtype
 def test_a_row_does_not_change_with_what_rides_along(backend, dtype):
-    call = make(dtype, 3, (2, 1), 70, 300, 64)
+    call = make(dtype, sized(3, interpreted=2), (2, 1), sized(70, interpreted=20), 300, 64)
     call = call.replace(clock=call.clock.clamp(min=0))
     out = run(call, backend)
     for rows in (
@@ -106,7 +107,9 @@ def test_capacity_and_pages_do_not_change_a_bit(backend, dtype):
     call = make(dtype, 2, (2, 1), 5, 300, 80)
     out = run(call, backend)
 
-    def grown(part, fill, keys=1040):
+    keys = sized(1040, interpreted=560)
+
+    def grown(part, fill):
         shape = list(part.shape)
         axis = 2 if part.dim() == 4 else 1
         shape[axis] = keys - shape[axis]
@@ -243,7 +246,7 @@ def test_scores_of_minus_infinity_weigh_nothing(backend):
 
 
 @each_dtype
-@pytest.mark.parametrize("batch", [1, 9])
+@pytest.mark.parametrize("batch", [1, sized(9, interpreted=2)])
 def test_nan_and_infinity_in_seen_keys_show_in_rows_that_see_them(backend, batch, dtype):
     for at, value in ((3, float("nan")), (290, float("nan")), (290, float("inf"))):
         call = make(dtype, batch, (2, 1), 3, 300, 64, lives=see_all(batch, 3, 300))
@@ -275,7 +278,7 @@ def test_long_contexts_of_many_rows_take_no_more_scratch_than_documented(work_of
     assert work_of(many)[1]["launches"] == 1
 
 
-@pytest.mark.parametrize("number", range(20))
+@pytest.mark.parametrize("number", range(sized(20, interpreted=4)))
 def test_lives_that_end_before_they_begin(backend, number):
     call = make(torch.bfloat16, 2, (4, 2), 11, 330, 64, lives=random_intervals(2, 11, 330, number), seed=number)
     call = poisoned(call)

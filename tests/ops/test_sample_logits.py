@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import simsd_kernels
-from backends import backends, device_of, each_dtype, kernels, needs_compiled_ops
+from backends import backends, device_of, each_dtype, kernels, needs_compiled_ops, sized
 from logits import INF, NAMES, arguments, random_case, random_logits, row_of, sample, sample_logits
 from simsd_kernels import dispatch
 
@@ -55,7 +55,7 @@ def test_tokens_and_statistics_are_those_of_the_definition(backend, seed):
 @pytest.mark.parametrize("vocabulary", [1, 2, 3, 15, 16, 17, 63, 64, 65, 511, 512, 513, 2000])
 @pytest.mark.parametrize("temperature", [0.0, 0.6, 1.0])
 def test_statistics_are_those_of_float64_softmax(backend, dtype, vocabulary, temperature):
-    logits = random_logits(6, vocabulary, seed=vocabulary, dtype=dtype)
+    logits = random_logits(sized(6, interpreted=2), vocabulary, seed=vocabulary, dtype=dtype)
     out = sample(logits, temperature=temperature, seed=9, backend=backend)
     x = logits.double() / (float(torch.tensor(temperature)) or 1.0)
     log_p = x.log_softmax(dim=1)
@@ -144,7 +144,7 @@ def test_overflow_saturates_instead_of_giving_nan(backend):
 
 
 def test_banned_ids_are_as_if_absent(backend):
-    logits = random_logits(50, 600)
+    logits = random_logits(sized(50, interpreted=10), 600)
     banned = [0, 5, 5, 511, 512, 599]
     allowed = torch.ones(600, dtype=torch.bool)
     allowed[banned] = False
@@ -222,16 +222,17 @@ def test_lesser_instruction_sets_agree_with_the_reference(capability):
 
 
 def test_result_does_not_depend_on_rows_strides_or_threads(backend, threads):
-    logits = random_logits(33, 1003)
-    whole = sample(logits, top_k=torch.arange(33) % 3 * 10, backend=backend)
-    strided = torch.empty(1003, 70)[:, ::2][:, :33].T.copy_(logits)
+    rows = sized(33, interpreted=8)
+    logits = random_logits(rows, 1003)
+    whole = sample(logits, top_k=torch.arange(rows) % 3 * 10, backend=backend)
+    strided = torch.empty(1003, 70)[:, ::2][:, :rows].T.copy_(logits)
     assert strided.stride(1) != 1
-    padded = torch.full((33, 1100), math.nan)[:, :1003].copy_(logits)
+    padded = torch.full((rows, 1100), math.nan)[:, :1003].copy_(logits)
     threads(1)
     for view in (strided, padded):
-        again = sample(view, top_k=torch.arange(33) % 3 * 10, backend=backend)
+        again = sample(view, top_k=torch.arange(rows) % 3 * 10, backend=backend)
         assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
-    for row in (0, 7, 32):
+    for row in (0, 7, rows - 1):
         alone = sample(logits[row : row + 1], top_k=row % 3 * 10, position=torch.tensor([row]), backend=backend)
         assert torch.equal(alone.token[0], whole.token[row])
         if backend != "reference":  # torch's reductions may add up one row in another order than many

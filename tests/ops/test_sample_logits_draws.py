@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from arguments import Pick
-from backends import backends, each_dtype
+from backends import backends, each_dtype, sized
 from chi_squared import assert_distributed
 from logits import INF, random_logits, sample
 from simsd_kernels import noise
@@ -109,10 +109,11 @@ def test_top_p_keeps_the_id_that_crosses_and_breaks_ties_by_id(backend):
 
 
 def test_a_draw_is_argmax_of_scaled_logits_plus_keyed_gumbel(backend):
-    logits = random_logits(64, 333)
-    seed, revealed = torch.arange(64) - 30, -(torch.arange(64) ** 5) << 20
+    rows = sized(64, interpreted=16)
+    logits = random_logits(rows, 333)
+    seed, revealed = torch.arange(rows) - rows // 2, -(torch.arange(rows) ** 5) << 20
     token = sample(logits, temperature=0.7, seed=seed, revealed=revealed, backend=backend).token
-    words = noise.words(seed, torch.arange(64, dtype=torch.int32), revealed, 333)
+    words = noise.words(seed, torch.arange(rows, dtype=torch.int32), revealed, 333)
     uniform = (words.double() + 0.5) / 2**32
     assert torch.equal(token, (logits.double() / 0.7 - torch.log(-torch.log1p(-uniform))).argmax(dim=1))
 
@@ -127,7 +128,7 @@ def test_ties_between_pieces_of_a_long_row_go_to_the_lowest_id(backend):
 @pytest.mark.parametrize("temperature", [1.0, 1e30])
 @pytest.mark.parametrize("vocabulary", [1000, 4099])
 def test_noise_alone_decides_between_equal_logits(backend, vocabulary, temperature):
-    rows = 30
+    rows = sized(30, interpreted=8)
     seed, position, revealed = torch.arange(rows) << 40, torch.arange(rows, dtype=torch.int32), torch.arange(rows) << 50
     words = noise.words(seed, position, revealed, vocabulary)
     logits = random_logits(rows, vocabulary) if temperature > 1 else torch.zeros(rows, vocabulary)

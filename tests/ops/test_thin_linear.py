@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from arguments import Pick, relaid
-from backends import FLOATS, backends, callable_of, each_dtype, needs_compiled_ops
+from backends import FLOATS, backends, callable_of, each_dtype, needs_compiled_ops, sized
 from simsd_kernels.thin_linear import reference
 
 thin_linear = callable_of("thin_linear")
@@ -83,15 +83,17 @@ def test_rows_do_not_notice_how_many_they_are(backend, dtype, n, k, threads):
     x, weight = random_case((rows,), n, k, dtype)
     threads(1)
     alone = torch.cat([thin_linear(row, weight, backend=backend) for row in x.split(1)])
-    for count in (1, 2):
+    sizes = sized([*range(1, 71), 128, 512], interpreted=[1, 2, 8, 9, 16, 17])
+    for count in sized((1, 2), interpreted=(1,)):
         threads(count)
-        for m in [*range(1, 71), 128, 512]:
+        for m in sizes:
             if m > rows:
                 continue
             got = thin_linear(x[rows - m :], weight, backend=backend)
             assert torch.equal(got, alone[rows - m :]), f"{m} rows, {count} threads"
 
 
+@backends("reference", "cpu", "cuda")
 def test_rows_do_not_notice_the_threads(backend, threads):
     x, weight = random_case((128,), 640, 256)  # enough work for every thread
     threads(1)

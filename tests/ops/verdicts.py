@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from arguments import Pick, relaid
-from backends import FLOATS, callable_of
+from backends import FLOATS, callable_of, sized
 from logits import VOCABULARIES, random_banned, random_values
 
 block_verify, sample_logits = callable_of("block_verify"), callable_of("sample_logits")
@@ -56,6 +56,7 @@ def random_case(seed: int):
     pick = Pick(seed)
     batch, length = pick(1, 2, 4), pick(1, 2, 4, 7, 33, 64) if seed % 8 == 0 else pick(1, 2, 4, 7)
     vocabulary = pick(*VOCABULARIES[:10]) if length > 7 else pick(*VOCABULARIES)
+    batch = sized(batch, interpreted=min(batch, 8 // length or 1))
     values = random_values(pick, batch, length, vocabulary)
     match pick("near", "same", "unrelated"):
         case "near":
