@@ -7,7 +7,7 @@ import math
 import torch
 
 from arguments import Pick, relaid
-from backends import FLOATS, callable_of
+from backends import FLOATS, callable_of, sized
 
 INF = math.inf
 # Around vectors, warps and pieces of a row: of CUDA's segments, and of Triton's chunks of 4096.
@@ -79,6 +79,7 @@ def random_case(seed: int):
     """Logits, and settings of their own for each row."""
     pick = Pick(seed)
     rows, vocabulary = pick(0, *[1, 1, 2, 3, 5] * 5, 17), pick(*VOCABULARIES)
+    rows = sized(rows, interpreted=min(rows, 3))
     logits = relaid(random_values(pick, rows, vocabulary).to(pick(*FLOATS)), pick)
     filtered = pick(False, True)
     settings = {

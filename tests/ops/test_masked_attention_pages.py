@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from attentions import assert_right, in_pages, make, paged, random_intervals, random_qkv, run, see_all
-from backends import backends, callable_of, device_of, each_dtype, kernels
+from backends import backends, callable_of, device_of, each_dtype, kernels, sized
 from simsd_kernels import dispatch
 from test_masked_attention import good_arguments
 
@@ -37,7 +37,7 @@ def test_pages_in_any_order_give_the_bits_of_keys_in_order(backend, dtype, page_
 
 
 @each_dtype
-@pytest.mark.parametrize("hole", [-1, -(2**31), 15, 2**31 - 1])
+@pytest.mark.parametrize("hole", sized([-1, -(2**31), 15, 2**31 - 1], interpreted=[-1, 15]))
 def test_keys_without_a_page_are_dead(backend, dtype, hole):
     q, k, v = random_qkv(2, 1, 2, 9, 192, 24, dtype)
     clock, birth, death = random_intervals(2, 9, 192)

@@ -29,7 +29,7 @@ def good_arguments() -> dict:
 
 def random_arguments(seed: int) -> dict:
     pick = Pick(seed)
-    tokens, choices = pick(0, 1, 3, 17, 31, 32, 33, 64, 130, sized(300, interpreted=150)), pick(1, 2, 3, 8)
+    tokens, choices = pick(0, 1, 3, 17, 31, 32, 33, 64, 130, sized(300, interpreted=97)), pick(1, 2, 3, 8)
     given = random_case(tokens, choices, pick(1, 2, 4, 5, 8, 31, 33, 60, 128), seed)
     match pick("even", "even", "few", "one"):
         case "few":
