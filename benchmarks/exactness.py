@@ -6,7 +6,8 @@ Every prompt is decoded natively, alone, once per sampling setting, and exactly 
 benchmarks/exactness_settings.py. A comparison is one prompt under one setting: the tokens, the step map (which
 denoising step revealed each token) and the reason why the text ended must be the same. There is no retry and no
 allowance for near ties. Probabilities are compared bit for bit as well and counted on their own. A setting under which
-no drafted token was accepted proves nothing; it is flagged and not counted.
+no drafted token was accepted proves nothing, nor does a crowded one in which nothing was shared or no request was
+driven out; it is flagged and not counted.
 
 In the mixed batches of benchmarks/exactness_mixed.py each request has settings of its own and joins a running engine. A
 comparison is one request; it may be one that is itself decoded natively, in the batch. Temporal requests among them are
@@ -33,7 +34,7 @@ from exactness_settings import UNPROMISED, Setting, model, prompts, settings
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from simsd import Decoder, GenerationConfig, Result
+from simsd import Decoder, GenerationConfig, Metrics, Result
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 
@@ -68,6 +69,8 @@ class Outcome:
         tokens: generated; drafted, accepted: tokens that the target judged, and took.
         with_drafts: prompts of which at least one drafted token was accepted.
         forwards, native_forwards: of the target, prefill excluded.
+        cached: prompt tokens whose keys and values were there already. preemptions: times that a request was driven out
+            of memory, to be computed anew.
     """
 
     setting: Setting | Mix
@@ -82,11 +85,14 @@ class Outcome:
     with_drafts: int = 0
     forwards: int = 0
     native_forwards: int = 0
+    cached: int = 0
+    preemptions: int = 0
     seconds: float = 0.0
 
     @property
     def proves(self) -> bool:
-        return self.accepted > 0
+        crowded = isinstance(self.setting, Mix) and self.setting.crowded
+        return self.accepted > 0 and not (crowded and 0 in (self.cached, self.preemptions))
 
     def see(self, number: int, native: Result, exact: Result, cancelled: bool) -> Difference | None:
         self.comparisons += 1
@@ -104,6 +110,7 @@ class Outcome:
         return self._compare(f"{self.setting.name}, temporal", number, alone, result, cancelled)
 
     def _compare(self, setting: str, number: int, native: Result, exact: Result, cancelled: bool) -> Difference | None:
+        self.cached += exact.stats.cached_tokens
         self.probs_differ += exact.probs != native.probs[: len(exact.probs)]
         found = difference(setting, number, native, exact, cancelled)
         if found is not None:
@@ -115,11 +122,15 @@ class Outcome:
         text += f" ({self.probs_differ} in probabilities), {self.accepted} of {self.drafted} drafted tokens accepted"
         text += f", {self.cancelled} cancelled" if self.cancelled else ""
         text += f", {self.temporal} temporal" if self.temporal else ""
-        return text + ("" if self.proves else " - NOTHING ACCEPTED, no proof") + f", {self.seconds:.1f} s"
+        text += f", {self.cached} prompt tokens shared, {self.preemptions} preemptions" if self.preemptions else ""
+        return text + ("" if self.proves else " - PROVES NOTHING") + f", {self.seconds:.1f} s"
 
     def to_dict(self) -> dict:
         names = ("comparisons", "temporal", "probs_differ", "cancelled", "tokens", "drafted", "accepted", "with_drafts")
-        counts = {name: getattr(self, name) for name in (*names, "forwards", "native_forwards", "proves")}
+        counts = {
+            name: getattr(self, name)
+            for name in (*names, "forwards", "native_forwards", "cached", "preemptions", "proves")
+        }
         setting = {"group": self.setting.group, "setting": self.setting.name, "batch": self.setting.batch}
         return setting | counts | {"differ": len(self.differences), "seconds": round(self.seconds, 2)}
 
@@ -199,7 +210,10 @@ def run_setting(setting: Setting, natives: Natives, outcome: Outcome) -> Iterato
 
 
 def run_mix(mix: Mix, natives: Natives, outcome: Outcome) -> Iterator[Difference | None]:
-    for job, result in decode_mix(mix):
+    def measured(metrics: Metrics) -> None:
+        outcome.preemptions += metrics.preemptions
+
+    for job, result in decode_mix(mix, measured):
         cancelled = job.cancel is not None
         if cancelled and result.finish_reason == "cancelled" and not result.tokens:
             continue  # nothing to compare
@@ -245,7 +259,7 @@ def totals(outcomes: Iterable[Outcome]) -> dict[str, int]:
     outcomes = list(outcomes)
     proving = [outcome for outcome in outcomes if outcome.proves]
     names = ("comparisons", "temporal", "probs_differ", "cancelled", "tokens", "drafted", "accepted")
-    names += ("forwards", "native_forwards")
+    names += ("forwards", "native_forwards", "cached", "preemptions")
     sums = {name: sum(getattr(outcome, name) for outcome in proving) for name in names}
     return sums | {
         "settings": len(proving),
@@ -274,8 +288,10 @@ def summary(sums: dict[str, int]) -> str:
     )
     if sums["temporal"]:
         text += f" {sums['temporal']:,} temporal requests beside them, compared with themselves alone, are not counted."
+    if sums["preemptions"]:
+        text += f" {sums['cached']:,} prompt tokens were shared, {sums['preemptions']:,} times a request made room."
     if sums["unproved"]:
-        text += f" {sums['unproved']:,} more, under settings where no drafted token was accepted, are not counted."
+        text += f" {sums['unproved']:,} more, under settings that prove nothing, are not counted."
     return text
 
 
@@ -312,9 +328,11 @@ def markdown(full: dict) -> str:
         lines += ["|---|---|---|---|---|---|"]
         for one in full["settings"]:
             if one["group"] == group:
-                name = one["setting"] + ("" if one["proves"] else " (nothing accepted: not counted)")
+                name = one["setting"] + ("" if one["proves"] else " (proves nothing: not counted)")
                 name += f" ({one['cancelled']} cancelled)" if one["cancelled"] else ""
                 name += f" ({one['temporal']} temporal beside them)" if one["temporal"] else ""
+                if one["preemptions"]:
+                    name += f" ({one['cached']} prompt tokens shared, {one['preemptions']} preemptions)"
                 counts = one["comparisons"], one["differ"], one["probs_differ"]
                 drafts = f"{one['accepted']} / {one['drafted']}", f"{one['forwards'] / one['native_forwards']:.2f}"
                 lines.append("| " + " | ".join(map(str, (name, *counts, *drafts))) + " |")

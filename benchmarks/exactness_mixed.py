@@ -2,24 +2,33 @@
 
 Requests are added between iterations, while others run; some are cancelled before they run, others on their way. Which
 settings a request has, when it comes and when it is cancelled is drawn at random from fixed seeds.
+
+In crowded ones every prompt comes several times, so that requests share keys and values, and there is memory for few
+tokens more than the longest request needs, so that they drive each other out; texts are longer.
 """
 
 from __future__ import annotations
 
 import collections
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from exactness_settings import BUILT_IN, END, NEAR, UNLIKE, model, prompts
 
-from simsd import Engine, EngineConfig, GenerationConfig, Result, generate
+from simsd import Engine, EngineConfig, GenerationConfig, LoadedModel, Metrics, Result, generate
 from simsd.config import DRAFTERS, REJECTED_TAILS, RULES, STRATEGIES
-from simsd.engine.engine import STOP_IDS
+from simsd.decode.rows import aligned
+from simsd.engine.loop import STOP_IDS
+from simsd.engine.pages import page_bytes
 
 MIXED = "mixed batches, requests come and go in a running engine"
 WAITING, RUNNING = 0.08, 0.1  # parts of the requests that are cancelled before they run, and on their way
-ARRIVAL = 0.15  # requests per slot and iteration: at times slots are free, at times requests wait
+CROWDED = "mixed batches, prompts come again and memory is short"
+AGAIN = 3  # times that a prompt comes in a crowded mix
+SPARE = 2  # pages there besides those that the longest request needs
+# Requests per slot and iteration: at times slots are free, at times requests wait; in a crowded mix they often do.
+ARRIVAL, CROWDED_ARRIVAL = 0.15, 0.4
 
 # Targets and block lengths (None: the target's own); drafts and settings of engines.
 TARGETS = (
@@ -39,6 +48,7 @@ ENGINES = (
     (UNLIKE, {"max_batch": 8, "lookahead": 3}),
     (None, {"max_batch": 8, "lookahead": 1, "max_rows": 64}),
     (NEAR, {"max_batch": 32, "lookahead": 4, "max_rows": 256}),
+    (NEAR, {"max_batch": 6, "lookahead": 2, "page_size": 16}),
 )
 
 
@@ -58,7 +68,14 @@ class Mix:
     config: EngineConfig
     numbers: tuple[int, ...]
     seed: int
-    group: str = MIXED
+
+    @property
+    def crowded(self) -> bool:
+        return self.config.page_size == 16
+
+    @property
+    def group(self) -> str:
+        return CROWDED if self.crowded else MIXED
 
     @property
     def batch(self) -> int:
@@ -114,6 +131,8 @@ def jobs(mix: Mix) -> list[Job]:
     found = []
     for number in mix.numbers:
         config = sampling(mix.target, number, mix.config.block_length)
+        if mix.crowded:
+            config = replace(config, max_new_tokens=4 * config.max_new_tokens)
         verify = chance.choices(("exact", "none", "temporal"), (8, 1, 1 if mix.draft else 0))[0]
         drafting = {"draft_steps": chance.choice((None, None, 1, 2) if mix.draft else (None,))}
         if verify == "exact":
@@ -129,17 +148,17 @@ def jobs(mix: Mix) -> list[Job]:
     return found
 
 
-def decode_mix(mix: Mix) -> Iterator[tuple[Job, Result]]:
-    """Each request as its result comes."""
-    draft = None if mix.draft is None else model(mix.draft)
-    engine = Engine(model(mix.target), draft, mix.config)
-    chance = random.Random(mix.seed)
+def decode_mix(mix: Mix, metrics: Callable[[Metrics], None] = lambda _: None) -> Iterator[tuple[Job, Result]]:
+    """Each request as its result comes; the engine's `metrics` at the end."""
+    models = [None if name is None else model(name) for name in (mix.target, mix.draft)]
     coming = collections.deque(jobs(mix))
+    engine = Engine(*models, replace(mix.config, kv_memory=memory(mix, coming, models) if mix.crowded else None))
+    chance = random.Random(mix.seed)
     added: dict[int, Job] = {}
     updates: collections.Counter[int] = collections.Counter()
     while coming or engine.busy:
         for _ in range(mix.batch):
-            if coming and chance.random() < ARRIVAL:
+            if coming and chance.random() < (CROWDED_ARRIVAL if mix.crowded else ARRIVAL):
                 job = coming.popleft()
                 index = engine.add(prompts(mix.target)[job.number], job.config)
                 added[index] = job
@@ -153,6 +172,18 @@ def decode_mix(mix: Mix) -> Iterator[tuple[Job, Result]]:
                 engine.cancel(update.index)
     if added:
         raise RuntimeError(f"{mix.name}: no result of the requests {sorted(added)}")
+    found = engine.metrics()
+    if found.free_pages != found.pages:
+        raise RuntimeError(f"{mix.name}: {found.pages - found.free_pages} pages are nobody's and not free")
+    metrics(found)
+
+
+def memory(mix: Mix, coming: Iterable[Job], models: list[LoadedModel | None]) -> int:
+    """Bytes for the longest request and SPARE pages."""
+    length, page = mix.config.block_length or models[0].block_length, mix.config.page_size
+    longest = max(len(prompts(mix.target)[job.number]) + job.config.max_new_tokens for job in coming)
+    each = sum(page_bytes(one, page) for one in models if one is not None)
+    return (-(-aligned(longest, length) // page) + SPARE) * each
 
 
 def temporal_alone(mix: Mix, job: Job) -> Result:
@@ -174,5 +205,7 @@ def mixes(quick: bool = False) -> list[Mix]:
             seed = n * len(ENGINES) + i
             numbers = random.Random(seed).sample(range(available), 8 if quick else available)
             config = EngineConfig(block_length=block_length, **settings)
+            if config.page_size == 16:
+                numbers = random.Random(seed).sample(numbers[: -(-len(numbers) // AGAIN)] * AGAIN, len(numbers))
             found.append(Mix(target, draft, config, tuple(numbers), seed))
     return found

@@ -76,6 +76,19 @@ def test_texts_and_probabilities_are_those_without_sharing(length, kind):
         assert result.stats.cached_tokens == len(tokens) // length * length // unit * unit
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_requests_of_all_kinds_share_what_each_model_has_computed(pair, seed):
+    """Those that no draft model was asked for leave nothing of it to those that need it."""
+    draw, kinds = random.Random(seed), [mark for mark in KINDS.args[1]]
+    base = prompt(100, seed)
+    jobs = [(base[: draw.choice((40, 70, 100))], draw.choice(kinds)) for _ in range(12)]
+    one, alone = engine(pair, max_batch=2), engine(pair, prefix_cache=False)
+    results = served(one, jobs)
+    assert same(results, served(alone, jobs)) and sum(result.stats.cached_tokens for result in results) > 200
+    again = [(tokens + result.tokens, draw.choice(kinds)) for (tokens, _), result in zip(jobs, results, strict=True)]
+    assert same(served(one, again), served(alone, again))
+
+
 @pytest.mark.parametrize("length", [32, 64, 6])
 def test_a_block_that_differs_in_its_last_token_is_not_shared(length):
     """Its first tokens see the last one."""

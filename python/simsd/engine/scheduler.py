@@ -47,8 +47,11 @@ class Occupant:
         """After the request has learned the report; `length`: of a block."""
         before, self.start = self.start, len(self.request.tokens) // length * length
         # The forward has seen everything before the block that was the current one; one of the next may be pending.
-        self.written = max(before, self.start - length), self.start - report.draft_lag
-        self.pending, self.draft_lag = 0, report.draft_lag
+        target, draft = max(before, self.start - length), self.written[1]
+        if not (report.ended or report.failed):  # else the device has closed the slot, and the lag says nothing
+            self.draft_lag = report.draft_lag
+            draft = self.start - report.draft_lag
+        self.pending, self.written = 0, (target, draft)
         self.masked, self.standing = report.self_draftable, report.proposed
         self.draft_forwards = report.draft_forwards
 
