@@ -80,6 +80,7 @@ compat-%:
 
 nightly: test compat
 	$(BIN)/python benchmarks/exactness.py
+	$(BIN)/python benchmarks/soak.py
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/attention_cpu.py

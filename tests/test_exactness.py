@@ -140,7 +140,7 @@ def test_requests_of_mixed_batches_differ_in_every_setting():
         assert len({getattr(config, field.name) for config in configs}) > 1, field.name
     for name, values in (("strategy", STRATEGIES), ("verify", VERIFIERS), ("drafter", DRAFTERS)):
         assert {getattr(config, name) for config in configs} == set(values)
-    assert {mix.batch for mix in mixes} == {3, 8, 32}
+    assert {mix.batch for mix in mixes} == {3, 6, 8, 32}
 
 
 def test_requests_of_mixed_batches_are_cancelled_before_they_run_and_on_their_way(mix):
