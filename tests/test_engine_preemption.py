@@ -9,6 +9,7 @@ import pytest
 
 import simsd
 from simsd.engine import engine as engine_module
+from simsd.engine import loop
 from simsd.engine.pages import page_bytes
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15, 16], [18, 19], [20] * 6]
@@ -33,11 +34,12 @@ def running(engine: simsd.Engine) -> set[int]:
 
 def until_preempted(engine: simsd.Engine) -> int:
     """Goes on until one that ran waits again; returns its number."""
-    while True:
+    while engine.busy:
         before = running(engine)
         updates = engine.step()
         if gone := before - running(engine) - {update.index for update in updates if update.result is not None}:
             return gone.pop()
+    raise AssertionError("nobody made room")
 
 
 def finished(engine: simsd.Engine) -> dict[int, simsd.Result]:
@@ -73,7 +75,8 @@ def test_memory_for_all_lets_all_run_at_once(target, number):
 @pytest.mark.parametrize("end", ["cancel", "stop", "deadline"])
 def test_a_preempted_request_ends_with_what_it_has(target, alone, monkeypatch, end):
     now = 0.0
-    monkeypatch.setattr(engine_module, "time", types.SimpleNamespace(perf_counter=lambda: now))
+    for module in (engine_module, loop):
+        monkeypatch.setattr(module, "time", types.SimpleNamespace(perf_counter=lambda: now))
     engine = crowded(target)
     for prompt in PROMPTS:
         engine.add(prompt, deadline=1000.0 if end == "deadline" else None, **OWN)
