@@ -40,7 +40,9 @@ def calls() -> Iterator[tuple]:
                 yield kernels.masked_attention, attention(dtype, dim, queries)
         for dim, rotary in ((128, 128), (256, 64), (255, 128)):
             yield kernels.qk_norm_rope_store, norm(dtype, dim, rotary)
-        for dim in (160, 1024, 4096, 8192, 16384):
+        for dim in (127, 128):
+            yield kernels.store_kv, store(dtype, dim)
+        for dim in (160, 1024, 2048, 4096, 8192, 16384):
             for odd in (0, 1):
                 yield kernels.add_rms_norm, add_norm(dtype, dim - odd)
         for rows in (1, 2, 4, 8, 16, 32, 64):
@@ -84,6 +86,12 @@ def norm(dtype: torch.dtype, dim: int, rotary: int) -> dict:
         "q": q, "k": k, "v": k, "q_weight": None, "k_weight": None, "cos": turns, "sin": turns, "k_cache": cache,
         "v_cache": cache.clone(), "slots": slots, "eps": 1e-6,
     }  # fmt: skip
+
+
+def store(dtype: torch.dtype, dim: int) -> dict:
+    k, cache = torch.zeros(1, 2, 4, dim, dtype=dtype), torch.zeros(1, 2, 16, dim, dtype=dtype)
+    slots = torch.arange(4, dtype=torch.int32)[None]
+    return {"k": k, "v": k, "k_cache": cache, "v_cache": cache.clone(), "slots": slots}
 
 
 def plan(length: int, states: int, sampled: bool) -> dict:

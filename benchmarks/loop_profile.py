@@ -22,9 +22,9 @@ from simsd.figures import machine
 
 FORWARD = ("loop.py", "forward")
 # What an iteration consists of: (file, function), with what it calls, and what of that belongs elsewhere.
-LEARNING = [("engine.py", "_observe"), ("tuner.py", "observe_times")]
+LEARNING = [("loop.py", "_observe"), ("tuner.py", "observe_times")]
 PARTS = {
-    "admission": ([("engine.py", "_admit")], []),
+    "admission": ([("loop.py", "_admit")], []),
     "choosing draft modes": ([("tuner.py", "choose")], []),
     "writing commands": ([("exchange.py", "write")], []),
     "proposals from the last logits": ([("draft.py", "from_last_logits")], []),
@@ -34,7 +34,7 @@ PARTS = {
     "advancing (advance_slots)": ([("iteration.py", "advance")], []),
     "reading the report": ([("exchange.py", "read")], []),
     "what the tuner learns": (LEARNING, []),
-    "requests, their texts and updates": ([("engine.py", "_deliver")], LEARNING),
+    "requests, their texts and updates": ([("loop.py", "_deliver")], LEARNING),
 }
 
 Function = tuple[str, str]
@@ -81,7 +81,7 @@ def profile(target: simsd.LoadedModel, draft: simsd.LoadedModel, batch: int) -> 
     seconds = {
         part: times.seconds(names) - times.seconds_from(names, elsewhere) for part, (names, elsewhere) in PARTS.items()
     }
-    iteration = [("engine.py", "_iterate")]
+    iteration = [("loop.py", "iterate")]
     outside = times.seconds(iteration) - times.seconds([FORWARD])
     seconds |= {"the rest": outside - sum(seconds.values()), "all outside forwards": outside}
     return {part: 1e6 * taken / times.calls(iteration[0]) for part, taken in seconds.items()}

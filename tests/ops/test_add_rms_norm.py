@@ -40,11 +40,16 @@ def random_arguments(seed: int) -> dict:
                5120, 8192, 8193, 9000)  # fmt: skip
     shape = pick((), (0,), (1,), (2, 2)) if dim > 2048 else pick((), (0,), (1,), (7,), (2, 3), (2, 1, 4), (3, 2, 2))
     made = random_case(shape, dim, pick(*FLOATS), pick(True, True, False), seed)
-    made["residual"] = relaid(made["residual"] * pick(1, 1, 1e-3, 100), pick)
-    made["weight"] = relaid(made["weight"], pick)
+    plain = pick(False, True)  # whole vectors, where the sizes are
+    made["residual"] *= pick(1, 1, 1e-3, 100)
+    for name in () if plain else ("residual", "weight"):
+        made[name] = relaid(made[name], pick)
     if made["x"] is not None:
         repeats = len(shape) > 0 and pick(False, False, True)
-        made["x"] = made["x"][:1].expand_as(made["x"]) if repeats else relaid(made["x"], pick)
+        if repeats:
+            made["x"] = made["x"][:1].expand_as(made["x"])
+        elif not plain:
+            made["x"] = relaid(made["x"], pick)
     if len(shape) and shape[0] and pick(False, True):
         made["residual"][0, ..., -1] = float("nan")  # shows in its own row
     return made | {"eps": pick(0.0, 1e-6, 1e-6, 1e-5, 0.5)}

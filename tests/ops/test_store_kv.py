@@ -42,7 +42,8 @@ def random_arguments(seed: int) -> dict:
         k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v))
     for cache in caches:
         cache[..., ::3] = float("nan")  # old contents stay as they are
-    return dict(zip(NAMES, (relaid(x, pick) for x in (k, v, *caches, slots)), strict=True))
+    plain = pick(False, True)  # whole vectors, where the sizes are
+    return dict(zip(NAMES, (x if plain else relaid(x, pick) for x in (k, v, *caches, slots)), strict=True))
 
 
 def stored(new, cache, slots):

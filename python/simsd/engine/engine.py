@@ -73,8 +73,8 @@ class Engine:
         check_device(target.device)
         positions = min(m.max_positions or DEFAULT_LENGTH for m in (target, draft) if m is not None)
         longest = min(DEFAULT_LENGTH, positions) if config.max_length is None else config.max_length
-        capacity = rows.aligned(longest, length)
-        self.loop = Loop(target, draft, config, length, capacity, parts)
+        self.capacity = rows.aligned(longest, length)
+        self.loop = Loop(target, draft, config, length, self.capacity, parts)
         self._numbers = itertools.count()
         self._driver = Driver()
 
@@ -112,7 +112,7 @@ class Engine:
         check_params(self.target, self.draft, params, self.block_length)
         needed = rows.aligned(len(tokens) + params.max_new_tokens, self.block_length)
         check_length(needed, len(tokens), params, self.target, self.draft)
-        check_room(len(tokens), needed, params, self.loop.capacity, self.loop.places)
+        check_room(len(tokens), needed, params, self.capacity, self.loop.places)
         seed = fresh_seed() if params.seed is None else params.seed
         ends = tuple(self.target.end_token_ids if params.end_token_ids is None else params.end_token_ids)
         with self.loop.lock:
