@@ -112,13 +112,13 @@ class Loop:
 
     def _prefilled(self) -> list[tuple[int, Occupant]]:
         """Computes a chunk of what is too long to come along with an iteration; returns the slots that take part."""
-        if self.batch is None:
-            return []
-        occupied, behind, length = self.scheduler.by_rank(), set(), self.block_length
+        occupied, length, has_model = list(self.scheduler.occupied), self.block_length, self.draft is not None
+        if not any(occupant.is_behind(length, has_model) for _, occupant in occupied):
+            return occupied
+        occupied, behind = self.scheduler.by_rank(), set()
         alone = [[one] for one in occupied if one[1].request.runs_alone]
         for part in ([one for one in occupied if not one[1].request.runs_alone], *alone):
-            lacking = [o.request for _, o in part if o.pending > length or o.draft_lag > length]
-            with self._concerning(lacking):
+            with self._concerning([o.request for _, o in part if o.is_behind(length, has_model)]):
                 prefilled = self.batch.prefill(part)
             self.meter.prefilled(prefilled.target, prefilled.draft)
             behind |= prefilled.behind
@@ -238,7 +238,9 @@ class Loop:
         """Lets in who waits, the first in order first. None overtakes one that has to wait for pages; one whose prompt
         begins as one that is being computed waits for that."""
         scheduler, prefixes = self.scheduler, self.prefixes
-        if scheduler.waiting and self.batch is not None and self.batch.models_changed():
+        if not scheduler.waiting or scheduler.free_slot() is None:
+            return
+        if self.batch is not None and self.batch.models_changed():
             prefixes.forget()
         for request in tuple(scheduler.waiting):
             slot = scheduler.free_slot()

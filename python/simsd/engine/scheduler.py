@@ -55,6 +55,11 @@ class Occupant:
         self.masked, self.standing = report.self_draftable, report.proposed
         self.draft_forwards = report.draft_forwards
 
+    def is_behind(self, length: int, has_model: bool) -> bool:
+        """Whether more is lacking than comes along with every iteration; `has_model`: whether there is a draft model."""
+        lag = self.draft_lag if has_model and self.request.params.asks_draft_model else 0
+        return self.pending > length or lag > 2 * length
+
     def prefilled(self, tokens: int) -> None:
         """The target has run a chunk of as many tokens."""
         self.request.stats.target_prefill_forwards += 1

@@ -70,7 +70,7 @@ class ModelRunner:
         self.last_logits: Tensor | None = None
         self._most_logits = most_logits
         self.rows = 0
-        self._layers_of, self._ran = layers, None
+        self._layers_of, self._ran, self._weights_of = layers, None, None
         self._table = block_table
         parts = (slots, kv_slots) if block_table is None else (pages, block_table.page_size)
         self.cache = BlockCache(model.config, *parts, self.dtype, self.device)
@@ -170,8 +170,10 @@ class ModelRunner:
     def version(self) -> object:
         """Another one where modules or weights have changed; what is written to their `.data` is not noticed."""
         layers = self._layers_of(self.model.model)
-        kind = StockLayers if isinstance(layers, StockLayers) else layers
-        return kind, sum(weight._version for weight in self.model.model.parameters() if not weight.is_inference())
+        if self._weights_of is not layers:  # listing them takes long
+            self._weights = [weight for weight in self.model.model.parameters() if not weight.is_inference()]
+            self._weights_of = layers
+        return None if isinstance(layers, StockLayers) else layers, sum(weight._version for weight in self._weights)
 
     def keep_logits(self, logits: Tensor) -> None:
         """Keeps the logits of a forward for the next iteration: where rows are packed themselves, else in memory of
