@@ -29,7 +29,7 @@ from simsd.config import DRAFTERS, REJECTED_TAILS, RULES, STRATEGIES
 from simsd.engine.pages import page_bytes
 
 PAGE = 16
-PAGES_PER_SLOT = 3  # of memory; requests need up to five times as many
+PAGES_PER_SLOT = 2  # of memory; requests need up to eight times as many
 GROWTH_MIB = 8  # that the process may grow by behind the first quarter
 BEGINNINGS = 6  # that requests share
 

@@ -56,7 +56,7 @@ class Occupant:
         self.draft_forwards = report.draft_forwards
 
     def is_behind(self, length: int, has_model: bool) -> bool:
-        """Whether more is lacking than comes along with every iteration; `has_model`: whether there is a draft model."""
+        """Whether more is lacking than comes along with every iteration. `has_model`: there is a draft model."""
         lag = self.draft_lag if has_model and self.request.params.asks_draft_model else 0
         return self.pending > length or lag > 2 * length
 
