@@ -32,6 +32,7 @@ PAGE = 16
 PAGES_PER_SLOT = 2  # of memory; requests need up to eight times as many
 GROWTH_MIB = 8  # that the process may grow by behind the first quarter
 BEGINNINGS = 6  # that requests share
+STUCK = 500  # iterations in a row that move no request
 
 
 @dataclasses.dataclass
@@ -105,7 +106,7 @@ def soak(target: LoadedModel, draft: LoadedModel, requests: int, slots: int, see
     leaves: dict[int, int] = {}
     results: dict[int, Result] = {}
     texts: collections.deque[list[int]] = collections.deque(maxlen=8)
-    added = iterations = cached = 0
+    added = iterations = cached = idle = 0
     sizes: list[float] = []
     progress = iter(track(range(requests), "soak", console=console, transient=True))
     while added < requests or engine.busy:
@@ -120,7 +121,12 @@ def soak(target: LoadedModel, draft: LoadedModel, requests: int, slots: int, see
         if added in (requests // 3, 2 * requests // 3) and draw.random() < 0.2:
             engine.sleep()
             engine.wake()
-        for update in engine.step():
+        updates = engine.step()
+        idle = 0 if updates else idle + 1
+        if idle > STUCK:
+            wrong.append(f"nothing has moved for {STUCK} iterations")
+            break
+        for update in updates:
             if (result := update.result) is None:
                 continue
             given = jobs.pop(update.index)
