@@ -184,6 +184,15 @@ def test_a_module_made_in_inference_mode_can_be_loaded_and_decoded_outside_of_it
     assert said(simsd.generate(simsd.load(module), PROMPTS, pair[1], config("exact"))) == quiet["exact"]
 
 
+def test_weights_made_in_inference_mode_are_loaded_and_decoded_in_it_and_outside(pair):
+    """They have no version counters."""
+    with torch.inference_mode():
+        target, draft = random_sdar(0), disturbed(random_sdar(0))
+        inside = simsd.generate(target, PROMPTS, draft, config("exact"))
+    outside = simsd.generate(target, PROMPTS, draft, config("exact"))
+    assert said(inside) == said(outside) == said(simsd.generate(random_sdar(0), PROMPTS, pair[1], config("exact")))
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # newer names of gradient checkpointing
 @pytest.mark.parametrize("settings", ["exact", "temporal"])
 def test_models_put_into_training_mode_decode_as_in_evaluation_and_stay_in_it(quiet, settings):

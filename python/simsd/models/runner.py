@@ -16,6 +16,7 @@ from simsd.models.fused import FusedLayers, layers_of
 from simsd.models.loading import LoadedModel
 from simsd.models.packing import Packing
 from simsd.models.stock import Attend, StockLayers
+from simsd.models.weights import version_of
 from simsd_kernels import masked_attention
 
 # A BLAS gives a row the same bits at every multiple of this many rows, on the CPUs where it was tried
@@ -171,9 +172,9 @@ class ModelRunner:
         """Another one where modules or weights have changed; what is written to their `.data` is not noticed."""
         layers = self._layers_of(self.model.model)
         if self._weights_of is not layers:  # listing them takes long
-            self._weights = [weight for weight in self.model.model.parameters() if not weight.is_inference()]
+            self._weights = list(self.model.model.parameters())
             self._weights_of = layers
-        return None if isinstance(layers, StockLayers) else layers, sum(weight._version for weight in self._weights)
+        return None if isinstance(layers, StockLayers) else layers, sum(map(version_of, self._weights))
 
     def keep_logits(self, logits: Tensor) -> None:
         """Keeps the logits of a forward for the next iteration: where rows are packed themselves, else in memory of

@@ -79,6 +79,14 @@ def check_shapes(source: str, model: PreTrainedModel, given: Mapping[str, list[i
         raise SimsdError(f"{source}: shapes differ from its configuration: {listing(wrong)}")
 
 
+def version_of(weight: Tensor) -> int:
+    """Autograd's counter of what was written to it; 0 where it has none: it was made in inference mode."""
+    try:
+        return weight._version
+    except RuntimeError:  # of a Parameter, `is_inference` does not tell
+        return 0
+
+
 def check_values(source: str, model: PreTrainedModel) -> None:
     """Raises SimsdError unless all weights have one dtype and they and the RoPE frequencies are finite.
 
@@ -87,7 +95,7 @@ def check_values(source: str, model: PreTrainedModel) -> None:
     were written since.
     """
     values = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    state = [(value.data_ptr(), 0 if value.is_inference() else value._version) for value in values.values()]
+    state = [(value.data_ptr(), version_of(value)) for value in values.values()]
     if _sound.get(model) == state:
         return
     odd = [f"{name} is {p.dtype}, not {model.dtype}" for name, p in model.named_parameters() if p.dtype != model.dtype]
