@@ -201,12 +201,18 @@ class ModelRunner:
     def _attend(
         self, clock: Tensor, birth: Tensor, death: Tensor, table: BlockTable | None, members: Tensor | None
     ) -> Attend:
-        kernel, rows = self._kernel(table, members), clock.numel()
+        kernel, pages = self._attention, None if table is None else table.pages
+        shape, rows = clock.shape, clock.numel()
+        chosen = table is None and members is not None
+        joined = shape[0] > 1 and (chosen or table is not None)  # rows ran as [1, N]
 
         def attend(q, keys, values, scale):
-            if len(q) < len(clock):  # rows ran as [1, N]
-                q = q[0].unflatten(1, clock.shape).transpose(0, 1)
-            return kernel(q, keys, values, clock, birth, death, scale).transpose(1, 2).reshape(rows, -1)
+            if joined:
+                q = q[0].unflatten(1, shape).transpose(0, 1)
+            if chosen:
+                keys, values = keys.index_select(0, members), values.index_select(0, members)
+            out = kernel(q, keys, values, clock, birth, death, None, scale, pages)
+            return out.transpose(1, 2).reshape(rows, -1)
 
         return attend
 
@@ -220,27 +226,19 @@ class ModelRunner:
         members: Tensor | None,
     ) -> Attend:
         """Attention of q [1, Hq, N, D], clock [1, N]."""
-        kernel = self._kernel(table, members)
-        source = packing.source
+        kernel, pages = self._attention, None if table is None else table.pages
+        chosen, source = table is None and members is not None, packing.source
         shape = len(packing.counts), packing.width
         clock = torch.where(packing.inside, clock[0].index_select(0, source).view(shape), -1)
 
         def attend(q, keys, values, scale):
             q = q[0].index_select(1, source).unflatten(1, shape).transpose(0, 1)  # [B, Hq, W, D]
-            out = kernel(q, keys, values, clock, birth, death, scale)
+            if chosen:
+                keys, values = keys.index_select(0, members), values.index_select(0, members)
+            out = kernel(q, keys, values, clock, birth, death, None, scale, pages)
             return out.transpose(1, 2).reshape(len(source), -1).index_select(0, packing.places)
 
         return attend
-
-    def _kernel(self, table: BlockTable | None, members: Tensor | None) -> Callable[..., Tensor]:
-        kernel, pages = self._attention, None if table is None else table.pages
-
-        def attention(q, keys, values, clock, birth, death, scale):
-            if pages is None and members is not None:
-                keys, values = keys.index_select(0, members), values.index_select(0, members)
-            return kernel(q, keys, values, clock, birth, death, None, scale, pages)
-
-        return attention
 
 
 def _widen(tokens, positions, slots, clock, logits_rows, columns: int) -> tuple[Tensor | None, ...]:
