@@ -117,6 +117,12 @@ def test_weights_that_do_not_fit_change_nothing(pair, weights, message):
     assert one.generate(PROMPTS[:1], **SETTINGS)[0].tokens == engine(pair).generate(PROMPTS[:1], **SETTINGS)[0].tokens
 
 
+@pytest.mark.parametrize("weights", [None, 7, "model.safetensors", ["abc"], [("lm_head.weight",)]], ids=str)
+def test_what_is_no_weights_is_refused(pair, weights):
+    with pytest.raises(SimsdError, match="weights must be .*pairs of a name and a tensor, got"):
+        engine(pair).update_weights(weights)
+
+
 def test_an_update_that_breaks_off_leaves_an_engine_of_what_weights_there_are(pair):
     one = engine(pair)
     number = one.add(PROMPTS[3], **SETTINGS)

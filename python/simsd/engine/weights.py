@@ -20,14 +20,19 @@ def replace_weights(model: LoadedModel, weights: Weights) -> None:
     anything is changed, an iterator tensor by tensor.
 
     Raises:
-        SimsdError: a name that the model does not have, or a shape that is not its own.
+        SimsdError: neither a mapping nor pairs, a name that the model does not have, or a shape that is not its own.
     """
+    if isinstance(weights, str) or not isinstance(weights, Iterable):
+        raise SimsdError(f"weights must be a mapping or pairs of a name and a tensor, got {weights!r:.80}")
     own = model.model.state_dict(keep_vars=True)
     if isinstance(weights, Mapping):
         weights = weights.items()
         for name, value in weights:
             _check(model, own, name, value)
-    for name, value in weights:
+    for pair in weights:
+        if not (isinstance(pair, tuple | list) and len(pair) == 2):
+            raise SimsdError(f"weights must be pairs of a name and a tensor, got {type(pair).__name__} {pair!r:.80}")
+        name, value = pair
         _check(model, own, name, value)
         own[name].copy_(value)
 
