@@ -134,6 +134,18 @@ def test_after_an_interrupt_those_who_run_are_all_there_is():
     assert sequences.cache.available == 10
 
 
+def test_what_may_be_wrong_is_not_found_again_after_an_interrupt_either():
+    sequences = Sequences(10)
+    one, two = sequences.enter(text(1, 2, rest=0)), sequences.enter(text(1, 3, rest=0))
+    sequences.cache.discard(one[0])
+    sequences.leave(one)
+    sequences.cache.keep_only([two[0]])
+    sequences.pool.recount(two[1])
+    assert len(sequences.cache.find(text(1, 3))) == 1
+    sequences.leave(two)
+    assert sequences.cache.available == 10
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_no_page_is_lost_or_has_two_owners(seed):
     draw, sequences, running = random.Random(seed), Sequences(24), []

@@ -12,23 +12,20 @@ from every_op import OPS, Op, call, on, same_bits
 
 
 @contextlib.contextmanager
+def switched(switch, before, to):
+    switch(to)
+    try:
+        yield
+    finally:
+        switch(before)
+
+
 def default_dtype(dtype: torch.dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
+    return switched(torch.set_default_dtype, torch.get_default_dtype(), dtype)
 
 
-@contextlib.contextmanager
 def deterministic_algorithms():
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
+    return switched(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled(), True)
 
 
 SURROUNDINGS = {

@@ -11,6 +11,7 @@ import torch
 from simsd.decode import rows
 from simsd.errors import SimsdError
 from simsd.models.block_table import BlockTable
+from simsd.models.configuration import head_size
 from simsd.models.loading import LoadedModel
 from simsd.models.runner import ModelRunner
 
@@ -152,8 +153,8 @@ def places_of(
 def page_bytes(model: LoadedModel, page_size: int) -> int:
     """Of the keys and values of all layers."""
     config = model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * page_size * head_dim * model.dtype.itemsize
+    heads = config.num_hidden_layers * config.num_key_value_heads
+    return 2 * heads * page_size * head_size(config) * model.dtype.itemsize
 
 
 def free_memory(device: torch.device) -> int | None:

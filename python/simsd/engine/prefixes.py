@@ -139,13 +139,14 @@ class PrefixCache:
     def keep_only(self, paths: Iterable[Sequence[Prefix]]) -> None:
         """After an interrupt, which may have come anywhere: the sequences that run on these are all there are."""
         users = collections.Counter(node for path in paths for node in path[1:])
+        known = [node for node in users if node.parent.following.get(node.tokens) is node]
         self._idle.clear()
         self._root.following.clear()
         for node in users:
             node.users = users[node]
             node.following.clear()
             node.parent.following.clear()
-        for node in users:
+        for node in known:
             node.parent.following[node.tokens] = node
 
     def _drop(self, node: Prefix) -> None:

@@ -11,6 +11,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from simsd.errors import SimsdError
 from simsd.models.attention import unchecked
+from simsd.models.configuration import head_size
 from simsd_kernels import store_kv
 
 # What transformers calls a forward's cache: renamed in 5.24, where the old name warns.
@@ -44,8 +45,7 @@ class BlockCache(Cache):
         device: torch.device | str = "cpu",
     ):
         super().__init__(layers=[])
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shape = (config.num_hidden_layers, config.num_key_value_heads, batch_size, capacity, head_dim)
+        shape = (config.num_hidden_layers, config.num_key_value_heads, batch_size, capacity, head_size(config))
         self.keys = torch.zeros(shape, dtype=dtype, device=device).transpose(1, 2)
         self.values = torch.zeros(shape, dtype=dtype, device=device).transpose(1, 2)
         self.slots: Tensor | None = None

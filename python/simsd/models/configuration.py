@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 
-from transformers import Qwen3Config, Qwen3MoeConfig
+from transformers import PretrainedConfig, Qwen3Config, Qwen3MoeConfig
 
 from simsd.errors import SimsdError
 
@@ -69,3 +69,8 @@ def named_block_length(source: str | os.PathLike) -> int | None:
     name = os.path.realpath(source) if os.path.isdir(source) else str(source)
     found = _NAMED.search(name)
     return int(found[1]) if found else None
+
+
+def head_size(config: PretrainedConfig) -> int:
+    """Of a head of queries, keys or values."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -7,7 +7,7 @@ import math
 from transformers.activations import ACT2FN
 
 from simsd.errors import SimsdError
-from simsd.models.configuration import SDARConfig, SDARMoeConfig
+from simsd.models.configuration import SDARConfig, SDARMoeConfig, head_size
 
 # Their frequencies follow from the configuration alone. Those of the others in transformers, "dynamic" and "longrope",
 # change with the highest position of a forward, so that a text would depend on those decoded beside it.
@@ -35,9 +35,8 @@ def check_config(source: str, config: SDARConfig | SDARMoeConfig) -> None:
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     if heads % kv_heads:
         raise SimsdError(f"{source}: {heads} attention heads cannot share {kv_heads} key/value heads evenly")
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    if head_dim % 2:
-        raise SimsdError(f"{source}: head_dim must be even for RoPE, got {head_dim}")
+    if head_size(config) % 2:
+        raise SimsdError(f"{source}: head_dim must be even for RoPE, got {head_size(config)}")
     if config.hidden_act not in ACT2FN:
         raise SimsdError(f"{source}: hidden_act {config.hidden_act!r} is not one that transformers knows")
     _check_windows(source, config)
