@@ -35,7 +35,7 @@ SCHEMAS = {
     "sample_logits": (
         "(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor seed, Tensor position,"
         " Tensor revealed, Tensor? banned_ids=None)"
-        " -> (Tensor token, Tensor prob, Tensor log_odds, Tensor entropy, Tensor logsumexp)"
+        " -> (Tensor token, Tensor prob, Tensor log_odds, Tensor entropy, Tensor logsumexp, Tensor draw_logprob)"
     ),
     "thin_linear": "(Tensor x, Tensor weight) -> Tensor",
     "reveal": reveal.SIGNATURE.schema,
@@ -47,7 +47,7 @@ SCHEMAS = {
         " Tensor? top_k=None, Tensor? top_p=None, Tensor? seed=None, Tensor? position=None,"
         " Tensor? revealed=None, Tensor? draft_logits=None, Tensor? coin=None, Tensor? residual=None,"
         " Tensor? banned_ids=None, str rule='match')"
-        " -> (Tensor accepted, Tensor bonus, Tensor tokens, Tensor target_ids, Tensor prob)"
+        " -> (Tensor accepted, Tensor bonus, Tensor tokens, Tensor target_ids, Tensor prob, Tensor draw_logprob)"
     ),
     "verify_graph": verify_graph.SIGNATURE.schema,
     "advance_slots": advance_slots.SIGNATURE.schema,
@@ -190,7 +190,7 @@ def _(gate_up) -> Tensor:
 @fake("sample_logits")
 def _(logits, temperature, top_k, top_p, seed, position, revealed, banned_ids=None):
     rows = logits.shape[:1]
-    statistic = [logits.new_empty(rows, dtype=torch.float32) for _ in range(4)]
+    statistic = [logits.new_empty(rows, dtype=torch.float32) for _ in range(5)]
     return logits.new_empty(rows, dtype=torch.int64), *statistic
 
 
@@ -240,7 +240,7 @@ def _(
         draft_ids.new_empty((batch,)),
         draft_ids.new_empty((batch, length)),
         draft_ids.new_empty((batch, length)),
-        target_logits.new_empty((batch, length), dtype=torch.float32),
+        *(target_logits.new_empty((batch, length), dtype=torch.float32) for _ in range(2)),
     )
 
 

@@ -185,4 +185,5 @@ def _commit(occupant: Request, blocks: list[Block], length: int) -> None:
             new = slice(len(occupant.tokens) % length, None)
             origins = [ORIGINS[origin] for origin in block.origins[new]]
             logprobs = None if block.logprobs is None else block.logprobs[new]
-            occupant.commit(block.tokens[new], block.steps[new], block.probs[new], origins, logprobs)
+            columns = (column[new] for column in (block.tokens, block.steps, block.probs, block.draw_logprobs))
+            occupant.commit(*columns, origins, logprobs)

@@ -74,3 +74,4 @@ def check(results: dict[int, simsd.Result], jobs: list[Job], cancels: tuple[int,
         assert result.tokens == alone.tokens[:count]
         assert result.step_map == alone.step_map[:count]
         assert result.probs == alone.probs[:count]
+        assert result.draw_logprobs == alone.draw_logprobs[:count]

@@ -7,7 +7,7 @@ import torch
 
 from simsd.decode import exchange
 from simsd.decode.exchange import ORIGINS, Block, Commands, Report
-from simsd_kernels.advance_slots.arguments import HEAD
+from simsd_kernels.advance_slots.arguments import COLUMNS, HEAD
 from simsd_kernels.verify_graph.api import DENOISED
 from simsd_kernels.verify_graph.api import DRAFTED as DRAFTED_BY_WALK
 
@@ -23,12 +23,14 @@ def header(**values: int) -> list[int]:
 
 
 def report_of(*rows: list[int], lookahead: int = LOOKAHEAD, length: int = LENGTH) -> Report:
-    """Rows of a header, then tokens 1, 2, ...; steps 101, ...; probabilities 1/2, 1/4, ...; origins 0, 1, 0, 1, ..."""
+    """Rows of a header, then tokens 1, 2, ...; steps 101, ...; probabilities 1/2, 1/4, ...; log-probabilities of draws
+    -1, -2, ...; origins 0, 1, 0, 1, ..."""
     text = (lookahead + 2) * length
     report = Report.allocate(len(rows), lookahead, length, "cpu")
     probs = torch.tensor([2.0 ** -(i % 30 + 1) for i in range(text)]).view(torch.int32).tolist()
+    logprobs = (-torch.arange(1.0, text + 1)).view(torch.int32).tolist()
     for n, row in enumerate(rows):
-        blocks = [*range(1, text + 1), *range(101, 101 + text), *probs, *([0, 1] * text)[:text]]
+        blocks = [*range(1, text + 1), *range(101, 101 + text), *probs, *logprobs, *([0, 1] * text)[:text]]
         report.buffer[n] = torch.tensor(row + blocks, dtype=torch.int32)
     return report
 
@@ -36,15 +38,16 @@ def report_of(*rows: list[int], lookahead: int = LOOKAHEAD, length: int = LENGTH
 def test_numbers_of_origins_are_those_that_the_ops_write():
     assert (ORIGINS[0], ORIGINS[DENOISED], ORIGINS[DRAFTED_BY_WALK]) == ("known", "denoised", "drafted")
     assert [ORIGINS[getattr(exchange, name.upper())] for name in ORIGINS[2:]] == list(ORIGINS[2:])
-    assert Report.HEADER == HEAD
+    assert (Report.HEADER, Report.COLUMNS) == (HEAD, COLUMNS)
 
 
 def test_several_finished_blocks_come_in_order_and_the_current_one_as_far_as_it_is_revealed():
     row = header(epoch=9, runs=1, finished=2, taken=5, judged=7, accepted=6, states=3, low=0b1010, maskeds=2, depth=1)
     [(slot, got)] = report_of(row).read()
     assert slot == 0 and got.epoch == 9
-    first = Block([1, 2, 3, 4], [101, 102, 103, 104], [0.5, 0.25, 0.125, 0.0625], [0, 1, 0, 1])
+    first = Block([1, 2, 3, 4], [101, 102, 103, 104], [0.5, 0.25, 0.125, 0.0625], [-1, -2, -3, -4], [0, 1, 0, 1])
     assert got.blocks[0] == first
+    assert got.blocks[1].draw_logprobs == [-5, -6, -7, -8]
     assert (got.blocks[1].tokens, got.blocks[1].probs[0]) == ([5, 6, 7, 8], 2.0**-5) and len(got.blocks) == 2
     assert got.provisional == [None, 10, None, 12]
     assert (got.taken, got.judged, got.accepted, got.states) == (5, 7, 6, 3)
@@ -101,6 +104,7 @@ def temporal(finished: int, revealed: int, length: int = LENGTH) -> Report:
         tokens=tokens,
         steps=(tokens - 9).int(),
         prob=torch.full((2, length), 0.5),
+        draw_logprob=torch.full((2, length), -0.25),
         origin=torch.full((2, length), 4, dtype=torch.int32),
         logprob=torch.full((2, length), -0.75),
     )
@@ -111,7 +115,7 @@ def temporal(finished: int, revealed: int, length: int = LENGTH) -> Report:
 
 def test_a_temporal_block_comes_as_far_as_it_is_committed():
     [(slot, got)] = temporal(finished=0, revealed=0b11).read(partly=True)
-    assert got.blocks == [Block([10, 11], [1, 2], [0.5, 0.5], [4, 4], [-0.75, -0.75])]
+    assert got.blocks == [Block([10, 11], [1, 2], [0.5, 0.5], [-0.25, -0.25], [4, 4], [-0.75, -0.75])]
     assert (slot, got.epoch, got.provisional) == (1, 4, [10, 11, None, None])
     assert (got.taken, got.judged, got.accepted, got.states, got.ended) == (1, 3, 2, 2, False)
     assert (got.self_draftable, got.proposed, got.draft_lag, got.draft_forwards) == (0, 0, 0, 6)
@@ -133,7 +137,7 @@ def test_a_temporal_block_of_64_comes_as_far_as_it_is_committed(count):
 def test_a_report_of_fewer_drafted_blocks_lies_in_the_same_memory():
     report = Report.allocate(2, LOOKAHEAD, LENGTH, "cpu")
     less = report.of(0)
-    assert (report.buffer.shape, less.buffer.shape) == ((2, 16 + 4 * 16), (2, 16 + 4 * 8))
+    assert (report.buffer.shape, less.buffer.shape) == ((2, 16 + 5 * 16), (2, 16 + 5 * 8))
     less.buffer[:, 0] = 5
     assert report.buffer[:, 0].tolist() == [5, 5]
     host = Report.allocate(2, LOOKAHEAD, LENGTH, "cpu")

@@ -129,6 +129,7 @@ def test_texts_do_not_depend_on_memory(target, draft, count, verify):
     for number, wanted in zip(numbers, roomy, strict=True):
         found = results[number]
         assert (found.tokens, found.step_map, found.probs) == (wanted.tokens, wanted.step_map, wanted.probs)
+        assert (found.draw_logprobs, found.cut_tokens) == (wanted.draw_logprobs, wanted.cut_tokens)
 
 
 def test_the_oldest_request_is_never_driven_out(target):

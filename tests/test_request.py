@@ -29,20 +29,22 @@ def made(prompt=(30, 31), new: int = 8, ends=(), tokenizer=None, **params) -> Re
 
 def commit(request: Request, *tokens: int, prob: float = 0.5, logprobs=None) -> None:
     count = len(tokens)
-    request.commit(tokens, [1] * count, [prob] * count, ["denoised"] * count, logprobs)
+    request.commit(tokens, [1] * count, [prob] * count, [-0.5] * count, ["denoised"] * count, logprobs)
 
 
 def columns(request: Request) -> set[int]:
-    return {len(x) for x in (request.new, request.steps, request.probs, request.logprobs, request.origins)}
+    told = (request.steps, request.probs, request.logprobs, request.draw_logprobs, request.origins)
+    return {len(x) for x in (request.new, *told)}
 
 
 def test_what_is_committed_is_appended_with_all_that_is_told_of_it():
     request = made()
-    request.commit([A, B], [1, 2], [0.5, 0.25], ["denoised", "drafted"])
-    request.commit([C], [3], [0.0], ["tail"], [-200.0])
+    request.commit([A, B], [1, 2], [0.5, 0.25], [-0.5, 0.0], ["denoised", "drafted"])
+    request.commit([C], [3], [0.0], [-9.0], ["tail"], [-200.0])
     assert request.new == [A, B, C] and request.tokens == [30, 31, A, B, C]
     assert (request.steps, request.probs) == ([1, 2, 3], [0.5, 0.25, 0.0])
     assert request.logprobs == [math.log(0.5), math.log(0.25), -200.0]
+    assert request.draw_logprobs == [-0.5, 0.0, -9.0]
     assert request.origins == ["denoised", "drafted", "tail"] and request.finish_reason is None
 
 
@@ -220,3 +222,42 @@ def test_an_interrupt_leaves_no_token_without_its_probability(interrupted_at, li
         assert request.new == kept
     assert columns(request) == {len(request.new)} and request.new in ([], kept)
     assert request.finish_reason == (reason if request.new else None)
+
+
+def behind(request: Request, length: int = 4) -> tuple[list[int], list[int], list[float]]:
+    request.block_length = length
+    result = request.result()
+    return result.cut_tokens, result.cut_step_map, result.cut_draw_logprobs
+
+
+@pytest.mark.parametrize(("new", "ends", "count"), [(3, (), 3), (9, (B,), 2), (4, (), 4), (1, (A,), 1)])
+def test_what_was_decided_behind_the_end_of_the_text_is_told_up_to_the_end_of_its_block(new, ends, count):
+    request = made(prompt=range(30, 38), new=new, ends=ends)
+    request.commit([A, B, C, D], [2, 1, 4, 3], [0.5] * 4, [-1.0, -2.0, -3.0, -4.0], ["denoised"] * 4)
+    told = [A, B, C, D][count:], [2, 1, 4, 3][count:], [-1.0, -2.0, -3.0, -4.0][count:]
+    assert request.new == [A, B, C, D][:count] and behind(request) == told
+    assert request.result().draw_logprobs == [-1.0, -2.0, -3.0, -4.0][:count]
+
+
+def test_a_later_cut_leaves_the_rest_of_its_own_block_behind_and_no_other():
+    request = made(prompt=range(30, 38), new=7)
+    commit(request, A, B, C, D)
+    request.commit([C, D, A, B], [1, 2, 3, 4], [0.5] * 4, [-1.0, -2.0, -3.0, -4.0], ["denoised"] * 4)
+    assert behind(request) == ([B], [4], [-4.0])
+    request.stop(5, "stop")
+    assert behind(request) == ([D, A, B], [2, 3, 4], [-2.0, -3.0, -4.0])
+    request.stop(3, "stop")
+    assert request.new == [A, B, C] and behind(request) == ([D], [1], [-0.5])
+    request.stop(0, "stop")
+    assert behind(request) == ([], [], [])
+
+
+def test_nothing_is_behind_a_text_that_has_not_ended():
+    request = made(prompt=range(30, 38))
+    commit(request, A, B, C)
+    assert behind(request) == ([], [], [])
+    request.behind = [(D, 1, -1.0)]  # of a commit that an interrupt kept from its end
+    assert behind(request) == ([], [], [])
+    request.mend()
+    request.stop(None, "cancelled")
+    assert behind(request) == ([], [], [])

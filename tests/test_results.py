@@ -20,7 +20,19 @@ def test_a_result_comes_back_from_json_as_it_was(result):
     values = json.loads(json.dumps(result.to_dict()))
     assert Result.from_dict(values) == result
     assert values["stats"]["target_forwards"] == result.stats.target_forwards > 0  # derived ones are there to be read
-    assert len(values["logprobs"]) == 9 and values["seed"] == -(2**63)
+    assert len(values["logprobs"]) == len(values["draw_logprobs"]) == 9 and values["seed"] == -(2**63)
+    assert len(values["cut_tokens"]) == len(values["cut_step_map"]) == len(values["cut_draw_logprobs"]) == 1
+
+
+def test_a_result_written_before_draws_were_told_still_comes_back(result):
+    values = result.to_dict()
+    for name in ("draw_logprobs", "cut_tokens", "cut_step_map", "cut_draw_logprobs"):
+        del values[name]
+    again = Result.from_dict(values)
+    assert again.draw_logprobs == again.cut_tokens == again.cut_step_map == again.cut_draw_logprobs == []
+    again.draw_logprobs.append(0.0)
+    assert Result.from_dict(values).draw_logprobs == []
+    assert (again.tokens, again.logprobs, again.stats) == (result.tokens, result.logprobs, result.stats)
 
 
 def test_stats_come_back_with_and_without_what_is_derived(result):

@@ -72,7 +72,7 @@ def test_an_occupant_is_as_it_was_last_reported():
 def test_blocks_that_are_left_count_the_current_one(prompt, new, committed, left):
     """Blocks of 4: 6 + 8 tokens end in the fourth, of which the prompt fills the first."""
     one = occupant(prompt=prompt, new=new)
-    one.request.commit([2] * committed, [1] * committed, [1.0] * committed, ["denoised"] * committed)
+    one.request.commit([2] * committed, [1] * committed, [1.0] * committed, [0.0] * committed, ["denoised"] * committed)
     assert one.situation(4).blocks_left == left
 
 

@@ -14,7 +14,7 @@ from .contest import Bench, Contestant, contest, equal
 
 VOCABULARY = 151936
 COMPARED = 4  # rows that are compared with the reference, spread over all
-FIELDS = ("token", "prob", "log_odds", "entropy", "logsumexp")
+FIELDS = ("token", "prob", "log_odds", "entropy", "logsumexp", "draw_logprob")
 
 
 @dataclasses.dataclass(frozen=True)

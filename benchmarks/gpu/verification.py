@@ -213,6 +213,7 @@ def walk(bench: Bench, batch: int, length: int, vocabulary: int):
         "draft_tokens": draft,
         "step_map": torch.zeros(batch, length, dtype=torch.int32),
         "prob": torch.ones(batch, length),
+        "draw_logprob": torch.zeros(batch, length),
         "origin": torch.zeros(batch, length, dtype=torch.int32),
     }
     given = {

@@ -9,14 +9,15 @@
 namespace simsd::control {
 
 constexpr int32_t NO_END = 1 << 30;  // draft_end of a draft that did not end the text
-constexpr int REPORT_HEAD = 16,
-              REPORTED = 14;  // numbers before the blocks of a report; those that are not the caller's
+constexpr int REPORT_HEAD = 16;      // numbers before the blocks of a report
+constexpr int REPORTED = 14;         // those that are not the caller's
+constexpr int REPORT_COLUMNS = 5;    // numbers for each position of the blocks
 
 // Blocks of a walk, [B, K + 2, L].
 struct WalkedBlocks {
     View<const int64_t, 3> tokens;
     View<const int32_t, 3> step_map, origin;
-    View<const float, 3> prob;
+    View<const float, 3> prob, draw_logprob;
 };
 
 struct AdvanceParams {
@@ -25,12 +26,12 @@ struct AdvanceParams {
     View<int32_t, 1> start, step, target_kv_len, draft_kv_len;  // [B]
     View<int64_t, 1> revealed;                                  // [B]
     View<int32_t, 2> step_map, origin, last_rows;               // [B, L]
-    View<float, 2> prob;                                        // [B, L]
+    View<float, 2> prob, draw_logprob;                          // [B, L]
     View<int64_t, 3> draft_tokens;                              // [B, K, L]
     View<float, 3> draft_prob, draft_log_odds, draft_entropy;   // [B, K, L]
     View<float, 2> order_sharpness;                             // [B, K]
     View<int32_t, 1> proposal_depth, draft_end;                 // [B]
-    View<int32_t, 2> report;                                    // [B, REPORT_HEAD + 4 (K + 2) L]
+    View<int32_t, 2> report;                                    // [B, REPORT_HEAD + 5 (K + 2) L]
     // Read.
     View<const int32_t, 1> end, prompt_len, request_epoch;  // [B]
     View<const int64_t, 2> stop_ids;                        // [B, E]
@@ -84,7 +85,7 @@ class Advance {
         const View<int32_t, 1> report = p_.report[b_];
         const int64_t walk = static_cast<int64_t>(p_.blocks + 2) * p_.length;
         if (!has_walked(p_, b_)) {
-            Team::range(REPORT_HEAD + 4 * walk, [&](int64_t n) {
+            Team::range(REPORT_HEAD + REPORT_COLUMNS * walk, [&](int64_t n) {
                 if (n < REPORTED || n >= REPORT_HEAD) report[n] = n == 0 ? p_.request_epoch[b_] : 0;
             });
             return;
@@ -189,6 +190,7 @@ class Advance {
         const uint64_t rows = Team::where(full_, [&](int i) {
             *p_.step_map.at(b_, i) = counts ? *p_.walk.step_map.at(b_, finished_, i) : 0;
             *p_.prob.at(b_, i) = counts ? *p_.walk.prob.at(b_, finished_, i) : 1.0f;
+            *p_.draw_logprob.at(b_, i) = counts ? *p_.walk.draw_logprob.at(b_, finished_, i) : 0.0f;
             *p_.origin.at(b_, i) = counts ? *p_.walk.origin.at(b_, finished_, i) : 0;
             const int32_t row = inside && !has(revealed_, i) ? *p_.state_rows.at(b_, last, i) : -1;
             *p_.last_rows.at(b_, i) = row;
@@ -229,7 +231,8 @@ class Advance {
             report[first + i] = static_cast<int32_t>(*p_.walk.tokens.at(b_, k, i));
             report[first + walk + i] = *p_.walk.step_map.at(b_, k, i);
             report[first + 2 * walk + i] = bits_of(*p_.walk.prob.at(b_, k, i));
-            report[first + 3 * walk + i] = *p_.walk.origin.at(b_, k, i);
+            report[first + 3 * walk + i] = bits_of(*p_.walk.draw_logprob.at(b_, k, i));
+            report[first + 4 * walk + i] = *p_.walk.origin.at(b_, k, i);
         });
     }
 

@@ -45,6 +45,7 @@ struct Statistics {
 struct Drawn {
     View<const int64_t, 1> token;
     Statistics statistics;
+    View<const float, 1> logprob;  // under what the token was drawn from; without data where nobody asks
 };
 
 SIMSD_CONTROL float nan_last(float score) { return score == score ? score : -__builtin_inff(); }

@@ -21,7 +21,7 @@ struct VerifyParams {
     // The current block so far.
     View<const int32_t, 1> start, step;       // [B]
     View<const int32_t, 2> step_map, origin;  // [B, L]
-    View<const float, 2> prob;                // [B, L]
+    View<const float, 2> prob, draw_logprob;  // [B, L]
     Rules rules;
     int64_t batch, logit_rows;            // B, N
     int32_t state_count, blocks, length;  // C, K, L
@@ -31,7 +31,7 @@ struct VerifyParams {
     int64_t* revealed_out;               // [B]
     int64_t* tokens_out;                 // [B, K + 2, L]
     int32_t *step_map_out, *origin_out;  // [B, K + 2, L]
-    float* prob_out;                     // [B, K + 2, L]
+    float *prob_out, *draw_logprob_out;  // [B, K + 2, L]
 };
 
 SIMSD_CONTROL uint64_t revealed_in(const VerifyParams& p, int64_t b, int state) {
@@ -57,6 +57,7 @@ class Walk {
             text_.tokens[i] = *p_.states.at(b_, 0, i);
             text_.steps[i] = *p_.step_map.at(b_, i);
             text_.prob[i] = *p_.prob.at(b_, i);
+            text_.logprob[i] = *p_.draw_logprob.at(b_, i);
             text_.origin[i] = *p_.origin.at(b_, i);
         });
     }
@@ -74,13 +75,14 @@ class Walk {
         const uint64_t masked = this->masked();
         // Before the choice, which is long: memory answers meanwhile.
         Values<int64_t> token, proposal;
-        Values<float> prob;
+        Values<float> prob, logprob;
         Team::each(masked, [&](int i) {
             const int32_t row = *p_.rows.at(b_, at_, i);
             expect(row >= 0 && row < p_.logit_rows,
                    "rows must be in [0, N) at masked positions of states that the walk visits");
             token[i] = drawn.token[i];
             prob[i] = drawn.statistics.prob[i];
+            logprob[i] = drawn.logprob[i];
         });
         // Blocks past the last drafted one have no proposal: nothing in them is judged or held.
         const bool drafted = finished_ < p_.blocks;
@@ -90,6 +92,7 @@ class Walk {
         Team::each(chosen, [&](int i) {
             text_.tokens[i] = token[i];
             text_.prob[i] = prob[i];
+            text_.logprob[i] = logprob[i];
             text_.steps[i] = step_ + 1;
             text_.origin[i] = at_ == 0 ? DENOISED : DRAFTED;
         });
@@ -145,13 +148,14 @@ class Walk {
     struct Text {
         Values<int64_t> tokens;
         Values<int32_t> steps, origin;
-        Values<float> prob;
+        Values<float> prob, logprob;
     };
 
     SIMSD_CONTROL void clear() {
         Team::each(full_, [&](int i) {
             text_.tokens[i] = text_.steps[i] = text_.origin[i] = 0;
             text_.prob[i] = 1.0f;
+            text_.logprob[i] = 0.0f;
         });
     }
 
@@ -161,6 +165,7 @@ class Walk {
             p_.tokens_out[first + i] = text_.tokens[i];
             p_.step_map_out[first + i] = text_.steps[i];
             p_.prob_out[first + i] = text_.prob[i];
+            p_.draw_logprob_out[first + i] = text_.logprob[i];
             p_.origin_out[first + i] = text_.origin[i];
         });
     }

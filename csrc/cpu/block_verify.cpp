@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cmath>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -63,6 +64,11 @@ struct Law {
         vocabulary::kernels().weigh(padded, vocabulary::CHUNK, top, weight);
         return weight[0] / total;
     }
+    // Of an id that is kept.
+    float log_prob(float x) const {
+        if (empty) return vocabulary::NEGATIVE_INFINITY;
+        return static_cast<float>(static_cast<double>(x) - top - std::log(static_cast<double>(total)));
+    }
 };
 
 Law law_of(const Row& row, const Summary& summary, const Filter& filter, Workspace& work) {
@@ -83,7 +89,8 @@ struct Verdict {
     int64_t target_id;
     float target_prob;  // of target_id
     bool accept;
-    float draft_prob;  // target's, of the drafted id
+    float draft_prob;                     // target's, of the drafted id
+    float target_logprob, draft_logprob;  // of the same two, under what the token is drawn from
     Summary summary;
     Law target, draft;  // mrs
 };
@@ -138,7 +145,7 @@ int64_t residual_draw(const Row& p_row, const Law& p, const Row& q_row, const La
     return -1;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> block_verify(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> block_verify(
     const Tensor target_logits, const Tensor draft_ids, const Tensor known, const Tensor drafted,
     const Tensor temperature, const std::optional<Tensor> top_k, const std::optional<Tensor> top_p,
     const std::optional<Tensor> seed, const std::optional<Tensor> position, const std::optional<Tensor> revealed,
@@ -185,12 +192,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> block_verify(
             verdict.target_id = drawn.token;
             verdict.summary = drawn.summary;
             verdict.target_prob = verdict.draft_prob = drawn.summary.prob(drawn.x);
+            verdict.target_logprob = verdict.draft_logprob = drawn.logprob;
             verdict.accept = drafted_id == drawn.token;
             return;
         }
         verdict.summary = summarise(row, filter, work);
         verdict.target_id = verdict.summary.empty() ? banned.lowest_allowed : verdict.summary.best;
         verdict.target_prob = verdict.summary.prob(verdict.summary.top);
+        verdict.target_logprob = verdict.summary.empty() ? vocabulary::NEGATIVE_INFINITY : 0.0f;
         verdict.accept = false;
         if (!is_drafted(b, i)) return;
         verdict.target = law_of(row, verdict.summary, filter, work);
@@ -202,6 +211,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> block_verify(
                     q = verdict.draft.prob(draft_row.at(drafted_id), drafted_id);
         verdict.accept = *strided_const<float, 2>(*coin).at(b, i) * q < p;
         verdict.draft_prob = verdict.summary.prob(x);
+        verdict.draft_logprob = verdict.target.log_prob(x);
     };
 
     std::vector<Verdict> verdicts(batch * length);
@@ -219,11 +229,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> block_verify(
     Tensor tokens = torch::stable::new_empty(target_logits, {batch, length}, ScalarType::Long);
     Tensor target_ids = torch::stable::empty_like(tokens);
     Tensor prob = torch::stable::new_empty(target_logits, {batch, length}, ScalarType::Float);
+    Tensor draw_logprob = torch::stable::empty_like(prob);
     int32_t* accepted_out = static_cast<int32_t*>(accepted.mutable_data_ptr());
     int64_t* bonus_out = static_cast<int64_t*>(bonus.mutable_data_ptr());
     int64_t* tokens_out = static_cast<int64_t*>(tokens.mutable_data_ptr());
     int64_t* target_ids_out = static_cast<int64_t*>(target_ids.mutable_data_ptr());
     float* prob_out = static_cast<float*>(prob.mutable_data_ptr());
+    float* logprob_out = static_cast<float*>(draw_logprob.mutable_data_ptr());
 
     const auto walk = [&](int64_t b) {
         accepted_out[b] = 0;
@@ -234,11 +246,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> block_verify(
             if (i < *known_count.at(b)) {
                 tokens_out[at] = target_ids_out[at] = *ids.at(b, i);
                 prob_out[at] = 1.0f;
+                logprob_out[at] = 0.0f;
                 continue;
             }
             const Verdict& verdict = verdicts[at];
             target_ids_out[at] = verdict.target_id;
             prob_out[at] = verdict.target_prob;
+            logprob_out[at] = verdict.target_logprob;
             if (stopped) {
                 tokens_out[at] = -1;
             } else if (!is_drafted(b, i)) {
@@ -246,6 +260,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> block_verify(
             } else if (verdict.accept) {
                 tokens_out[at] = *ids.at(b, i);
                 prob_out[at] = verdict.draft_prob;
+                logprob_out[at] = verdict.draft_logprob;
                 ++accepted_out[b];
             } else {
                 stopped = true;
@@ -258,6 +273,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> block_verify(
                     if (drawn >= 0) {
                         token = drawn;
                         prob_out[at] = verdict.summary.prob(p_row.at(drawn));
+                        logprob_out[at] = verdict.target.log_prob(p_row.at(drawn));
                     }
                 }
                 tokens_out[at] = bonus_out[b] = token;
@@ -267,7 +283,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> block_verify(
     torch::stable::parallel_for(0, batch, vocabulary::rows_per_task(vocabulary), [&](int64_t begin, int64_t end) {
         for (int64_t b = begin; b < end; ++b) walk(b);
     });
-    return {accepted, bonus, tokens, target_ids, prob};
+    return {accepted, bonus, tokens, target_ids, prob, draw_logprob};
 }
 
 }  // namespace

@@ -21,11 +21,11 @@ using vocabulary::Filter;
 using vocabulary::Row;
 using vocabulary::Workspace;
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sample_logits(const Tensor logits, const Tensor temperature,
-                                                                 const Tensor top_k, const Tensor top_p,
-                                                                 const Tensor seed, const Tensor position,
-                                                                 const Tensor revealed,
-                                                                 const std::optional<Tensor> banned_ids) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sample_logits(const Tensor logits, const Tensor temperature,
+                                                                         const Tensor top_k, const Tensor top_p,
+                                                                         const Tensor seed, const Tensor position,
+                                                                         const Tensor revealed,
+                                                                         const std::optional<Tensor> banned_ids) {
     check_sample_logits(check_cpu, logits, temperature, top_k, top_p, seed, position, revealed, banned_ids);
     const int64_t rows = logits.size(0), vocabulary = logits.size(1);
     const auto element = element_of<vocabulary::Element>(logits);
@@ -34,7 +34,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sample_logits(const Tensor lo
     Tensor token = torch::stable::new_empty(logits, {rows}, ScalarType::Long);
     Tensor prob = torch::stable::new_empty(logits, {rows}, ScalarType::Float);
     Tensor log_odds = torch::stable::empty_like(prob), entropy = torch::stable::empty_like(prob);
-    Tensor logsumexp = torch::stable::empty_like(prob);
+    Tensor logsumexp = torch::stable::empty_like(prob), draw_logprob = torch::stable::empty_like(prob);
 
     const auto heats = strided_const<float, 1>(temperature);
     const auto ks = strided_const<int32_t, 1>(top_k);
@@ -49,6 +49,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sample_logits(const Tensor lo
     float* odds = static_cast<float*>(log_odds.mutable_data_ptr());
     float* entropies = static_cast<float*>(entropy.mutable_data_ptr());
     float* totals = static_cast<float*>(logsumexp.mutable_data_ptr());
+    float* logprobs = static_cast<float*>(draw_logprob.mutable_data_ptr());
 
     torch::stable::parallel_for(0, rows, vocabulary::rows_per_task(vocabulary), [&](int64_t begin, int64_t end) {
         Workspace work;
@@ -68,9 +69,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sample_logits(const Tensor lo
             odds[r] = draw.summary.log_odds(draw.token, draw.x);
             entropies[r] = draw.summary.entropy();
             totals[r] = draw.summary.logsumexp();
+            logprobs[r] = draw.logprob;
         }
     });
-    return {token, prob, log_odds, entropy, logsumexp};
+    return {token, prob, log_odds, entropy, logsumexp, draw_logprob};
 }
 
 }  // namespace

@@ -24,14 +24,15 @@ struct Task {
 control::WalkTensors verify_graph(const Tensor target_logits, const Tensor rows, const Tensor states,
                                   const Tensor state_revealed, const Tensor block, const Tensor draft_tokens,
                                   const Tensor draft_blocks_in_rows, const Tensor proposal_depth, const Tensor start,
-                                  const Tensor step, const Tensor step_map, const Tensor prob, const Tensor origin,
-                                  const Tensor temperature, const Tensor schedule, const Tensor steps,
-                                  const Tensor strategy, const Tensor threshold, const std::optional<Tensor> top_k,
+                                  const Tensor step, const Tensor step_map, const Tensor prob,
+                                  const Tensor draw_logprob, const Tensor origin, const Tensor temperature,
+                                  const Tensor schedule, const Tensor steps, const Tensor strategy,
+                                  const Tensor threshold, const std::optional<Tensor> top_k,
                                   const std::optional<Tensor> top_p, const std::optional<Tensor> seed,
                                   const std::optional<Tensor> banned_ids) {
-    control::VerifyParams p = control::verify_params(check_cpu, target_logits, rows, states, state_revealed, block,
-                                                     draft_tokens, draft_blocks_in_rows, proposal_depth, start, step,
-                                                     step_map, prob, origin, schedule, steps, strategy, threshold);
+    control::VerifyParams p = control::verify_params(
+        check_cpu, target_logits, rows, states, state_revealed, block, draft_tokens, draft_blocks_in_rows,
+        proposal_depth, start, step, step_map, prob, draw_logprob, origin, schedule, steps, strategy, threshold);
     const control::Arguments take(OP, check_cpu, target_logits);
     take.view<const int64_t>("banned_ids", banned_ids, {-1}, "[n]");
     const control::Sampling sampling = take.sampling(temperature, top_k, top_p, seed, p.batch);
@@ -73,7 +74,8 @@ control::WalkTensors verify_graph(const Tensor target_logits, const Tensor rows,
         for (auto& walk : walks) {
             if (!walk.goes_on()) continue;
             const int64_t first = walk.slot() * p.length;
-            walk.take({control::contiguous<const int64_t>(draws.token.data() + first), draws.statistics(first)});
+            walk.take({control::contiguous<const int64_t>(draws.token.data() + first), draws.statistics(first),
+                       control::contiguous<const float>(draws.logprob.data() + first)});
         }
     }
     for (auto& walk : walks) walk.finish();

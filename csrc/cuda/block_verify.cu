@@ -48,6 +48,10 @@ SIMSD_DEVICE float unfiltered_prob_of(const Law& law, float x) {
     if (x == -INFINITE) return 0.0f;
     return static_cast<float>(exponential(static_cast<double>(x) - law.top) / law.overall);
 }
+// Of an id that is kept.
+SIMSD_DEVICE float log_prob_of(const Law& law, float x) {
+    return static_cast<float>(static_cast<double>(x) - law.top - logarithm(static_cast<double>(law.total)));
+}
 
 // A rejected row with what is drawn from: max(p - q, 0), or p alone.
 struct Residual {
@@ -151,11 +155,13 @@ SIMSD_DEVICE int32_t inverse_draw(const Residual& residual, float uniform, doubl
 struct Verdict {
     bool known, drafted, accept;
     int64_t draft_id;
-    float draft_prob;  // the target's, before filters
+    float draft_prob;     // the target's, before filters
+    float draft_logprob;  // under what the token is drawn from
 };
 
 SIMSD_DEVICE Verdict judge_position(const Params& p, int32_t n, int32_t i, const uint32_t* banned) {
-    Verdict out{is_known(p, n, i), is_drafted(p, n, i), false, value_of(p.draft_ids, n, int64_t{0}), p.prob[n]};
+    Verdict out{is_known(p, n, i), is_drafted(p, n, i), false, value_of(p.draft_ids, n, int64_t{0}),
+                p.prob[n],         p.draw_logprob[n]};
     if (!out.drafted) return out;
     out.accept = out.draft_id == p.target_ids[n];
     if (!is_mixed(p, n)) return out;
@@ -166,6 +172,7 @@ SIMSD_DEVICE Verdict judge_position(const Params& p, int32_t n, int32_t i, const
     const float x = any_row_of(p.target, n, banned).at(id), y = any_row_of(p.draft, n, banned).at(id);
     out.accept = product(value_of(p.coin, n, 0.0f), prob_of(draft, y, id)) < prob_of(target, x, id);
     out.draft_prob = unfiltered_prob_of(target, x);
+    out.draft_logprob = log_prob_of(target, x);
     return out;
 }
 
@@ -175,7 +182,7 @@ __global__ void __launch_bounds__(MRS_THREADS, 1) judge(const Params p) {
     uint32_t* counts = shared.take<uint32_t>(2);  // position i was drafted
     const int32_t b = block_x(), i = thread_index(), n = b * p.length + i;
     const uint32_t* banned = p.target.banned_ids ? scratch_of(p.target).banned : nullptr;
-    Verdict verdict{false, false, false, 0, 0.0f};
+    Verdict verdict{false, false, false, 0, 0.0f, 0.0f};
     if (i < p.length) verdict = judge_position(p, n, i, banned);
     if (warp_index() < 2) {
         const uint32_t failed = ballot(verdict.drafted && !verdict.accept), counted = ballot(verdict.drafted);
@@ -191,11 +198,12 @@ __global__ void __launch_bounds__(MRS_THREADS, 1) judge(const Params p) {
     const uint64_t before = stop < 0 ? ~uint64_t{0} : (uint64_t{1} << stop) - 1;
 
     int64_t bonus = -1;
-    float bonus_prob = 0.0f;
+    float bonus_prob = 0.0f, bonus_logprob = 0.0f;
     if (stop >= 0) {
         const int32_t at = b * p.length + stop;
         bonus = p.target_ids[at];
         bonus_prob = p.prob[at];
+        bonus_logprob = p.draw_logprob[at];
         if (is_mixed(p, at)) {
             Residual residual{any_row_of(p.target, at, banned), any_row_of(p.draft, at, banned), p.target.law[at],
                               p.draft.law[at], true};
@@ -210,7 +218,9 @@ __global__ void __launch_bounds__(MRS_THREADS, 1) judge(const Params p) {
             }
             if (*drawn != NO_ID) {
                 bonus = *drawn;
-                bonus_prob = unfiltered_prob_of(residual.p, residual.target.at(*drawn));
+                const float x = residual.target.at(*drawn);
+                bonus_prob = unfiltered_prob_of(residual.p, x);
+                bonus_logprob = log_prob_of(residual.p, x);
             }
         }
     }
@@ -222,20 +232,24 @@ __global__ void __launch_bounds__(MRS_THREADS, 1) judge(const Params p) {
     block_barrier();  // the stop's prob has been read by all
     if (i >= p.length) return;
     int64_t token = verdict.drafted || verdict.known ? verdict.draft_id : p.target_ids[n];
-    float prob = p.prob[n];
+    float prob = p.prob[n], logprob = p.draw_logprob[n];
     if (verdict.known) {
         p.target_ids[n] = verdict.draft_id;
         prob = 1.0f;
+        logprob = 0.0f;
     } else if (stop >= 0 && i > stop) {
         token = -1;
     } else if (i == stop) {
         token = bonus;
         prob = bonus_prob;
+        logprob = bonus_logprob;
     } else if (verdict.drafted) {
         prob = verdict.draft_prob;
+        logprob = verdict.draft_logprob;
     }
     p.tokens[n] = token;
     p.prob[n] = prob;
+    p.draw_logprob[n] = logprob;
 }
 
 }  // namespace

@@ -9,7 +9,7 @@ namespace simsd::verify {
 
 // Rows are those of `sample::Params`: n = b * L + i. All that has a value per sequence has it for each of its rows.
 struct Params {
-    sample::Params target;  // rows, token, prob and, for mrs, law are set; row_index is `target_rows`
+    sample::Params target;  // rows, token, prob, draw_logprob and, for mrs, law are set; row_index is `target_rows`
     sample::Params draft;   // mrs: rows, token (not used), law; row_index is `draft_rows`
     bool mrs;
     int32_t batch, length;              // B, L <= 64
@@ -26,6 +26,7 @@ struct Params {
     int64_t* tokens;      // [B, L]
     int64_t* target_ids;  // [B, L]; target.token
     float* prob;          // [B, L]; target.prob
+    float* draw_logprob;  // [B, L]; target.draw_logprob
 };
 
 int64_t reached_bytes(int64_t batch, int64_t vocabulary);

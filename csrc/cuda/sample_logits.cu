@@ -143,10 +143,27 @@ __global__ void __launch_bounds__(SCAN_WARPS* WARP, 4) scan(const Work work) {
     if (lane_index() == 0) work.scratch.partials[static_cast<int64_t>(task) * segments + segment] = partial;
 }
 
-// The best noisy score among the ids that are kept (block); `start`, the row's best, always is.
+// The block's shared memory for a draw, [MOST_WARPS] each.
+struct PerWarp {
+    float *scores, *weights;
+    int32_t* ids;
+
+    SIMSD_DEVICE explicit PerWarp(Shared& shared)
+        : scores(shared.take<float>(MOST_WARPS)),
+          weights(shared.take<float>(MOST_WARPS)),
+          ids(shared.take<int32_t>(MOST_WARPS)) {}
+};
+
+struct KeptDraw {
+    int32_t id;
+    float others;  // sum of e^(x - top) over the kept ids but the row's best
+};
+
+// The best noisy score among the ids that are kept (block); the row's best always is.
 template <typename T>
-SIMSD_DEVICE int32_t draw_kept(const Row<T>& row, const Partial* partials, const Summary& summary, const Kept& kept,
-                               const NoiseKey& key, float* scores, int32_t* ids) {
+SIMSD_DEVICE KeptDraw draw_kept(const Row<T>& row, const Partial* partials, const Summary& summary, const Kept& kept,
+                                const NoiseKey& key, const PerWarp& of) {
+    float others = 0.0f;
     Race race{key, summary.top};
     race.offer(noisy(key, summary.best, summary.top), summary.best);
     race.agree();
@@ -161,27 +178,35 @@ SIMSD_DEVICE int32_t draw_kept(const Row<T>& row, const Partial* partials, const
             for (int e = 0; e < UNIT<T>; ++e) {
                 x[e] = kept.cutoff.keeps(x[e], id + e) && id + e != summary.best ? x[e] : -INFINITE;
                 weight[e] = exp2_fast((x[e] - summary.top) * LOG2_E);
+                others += weight[e];
             }
             race.template run<UNIT<T>>(x, weight, id);
         }
     }
     race.finish();
+    others = warp_sum(others);
     if (lane_index() == 0) {
-        scores[warp_index()] = race.score;
-        ids[warp_index()] = race.id;
+        of.scores[warp_index()] = race.score;
+        of.weights[warp_index()] = others;
+        of.ids[warp_index()] = race.id;
     }
     block_barrier();
-    for (int warp = 0; warp < thread_count() / WARP; ++warp) race.offer(scores[warp], ids[warp]);
-    return race.id;
+    others = 0.0f;
+    for (int warp = 0; warp < thread_count() / WARP; ++warp) {
+        race.offer(of.scores[warp], of.ids[warp]);
+        others += of.weights[warp];
+    }
+    return {race.id, others};
 }
 
-SIMSD_DEVICE void write(const Params& p, int32_t row, int32_t token, float x, const Summary& summary,
+SIMSD_DEVICE void write(const Params& p, int32_t row, int32_t token, float x, float logprob, const Summary& summary,
                         const Kept& kept) {
     p.token[row] = token;
     if (p.prob) p.prob[row] = summary.prob(x);
     if (p.log_odds) p.log_odds[row] = summary.log_odds(token, x);
     if (p.entropy) p.entropy[row] = summary.entropy();
     if (p.logsumexp) p.logsumexp[row] = summary.logsumexp();
+    if (p.draw_logprob) p.draw_logprob[row] = logprob;
     const float overall = static_cast<float>(summary.total());
     if (p.law) p.law[row] = {summary.top, kept.total, overall, kept.cutoff.x, kept.cutoff.id};
 }
@@ -200,19 +225,21 @@ __global__ void __launch_bounds__(MOST_WARPS* WARP, 1) finish(const Work work) {
     if (summary.empty()) {
         const int32_t lowest = p.banned_ids ? *work.scratch.lowest : 0;
         if (thread_index() == 0)
-            write(p, index, lowest == NO_ID ? 0 : lowest, -INFINITE, summary, Kept{Cutoff{}, 1.0f});
+            write(p, index, lowest == NO_ID ? 0 : lowest, -INFINITE, -INFINITE, summary, Kept{Cutoff{}, 1.0f});
         return;
     }
     Kept kept{Cutoff{}, static_cast<float>(summary.total())};
     int32_t token = summary.best;
+    float kept_others = 0.0f;
     if (filtered) {
         Shared shared;
         const Workspace workspace(shared);
-        float* scores = shared.take<float>(MOST_WARPS);
-        int32_t* ids = shared.take<int32_t>(MOST_WARPS);
+        const PerWarp per_warp(shared);
         kept = filter_row(row, partials, summary.top, filter_of(p, index), p.law != nullptr, workspace);
         if (draws(p, index)) {
-            token = draw_kept(row, partials, summary, kept, key_of_row(p, index), scores, ids);
+            const KeptDraw drawn = draw_kept(row, partials, summary, kept, key_of_row(p, index), per_warp);
+            token = drawn.id;
+            kept_others = drawn.others;
         }
     } else if (draws(p, index)) {
         float score = -INFINITE;
@@ -226,7 +253,14 @@ __global__ void __launch_bounds__(MOST_WARPS* WARP, 1) finish(const Work work) {
         const float best = warp_max(score);
         token = warp_min(score == best ? token : NO_ID);
     }
-    if (thread_index() == 0) write(p, index, token, row.at(token), summary, kept);
+    if (thread_index() != 0) return;
+    const float x = row.at(token);
+    float logprob = 0.0f;
+    if (draws(p, index)) {
+        const double others = filtered ? kept_others : summary.rest();
+        logprob = static_cast<float>(static_cast<double>(x) - summary.top - log_one_plus(others));
+    }
+    write(p, index, token, x, logprob, summary, kept);
 }
 
 template <typename T>
@@ -239,7 +273,7 @@ void launch_kernels(const Work& work, Stream stream) {
     int warps = 1;
     const bool may_filter = p.top_k || p.top_p;
     while (may_filter && warps < MOST_WARPS && warps < segments) warps *= 2;
-    constexpr int SHARED_BYTES = WORKSPACE_BYTES + 2 * MOST_WARPS * 4;
+    constexpr int SHARED_BYTES = WORKSPACE_BYTES + 3 * MOST_WARPS * 4;
     launch(OP, finish<T>, Grid{p.tasks()}, warps * WARP, may_filter ? SHARED_BYTES : 0, stream, work);
 }
 

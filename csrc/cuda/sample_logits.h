@@ -58,7 +58,8 @@ struct Params {
     // Outputs, contiguous [rows]; all but `token` may be nullptr.
     int64_t* token;
     float *prob, *log_odds, *entropy, *logsumexp;
-    Law* law;  // nullptr unless the caller judges by the filtered softmax
+    float* draw_logprob;  // of the token under what it was drawn from: 0 for an argmax, -inf where nothing is finite
+    Law* law;             // nullptr unless the caller judges by the filtered softmax
 
     void* scratch;  // scratch_bytes(tasks, vocabulary), 16-byte aligned, in any state unless banned_are_marked
 

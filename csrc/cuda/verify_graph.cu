@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(PREPARE_THREADS) prepare(const StateDraws draw
     if (!wanted) return;
     draws.token[n] = 0;
     draws.prob[n] = draws.entropy[n] = 0.0f;
-    draws.log_odds[n] = -__builtin_inff();
+    draws.log_odds[n] = draws.logprob[n] = -__builtin_inff();
 }
 
 __global__ void __launch_bounds__(WARP) walk(const StateDraws draws) {
@@ -49,7 +49,8 @@ __global__ void __launch_bounds__(WARP) walk(const StateDraws draws) {
         const int64_t first = (walk.slot() * p.state_count + walk.state()) * p.length;
         walk.take({contiguous<const int64_t>(draws.token + first),
                    {contiguous<const float>(draws.prob + first), contiguous<const float>(draws.log_odds + first),
-                    contiguous<const float>(draws.entropy + first)}});
+                    contiguous<const float>(draws.entropy + first)},
+                   contiguous<const float>(draws.logprob + first)});
     }
     walk.finish();
 }

@@ -12,8 +12,8 @@ struct StateDraws {
     int32_t* draw_of_row;  // [N], the way back; set for rows that a draw needs
     int32_t* position;     // [B, C, L]
     int64_t* key;          // [B, C], the part of it that the state gives
-    int64_t* token;        // [B, C, L]; these four are drawn where `row` is not -1
-    float *prob, *log_odds, *entropy;
+    int64_t* token;        // [B, C, L]; these five are drawn where `row` is not -1
+    float *prob, *log_odds, *entropy, *logprob;
 };
 
 // Sets all of `draws` but what is drawn; that becomes the draw of a row with nothing finite.

@@ -6,8 +6,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from simsd.config import MAX_BLOCK_LENGTH
 from simsd.errors import SimsdError
+from simsd.values import is_integer
 
+_ADDED = ("draw_logprobs", "cut_tokens", "cut_step_map", "cut_draw_logprobs")  # since results were first written
 _DERIVED = ("target_forwards", "draft_forwards", "acceptance", "tokens_per_second")
 
 
@@ -83,6 +86,13 @@ class Result:
             "temporal" the logits are those of its verification.
         logprobs: the natural logarithms of the same. They are taken of the float32 probability, which resolves 6e-8
             below 1; a "tail" token, whose probability may vanish, has its own from the logits.
+        draw_logprobs: each token's log-probability, in nats, under the distribution that it was drawn from: the
+            target's after temperature, never-generated ids, top-k and top-p; 0 at temperature 0, where the draw is
+            certain. In "temporal" of what the rule finally drew from: the target's distribution as verified for
+            "drafted", "bonus" and "undrafted", but 0 for what an argmax put there ("undrafted" under "mrs", a token in
+            a gated end token's place); a "tail" token has the draft's where it is the draft's, else as "undrafted".
+        cut_tokens, cut_step_map, cut_draw_logprobs: the same of the last block behind the text's end, where the block
+            was decided as a whole: what the text was drawn under, and the rest of the trajectory.
         origins: for each token how it came. Exact and native: "denoised" (revealed on the block's current state) or
             "drafted" (revealed ahead of it, on a drafted state). Temporal: "drafted" (accepted), "bonus", "undrafted"
             (filled by the target) or "tail" (what a rejected-tail policy put there).
@@ -104,8 +114,31 @@ class Result:
     prompt_tokens: list[int]
     stats: Stats
     logprobs: list[float] = dataclasses.field(default_factory=list)
+    draw_logprobs: list[float] = dataclasses.field(default_factory=list)
+    cut_tokens: list[int] = dataclasses.field(default_factory=list)
+    cut_step_map: list[int] = dataclasses.field(default_factory=list)
+    cut_draw_logprobs: list[float] = dataclasses.field(default_factory=list)
     seed: int = 0
     error: str | None = None
+
+    def revealed_sets(self, block_length: int) -> list[int]:
+        """For each of `tokens`, then of `cut_tokens`, the set of positions of its block that were revealed when it was
+        drawn, as a bitmask: those of the prompt, and those with an earlier step. With the tokens it is the state that
+        the target saw; its noise is keyed by it, too (by none, 0, under "sequential").
+
+        Raises SimsdError for a result of "temporal": there tokens are drawn under drafted ones, which may be gone.
+        """
+        if not is_integer(block_length) or not 1 <= block_length <= MAX_BLOCK_LENGTH:
+            raise SimsdError(f"block_length must be an integer in [1, {MAX_BLOCK_LENGTH}], got {block_length!r}")
+        if foreign := sorted({*self.origins} - {"denoised", "drafted"}):
+            raise SimsdError(f"a token that came as {foreign[0]!r} was not drawn under a set of revealed tokens")
+        first, steps = len(self.prompt_tokens), [*self.step_map, *self.cut_step_map]
+        sets = []
+        for at, step in enumerate(steps):
+            begin = (first + at) // block_length * block_length - first  # of the block; negative in the prompt's
+            block = enumerate(range(begin, min(begin + block_length, len(steps))))
+            sets.append(sum(1 << i for i, other in block if other < 0 or steps[other] < step))
+        return sets
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, which JSON can hold; `from_dict` reads them."""
@@ -114,8 +147,12 @@ class Result:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Result:
-        """What `to_dict` gave, also by way of JSON. Raises SimsdError where a key is missing or unknown."""
+        """What `to_dict` gave, also by way of JSON and by versions before `draw_logprobs`, which is empty then. Raises
+        SimsdError where a key is missing or unknown."""
+        if isinstance(values, Mapping):
+            values = dict.fromkeys(_ADDED, ()) | values
         fields = _fields(cls, values)
+        fields |= {name: list(fields[name]) for name in _ADDED}
         return cls(**fields | {"stats": Stats.from_dict(fields["stats"])})
 
 

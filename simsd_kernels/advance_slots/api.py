@@ -27,7 +27,7 @@ def advance_slots(*given, backend: str | None = None, **named) -> None:
       back to start + the tokens of the leading blocks that are as proposed.
     - A proposal stands if all f blocks are as proposed, more than f are, and so is all that is revealed of the current
       one. Its f blocks are dropped then, and what stays moves to the front; else depth is 0 and draft_end 2**30.
-    - step_map, prob, origin, revealed and step become those of the current block.
+    - step_map, prob, draw_logprob, origin, revealed and step become those of the current block.
     - last_rows: the rows of the target's logits for the state that the walk ended on, at positions still masked, if
       that state is of the current block; -1 elsewhere.
     - start goes on by f blocks, or becomes -1: the text ended (a stop id, or start reached end), or it failed (a newly
@@ -40,8 +40,8 @@ def advance_slots(*given, backend: str | None = None, **named) -> None:
         2 f               6 accepted                              10 revealed, low  14 left as it is
         3 steps taken     7 states and drafted blocks in the rows 11 and high word  15 left as it is
 
-    then walk_tokens, walk_step_map, walk_prob (its bits) and walk_origin, (K + 2) * L each. Of one that does not: 0,
-    but for request_epoch and what is left as it is.
+    then walk_tokens, walk_step_map, walk_prob and walk_draw_logprob (their bits) and walk_origin, (K + 2) * L each. Of
+    one that does not: 0, but for request_epoch and what is left as it is.
 
     Args:
         {arguments}

@@ -10,6 +10,7 @@ from simsd_kernels.verify_graph.arguments import PROGRESS
 
 NO_END = 2**30  # `draft_end` of a draft that did not end the text
 HEAD = 16  # numbers in a row of the report before its blocks
+COLUMNS = 5  # numbers for each position of these
 
 
 def _state(name: str, dtype: torch.dtype, shape: str, about: str = "", **bounds) -> Argument:
@@ -25,6 +26,7 @@ SIGNATURE = Signature(
         _state("step", torch.int32, "B", "Steps that it has had."),
         _state("step_map", torch.int32, "B L", "Of the current block, as in `verify_graph`; L <= 64."),
         _state("prob", torch.float32, "B L", "The same."),
+        _state("draw_logprob", torch.float32, "B L", "The same."),
         _state("origin", torch.int32, "B L", "The same."),
         _state("target_kv_len", torch.int32, "B", "Tokens whose keys and values the target's cache has."),
         _state("draft_kv_len", torch.int32, "B", "The same of the draft's cache."),
@@ -36,7 +38,7 @@ SIGNATURE = Signature(
         _state("order_sharpness", torch.float32, "B K", "As in `plan_block`."),
         _state("proposal_depth", torch.int32, "B", "Blocks proposed; those behind the K-th do not count.", low=0),
         _state("draft_end", torch.int32, "B", "Blocks after which the draft ended the text; 2**30: it did not."),
-        _state("report", torch.int32, f"B {HEAD}+4*(K+2)*L", "One row for the host, see below."),
+        _state("report", torch.int32, f"B {HEAD}+{COLUMNS}*(K+2)*L", "One row for the host, see below."),
         Argument("end", torch.int32, "B", "Position behind the text."),
         Argument("prompt_len", torch.int32, "B", "Tokens of the prompt, where stop ids do not count."),
         Argument("request_epoch", torch.int32, "B", "Tells the slot's requests apart."),
@@ -46,6 +48,7 @@ SIGNATURE = Signature(
         Argument("walk_tokens", torch.int64, "B K+2 L"),
         Argument("walk_step_map", torch.int32, "B K+2 L"),
         Argument("walk_prob", torch.float32, "B K+2 L"),
+        Argument("walk_draw_logprob", torch.float32, "B K+2 L"),
         Argument("walk_origin", torch.int32, "B K+2 L"),
         Argument("state_rows", torch.int32, "B C L", "What `plan_block` returned."),
         Argument("block", torch.int32, "B C", "The same."),

@@ -17,6 +17,7 @@ def advance_slots(
     step: Tensor,
     step_map: Tensor,
     prob: Tensor,
+    draw_logprob: Tensor,
     origin: Tensor,
     target_kv_len: Tensor,
     draft_kv_len: Tensor,
@@ -38,6 +39,7 @@ def advance_slots(
     walk_tokens: Tensor,
     walk_step_map: Tensor,
     walk_prob: Tensor,
+    walk_draw_logprob: Tensor,
     walk_origin: Tensor,
     state_rows: Tensor,
     block: Tensor,
@@ -99,7 +101,8 @@ def advance_slots(
         ],
         dim=1,
     )
-    walk = walk_tokens.int(), walk_step_map, walk_prob.view(torch.int32), walk_origin
+    floats = (x.view(torch.int32) for x in (walk_prob, walk_draw_logprob))
+    walk = walk_tokens.int(), walk_step_map, *floats, walk_origin
     body = torch.cat([x.flatten(1) for x in walk], dim=1)
     report[:, 0] = request_epoch
     report[:, 1 : HEAD - CALLERS] = torch.where(took_part[:, None], head, 0)
@@ -128,6 +131,7 @@ def advance_slots(
     current = counts[:, None]
     update(step_map, torch.where(current, walk_step_map[slot, now], 0))
     update(prob, torch.where(current, walk_prob[slot, now], 1.0))
+    update(draw_logprob, torch.where(current, walk_draw_logprob[slot, now], 0.0))
     update(origin, torch.where(current, walk_origin[slot, now], 0))
     update(revealed, now_revealed)
     update(step, now_step)

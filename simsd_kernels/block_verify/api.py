@@ -19,13 +19,15 @@ BELOW_ONE = 1.0 - 2.0**-24  # the largest float32 below 1
 
 
 class Verification(NamedTuple):
-    """accepted int32 [B], bonus int64 [B] (-1: none), tokens and target_ids int64 [B, L], prob float32 [B, L]."""
+    """accepted int32 [B], bonus int64 [B] (-1: none), tokens and target_ids int64 [B, L], prob and draw_logprob float32
+    [B, L]."""
 
     accepted: Tensor
     bonus: Tensor
     tokens: Tensor
     target_ids: Tensor
     prob: Tensor
+    draw_logprob: Tensor
 
 
 def block_verify(
@@ -75,11 +77,13 @@ def block_verify(
         backend: "reference", "cpu", "triton" or "cuda"; None chooses (see `simsd_kernels.dispatch`).
 
     Returns:
-        `Verification(accepted, bonus, tokens, target_ids, prob)`.
+        `Verification(accepted, bonus, tokens, target_ids, prob, draw_logprob)`.
         accepted counts accepted drafted positions. bonus is the token at the first rejection, -1 if there was none.
         tokens: known and accepted tokens, the bonus, then -1. target_ids: the target's own token everywhere (draft_ids
         at known positions); the argmax under `mrs`. prob: the target's probability, before top-k and top-p, of
-        tokens[i], or of target_ids[i] after the stop; 1 at known positions.
+        tokens[i], or of target_ids[i] after the stop; 1 at known positions. draw_logprob: the log-probability of the
+        same token under the distribution that the rule draws it from: the target's softmax after temperature, banned
+        ids, top-k and top-p (p, under `mrs`), 0 for an argmax and at known positions; -inf where nothing is finite.
 
     Raises:
         TypeError, ValueError: a wrong dtype, shape, device, rule or value, or an argument that the rule needs and

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from simsd_kernels.sample_logits.reference import banned_mask, draw, keep, scale
+from simsd_kernels.sample_logits.reference import banned_mask, draw, draw_logprob, keep, scale
 
 
 def block_verify(
@@ -24,12 +24,15 @@ def block_verify(
     residual: Tensor | None = None,
     banned_ids: Tensor | None = None,
     rule: str = "match",
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `api.block_verify`. Computes in float32 (float64 for float64 logits)."""
     batch, length, vocabulary = target_logits.shape
     if batch == 0 or length == 0:
         nothing = torch.zeros_like(draft_ids)
-        return torch.zeros_like(known), draft_ids.new_full((batch,), -1), nothing, nothing.clone(), nothing.float()
+        return (
+            *(torch.zeros_like(known), draft_ids.new_full((batch,), -1), nothing, nothing.clone()),
+            *(nothing.float(), nothing.float()),
+        )
     index = torch.arange(length, device=draft_ids.device)  # [L]
     is_known = index < known[:, None]  # [B, L]
     is_drafted = ~is_known & ((drafted[:, None] >> index) & 1 == 1)
@@ -84,7 +87,10 @@ def block_verify(
     weight = (x - torch.where(top > -torch.inf, top, 0.0)).exp()
     prob = weight.gather(1, judged.view(-1, 1)).squeeze(1) / weight.sum(dim=1).clamp(min=1.0)
     prob = torch.where(is_known, 1.0, prob.view(batch, length)).to(torch.float32)
-    return accepted, bonus, tokens, target_ids, prob
+
+    noisy = (temperature > 0)[:, None] & (is_drafted & reaches if rule == "mrs" else noise_key[0] is not None)
+    logprob = draw_logprob(x, kept, judged.flatten(), noisy.expand(batch, length).flatten()).view(batch, length)
+    return accepted, bonus, tokens, target_ids, prob, torch.where(is_known, 0.0, logprob)
 
 
 def _softmax(x: Tensor, kept: Tensor) -> Tensor:

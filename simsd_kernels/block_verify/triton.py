@@ -28,15 +28,15 @@ def block_verify(
     residual: Tensor | None = None,
     banned_ids: Tensor | None = None,
     rule: str = "match",
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `api.block_verify`, which has checked the arguments. No host sync."""
     batch, length, vocabulary = target_logits.shape
     rows, chunks = batch * length, triton.cdiv(vocabulary, CHUNK)
     accepted, bonus = known.new_zeros((batch,)), draft_ids.new_full((batch,), -1)
     tokens, target_ids = (draft_ids.new_empty((batch, length)) for _ in range(2))
-    prob = temperature.new_empty((batch, length))
+    prob, draw_logprob = (temperature.new_empty((batch, length)) for _ in range(2))
     if rows == 0:
-        return accepted, bonus, tokens, target_ids, prob
+        return accepted, bonus, tokens, target_ids, prob, draw_logprob
     if rule == "match":
         draft_logits = coin = residual = None
     else:
@@ -65,8 +65,9 @@ def block_verify(
             draft_stats, draft_tops, draft_cutoff = scan(draft_logits, banned, known, drafted, *settings)
         judge[(batch,)](
             target_logits, draft_logits, banned, allowed, stats, ids, cutoff, draft_stats, draft_tops, draft_cutoff,
-            draft_ids, known, drafted, temperature, coin, accepted, bonus, tokens, target_ids, prob, stop, rejected,
-            rows, *sizes.values(), *strides, LENGTH=length_padded, CHUNKS=CHUNKS_AT_ONCE, **OPTIONS,
+            draft_ids, known, drafted, temperature, coin, accepted, bonus, tokens, target_ids, prob, draw_logprob,
+            stop, rejected, rows, *sizes.values(), *strides, NOISY=seed is not None, LENGTH=length_padded,
+            CHUNKS=CHUNKS_AT_ONCE, **OPTIONS,
         )  # fmt: skip
         if rule == "mrs":
             mass = prob.new_empty((batch, 2, chunks), dtype=torch.float64)
@@ -76,6 +77,7 @@ def block_verify(
             )  # fmt: skip
             draw_residual[(batch,)](
                 target_logits, draft_logits, banned, temperature, residual, cutoff, draft_cutoff, stop, rejected, mass,
-                bonus, tokens, prob, *sizes.values(), *strides, CHUNK=CHUNK, CHUNKS=chunks_padded, **OPTIONS,
+                bonus, tokens, prob, draw_logprob, *sizes.values(), *strides, CHUNK=CHUNK, CHUNKS=chunks_padded,
+                **OPTIONS,
             )  # fmt: skip
-    return accepted, bonus, tokens, target_ids, prob
+    return accepted, bonus, tokens, target_ids, prob, draw_logprob

@@ -15,7 +15,15 @@ import triton
 import triton.language as tl
 
 from simsd_kernels.sample_logits.triton_filters import NO_ID, is_kept, load_scaled, scaled
-from simsd_kernels.sample_logits.triton_kernels import SIZES, best_ids, finite, kept_sum, rescaled, summary
+from simsd_kernels.sample_logits.triton_kernels import (
+    SIZES,
+    best_ids,
+    draw_logprob,
+    finite,
+    kept_sum,
+    rescaled,
+    summary,
+)
 
 
 @triton.jit
@@ -30,15 +38,19 @@ def totals(p_stats, p_ids, p_cutoff, b_row, b_wanted, n_stats, n_chunks, CHUNKS:
 
 
 @triton.jit
-def probability(p_logits, p_banned, p_cutoff, b_offset, b_row, b_id, b_wanted, temperature, b_top, b_sum):
-    """softmax(x)[id], over what is kept, of rows whose logit lies at b_offset. The sum is at least 1, unless nothing
-    is finite."""
-    # [L]
+def scaled_at(p_logits, p_banned, b_offset, b_id, b_wanted, temperature):
+    """x of ids whose logits lie at b_offset, -inf where none is wanted: [L]."""
     b_x = tl.load(p_logits + b_offset, b_wanted, other=float("-inf"))
     b_banned = b_wanted == 0
     if p_banned is not None:
         b_banned = tl.load(p_banned + b_id, b_wanted, other=1) != 0
-    b_x = scaled(b_x, temperature, b_banned)
+    return scaled(b_x, temperature, b_banned)
+
+
+@triton.jit
+def probability(p_cutoff, b_x, b_row, b_id, b_wanted, b_top, b_sum):
+    """softmax(x)[id], over what is kept. The sum is at least 1, unless nothing is finite."""
+    # [L]
     b_weight = tl.exp(b_x - b_top)
     if p_cutoff is not None:
         b_cut_key = tl.load(p_cutoff + b_row * 2, b_wanted, other=0)
@@ -69,6 +81,7 @@ def judge(
     p_tokens,  # out: int64 [B, L]
     p_target_ids,  # out: int64 [B, L]
     p_prob,  # out: float32 [B, L]
+    p_draw_logprob,  # out: float32 [B, L]
     p_stop,  # out: int32 [B]: the position whose token is yet to be drawn from the residual, -1 for none
     p_rejected,  # out: float32 [B, 5]: that row's maximum and kept sum, target's and draft's; the target's sum
     n_rows,
@@ -81,6 +94,7 @@ def judge(
     stride_draft_b,
     stride_draft_l,
     stride_draft_v,
+    NOISY: tl.constexpr,  # whether the target's tokens are drawn with noise, where they are drawn
     LENGTH: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
@@ -113,11 +127,13 @@ def judge(
         b_inside = is_drafted & (b_draft_ids >= 0) & (b_draft_ids < n_ids)
         b_top_q, _, b_sum_q = totals(p_draft_stats, p_draft_tops, p_draft_cutoff, o_row, is_drafted, n_stats, n_chunks,
                                      CHUNKS)  # fmt: skip
-        b_p = probability(p_target, p_banned, p_cutoff, b_target_row + b_draft_ids * stride_target_v, o_row,
-                          b_draft_ids, b_inside, temperature, b_top, b_kept_sum)  # fmt: skip
+        b_x_p = scaled_at(p_target, p_banned, b_target_row + b_draft_ids * stride_target_v, b_draft_ids, b_inside,
+                          temperature)  # fmt: skip
+        b_p = probability(p_cutoff, b_x_p, o_row, b_draft_ids, b_inside, b_top, b_kept_sum)
         b_draft_row = i_b * stride_draft_b + o_l.to(tl.int64) * stride_draft_l
-        b_q = probability(p_draft, p_banned, p_draft_cutoff, b_draft_row + b_draft_ids * stride_draft_v, o_row,
-                          b_draft_ids, b_inside, temperature, b_top_q, b_sum_q)  # fmt: skip
+        b_x_q = scaled_at(p_draft, p_banned, b_draft_row + b_draft_ids * stride_draft_v, b_draft_ids, b_inside,
+                          temperature)  # fmt: skip
+        b_q = probability(p_draft_cutoff, b_x_q, o_row, b_draft_ids, b_inside, b_top_q, b_sum_q)
         b_coin = tl.load(p_coin + o_row, exists, other=0.0)
         b_tossed = b_inside & (b_coin * b_q < b_p)
         b_accept = tl.where(temperature > 0, b_tossed, b_accept)
@@ -142,11 +158,16 @@ def judge(
     b_tokens = tl.where(o_l > stop, -1, b_tokens)
     b_judged = tl.where(b_tokens >= 0, b_tokens, b_target_ids)
     b_judged = tl.minimum(tl.maximum(b_judged, 0), n_ids - 1)
-    b_prob = probability(p_target, p_banned, None, b_target_row + b_judged * stride_target_v, o_row, b_judged,
-                         b_wanted, temperature, b_top, b_sum)  # fmt: skip
+    b_x = scaled_at(p_target, p_banned, b_target_row + b_judged * stride_target_v, b_judged, b_wanted, temperature)
+    b_prob = probability(None, b_x, o_row, b_judged, b_wanted, b_top, b_sum)
+    b_draws = b_wanted
+    if not NOISY:
+        b_draws = is_drafted & (o_l < stop)  # at the stop `draw_residual` draws
+    b_logprob = draw_logprob(b_x, b_top, b_kept_sum, tl.where(b_draws, temperature, 0.0) > 0)
     tl.store(p_tokens + o_row, b_tokens, exists)
     tl.store(p_target_ids + o_row, b_target_ids, exists)
     tl.store(p_prob + o_row, tl.where(is_known, 1.0, b_prob), exists)
+    tl.store(p_draw_logprob + o_row, tl.where(is_known, 0.0, b_logprob), exists)
 
 
 @triton.jit
@@ -240,6 +261,7 @@ def draw_residual(
     p_bonus,  # out: int64 [B]
     p_tokens,  # out: int64 [B, L]
     p_prob,  # out: float32 [B, L]
+    p_draw_logprob,  # out: float32 [B, L]
     n_length,
     n_ids,
     n_chunks,
@@ -279,5 +301,7 @@ def draw_residual(
     token = crossing(tl.where(no_surplus, b_p, b_surplus), o_v, start, goal)
     tl.store(p_bonus + i_b, token.to(tl.int64))
     tl.store(p_tokens + i_b * n_length + stop, token.to(tl.int64))
-    prob = tl.sum(tl.where(o_v == token, b_weight, 0.0))
-    tl.store(p_prob + i_b * n_length + stop, tl.div_rn(prob, tl.maximum(tl.load(p_rejected + i_b * 5 + 4), 1.0)))
+    weight = tl.sum(tl.where(o_v == token, b_weight, 0.0))
+    p_rejected += i_b * 5
+    tl.store(p_prob + i_b * n_length + stop, tl.div_rn(weight, tl.maximum(tl.load(p_rejected + 4), 1.0)))
+    tl.store(p_draw_logprob + i_b * n_length + stop, tl.log(weight) - tl.log(tl.load(p_rejected + 1)))

@@ -17,13 +17,14 @@ FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 class Sample(NamedTuple):
-    """One row's draw: token int64 [R]; the rest float32 [R], entropy in nats."""
+    """One row's draw: token int64 [R]; the rest float32 [R], entropy and draw_logprob in nats."""
 
     token: Tensor
     prob: Tensor
     log_odds: Tensor
     entropy: Tensor
     logsumexp: Tensor
+    draw_logprob: Tensor
 
 
 def sample_logits(
@@ -57,10 +58,12 @@ def sample_logits(
         backend: "reference", "cpu", "triton" or "cuda"; None chooses (see `simsd_kernels.dispatch`).
 
     Returns:
-        `Sample(token, prob, log_odds, entropy, logsumexp)`. prob and log_odds are the token's, all four are of
-        softmax(x) after banning and before top-k and top-p. log_odds = x[token] - logsumexp of all other ids, which
-        still ranks rows whose prob rounds to 1; +inf where no other id is finite. A row with nothing finite gives the
-        lowest id that is not banned, prob 0, log_odds -inf, entropy 0, logsumexp -inf.
+        `Sample(token, prob, log_odds, entropy, logsumexp, draw_logprob)`. prob and log_odds are the token's, these
+        two, entropy and logsumexp are of softmax(x) after banning and before top-k and top-p. log_odds = x[token] -
+        logsumexp of all other ids, which still ranks rows whose prob rounds to 1; +inf where no other id is finite.
+        draw_logprob is the token's log-probability under what it was drawn from: x[token] - logsumexp of the ids that
+        top-k and top-p keep, 0 at temperature 0, where the draw is certain. A row with nothing finite gives the lowest
+        id that is not banned, prob 0, log_odds -inf, entropy 0, logsumexp and draw_logprob -inf.
 
     Raises:
         TypeError, ValueError: a wrong dtype, shape, device or value, naming what was given. On CUDA tensors values are

@@ -20,13 +20,13 @@ def sample_logits(
     position: Tensor,
     revealed: Tensor,
     banned_ids: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `api.sample_logits`. Computes in float32 (float64 for float64 logits)."""
     banned = banned_mask(banned_ids, logits.shape[1], logits.device)
     x = scale(logits, temperature, banned)
     kept = keep(x, top_k, top_p)
     token = draw(x, kept, banned, temperature, seed, position, revealed)
-    return token, *statistics(x, token)
+    return token, *statistics(x, token), draw_logprob(x, kept, token, temperature > 0)
 
 
 def banned_mask(banned_ids: Tensor | None, vocabulary: int, device: torch.device) -> Tensor:
@@ -113,6 +113,18 @@ def statistics(x: Tensor, token: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor
     against = x.scatter(1, token[:, None], -torch.inf) - torch.where(possible, chosen, 0.0)
     log_odds = torch.where(possible.squeeze(1), -torch.logsumexp(against, dim=1), -torch.inf)
     return prob, log_odds.to(torch.float32), entropy.to(torch.float32), logsumexp.to(torch.float32)
+
+
+def draw_logprob(x: Tensor, kept: Tensor, token: Tensor, noisy: Tensor) -> Tensor:
+    """float32 [R]: log-probability of `token`, one of the kept ids, under softmax(x) over those; 0 where it is no draw
+    (`noisy`, bool [R]), -inf where nothing is finite."""
+    top, best = x.max(dim=1, keepdim=True)  # always kept
+    others = torch.where(kept, x, -torch.inf).scatter(1, best, -torch.inf)
+    finite = top > -torch.inf
+    distance = x.gather(1, token[:, None]) - torch.where(finite, top, 0.0)
+    rest = (others - torch.where(finite, top, 0.0)).exp().sum(dim=1, keepdim=True)
+    logprob = torch.where(noisy[:, None], distance - torch.log1p(rest), 0.0)
+    return torch.where(finite, logprob, -torch.inf).squeeze(1).to(torch.float32)
 
 
 def _may_filter(value: Tensor | None, test) -> bool:

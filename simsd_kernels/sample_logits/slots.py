@@ -18,8 +18,9 @@ def draw_slots(
     top_p: Tensor | None,
     seed: Tensor | None,
     banned_ids: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """token, prob, log_odds and entropy, each [B, ...], of logits [N, V] at rows [B, ...] (clamped into [0, N)).
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """token, prob, log_odds, entropy and draw_logprob, each [B, ...], of logits [N, V] at rows [B, ...] (clamped into
+    [0, N)).
 
     position, and key (what noise is keyed by beside seed and position), have or broadcast to the shape of rows; the
     settings are [B].
@@ -44,4 +45,5 @@ def draw_slots(
         key.expand(rows.shape).flatten(),
         banned_ids,
     )
-    return tuple(x.view(rows.shape) for x in drawn[:4])
+    token, prob, log_odds, entropy, _, draw_logprob = (x.view(rows.shape) for x in drawn)
+    return token, prob, log_odds, entropy, draw_logprob

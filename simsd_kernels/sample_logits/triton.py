@@ -31,13 +31,13 @@ def sample_logits(
     position: Tensor,
     revealed: Tensor,
     banned_ids: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `api.sample_logits`, which has checked the arguments. No host sync."""
     rows, vocabulary = logits.shape
     token = seed.new_empty((rows,))
-    prob, log_odds, entropy, logsumexp = (temperature.new_empty((rows,)) for _ in range(4))
+    statistics = tuple(temperature.new_empty((rows,)) for _ in range(5))
     if rows == 0:
-        return token, prob, log_odds, entropy, logsumexp
+        return token, *statistics
     temperature, top_k, top_p, seed, position, revealed = (
         value.contiguous() for value in (temperature, top_k, top_p, seed, position, revealed)
     )
@@ -46,10 +46,10 @@ def sample_logits(
     with torch.cuda.device(logits.device) if logits.is_cuda else contextlib.nullcontext():
         stats, ids, _ = scan(logits[:, None], banned, None, None, temperature, top_k, top_p, seed, position, revealed)
         finish_rows[(triton.cdiv(rows, ROWS_AT_ONCE),)](
-            logits, banned, allowed, temperature, stats, ids, token, prob, log_odds, entropy, logsumexp,
+            logits, banned, allowed, temperature, stats, ids, token, *statistics,
             rows, vocabulary, chunks, *logits.stride(), ROWS=ROWS_AT_ONCE, CHUNKS=CHUNKS_AT_ONCE, **OPTIONS,
         )  # fmt: skip
-    return token, prob, log_odds, entropy, logsumexp
+    return token, *statistics
 
 
 def ban(banned_ids: Tensor | None, vocabulary: int, device: torch.device) -> tuple[Tensor | None, Tensor]:

@@ -172,6 +172,14 @@ def kept_sum(p_stats, b_row, b_wanted, b_top, n_stats, n_chunks, CHUNKS: tl.cons
     return b_sum
 
 
+@triton.jit
+def draw_logprob(b_x, b_top, b_kept_sum, b_noisy):
+    """Log-probability of x among what is kept: 0 where it is no draw, -inf where nothing is finite."""
+    b_something = b_kept_sum > 0
+    b_logprob = b_x - finite(b_top) - tl.log(tl.where(b_something, b_kept_sum, 1.0))
+    return tl.where(b_something, tl.where(b_noisy, b_logprob, 0.0), float("-inf"))
+
+
 @triton.jit(do_not_specialize=SIZES)
 def finish_rows(
     p_logits,  # [R, V]
@@ -181,10 +189,11 @@ def finish_rows(
     p_stats,  # float32 [6, R, chunks], see scan_chunks
     p_ids,  # int32 [2, R, chunks]
     p_token,  # out: int64 [R]
-    p_prob,  # out: float32 [R], as the next three
+    p_prob,  # out: float32 [R], as the next four
     p_log_odds,
     p_entropy,
     p_logsumexp,
+    p_draw_logprob,
     n_rows,
     n_ids,
     n_chunks,
@@ -221,3 +230,6 @@ def finish_rows(
     tl.store(p_log_odds + o_r, tl.where(b_something, b_log_odds, float("-inf")), exists)
     tl.store(p_entropy + o_r, b_log_total - tl.div_rn(b_moment, 1.0 + b_rest), exists)
     tl.store(p_logsumexp + o_r, tl.where(b_something, b_top + b_log_total, float("-inf")), exists)
+    b_kept_sum = kept_sum(p_stats, o_r, exists, b_top, n_stats, n_chunks, CHUNKS)
+    b_logprob = draw_logprob(b_x, b_top, b_kept_sum, b_temperature > 0)
+    tl.store(p_draw_logprob + o_r, b_logprob, exists)

@@ -26,9 +26,10 @@ class Walk(NamedTuple):
         not walk); steps that the block now current has had; drafted tokens judged; accepted (the target revealed the
         same).
     revealed int64 [B]: the set of the block now current.
-    tokens int64, step_map int32, prob float32, origin int32 [B, K + 2, L]: block number `finished` is the current one,
-        those before it are finished; 0 (prob 1) where masked and behind it. origin: 0 known before, DENOISED (1)
-        revealed on the current state, as native decoding would have at this forward, DRAFTED (2) on a drafted one.
+    tokens int64, step_map int32, prob, draw_logprob float32, origin int32 [B, K + 2, L]: block number `finished` is the
+        current one, those before it are finished; 0 (prob 1) where masked and behind it. prob and draw_logprob as
+        `sample_logits` gave them with the token. origin: 0 known before, DENOISED (1) revealed on the current state, as
+        native decoding would have at this forward, DRAFTED (2) on a drafted one.
     """
 
     progress: Tensor
@@ -36,6 +37,7 @@ class Walk(NamedTuple):
     tokens: Tensor
     step_map: Tensor
     prob: Tensor
+    draw_logprob: Tensor
     origin: Tensor
 
 

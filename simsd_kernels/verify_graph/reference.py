@@ -25,6 +25,7 @@ def verify_graph(
     step: Tensor,
     step_map: Tensor,
     prob: Tensor,
+    draw_logprob: Tensor,
     origin: Tensor,
     temperature: Tensor,
     schedule: Tensor,
@@ -41,11 +42,12 @@ def verify_graph(
     blocks, device = draft_tokens.shape[1], states.device
     shape = (batch, blocks + 2, length)
     out_tokens, out_origin = states.new_zeros(shape), origin.new_zeros(shape)
-    out_steps, out_prob = step_map.new_zeros(shape), prob.new_ones(shape)
+    out_steps, out_prob, out_logprob = step_map.new_zeros(shape), prob.new_ones(shape), prob.new_zeros(shape)
     if batch == 0 or length == 0 or states_count == 0:
         nothing = step.new_zeros((batch, PROGRESS))
         nothing[:, 3] = -1
-        return nothing, state_revealed.new_zeros((batch,)), out_tokens, out_steps, out_prob, out_origin
+        known = state_revealed.new_zeros((batch,))
+        return nothing, known, out_tokens, out_steps, out_prob, out_logprob, out_origin
 
     slot = torch.arange(batch, device=device)
     bit = torch.arange(length, device=device)
@@ -64,7 +66,7 @@ def verify_graph(
     now = torch.zeros_like(slot)  # [B], the block that it is in
     tokens, known = states[:, 0].clone(), state_revealed[:, 0].clone()
     current_step, current_steps = step.clone(), step_map.clone()
-    current_prob, current_origin = prob.clone(), origin.clone()
+    current_prob, current_logprob, current_origin = prob.clone(), draw_logprob.clone(), origin.clone()
     finished, held_blocks, taken, judged, accepted = (torch.zeros_like(step) for _ in range(5))
 
     # Sets grow and blocks follow each other: no walk is longer, were it not for steps that reveal nothing and stay.
@@ -73,10 +75,11 @@ def verify_graph(
         masked = (known[:, None] >> bit) & 1 == 0
         outside = (rows[slot, at] < 0) | (rows[slot, at] >= target_logits.shape[0])
         stray |= alive & (masked & outside).any(1)
-        here = [x[slot, at] for x in (token, *statistics)]
+        *here, logprob = (x[slot, at] for x in (token, *statistics))
         newly = reveal(tokens, known, current_steps, *here, torch.where(alive, current_step, -1), *rule)
         chosen = (newly[:, None] >> bit) & 1 == 1  # [B, L]
         current_prob = torch.where(chosen, here[1], current_prob)
+        current_logprob = torch.where(chosen, logprob, current_logprob)
         how = torch.where(at == 0, DENOISED, DRAFTED).to(origin.dtype)
         current_origin = torch.where(chosen, how[:, None], current_origin)
         if blocks:
@@ -93,8 +96,8 @@ def verify_graph(
         if blocks:
             held = done & (now < draft_blocks_in_rows) & (tokens == proposal).all(1)
         for out, value in (
-            *((out_tokens, tokens), (out_steps, current_steps)),
-            *((out_prob, current_prob), (out_origin, current_origin)),
+            *((out_tokens, tokens), (out_steps, current_steps), (out_prob, current_prob)),
+            *((out_logprob, current_logprob), (out_origin, current_origin)),
         ):
             out[slot, now] = torch.where(done[:, None], value, out[slot, now])
         finished += done
@@ -105,6 +108,7 @@ def verify_graph(
         tokens = torch.where(done[:, None], 0, tokens)
         current_steps = torch.where(done[:, None], 0, current_steps)
         current_prob = torch.where(done[:, None], 1.0, current_prob)
+        current_logprob = torch.where(done[:, None], 0.0, current_logprob)
         current_origin = torch.where(done[:, None], 0, current_origin)
 
         # The next state: the same block, set and revealed tokens. Behind a finished block only if that was as drafted.
@@ -120,20 +124,21 @@ def verify_graph(
             f" visits, got others in slots {stray.nonzero().flatten().tolist()}"
         )
     for out, value in (
-        *((out_tokens, tokens), (out_steps, current_steps)),
-        *((out_prob, current_prob), (out_origin, current_origin)),
+        *((out_tokens, tokens), (out_steps, current_steps), (out_prob, current_prob)),
+        *((out_logprob, current_logprob), (out_origin, current_origin)),
     ):
         out[slot, now] = value
     shown = (known[:, None] >> bit) & 1 == 1
     out_tokens[slot, now] = torch.where(shown, tokens, 0)
     progress = torch.stack((finished, held_blocks, taken, last.int(), current_step, judged, accepted), dim=1)
-    return progress, known, out_tokens, out_steps, out_prob, out_origin
+    return progress, known, out_tokens, out_steps, out_prob, out_logprob, out_origin
 
 
 def _draw(
     target_logits, rows, state_revealed, block, start, strategy, temperature, top_k, top_p, seed, banned_ids
 ) -> tuple[Tensor, ...]:
-    """token, prob, log_odds, entropy, each [B, C, L]: what the target draws at every position of every state."""
+    """token, prob, log_odds, entropy, draw_logprob, each [B, C, L]: what the target draws at every position of every
+    state."""
     index = torch.arange(rows.shape[2], dtype=torch.int32, device=rows.device)
     position = (start[:, None] + block * rows.shape[2])[:, :, None] + index
     key = noise_key(strategy[:, None], state_revealed)[:, :, None]

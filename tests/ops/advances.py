@@ -9,7 +9,7 @@ import torch
 
 from arguments import copy_of, same_bits, signed
 from backends import callable_of
-from simsd_kernels.advance_slots.arguments import HEAD, NO_END, SIGNATURE
+from simsd_kernels.advance_slots.arguments import COLUMNS, HEAD, NO_END, SIGNATURE
 
 advance_slots = callable_of("advance_slots")
 
@@ -30,6 +30,7 @@ def slot(length=4, blocks=2, states=3, capacity=8, **given):
         "step": 0,
         "step_map": [5] * length,
         "prob": [0.25] * length,
+        "draw_logprob": [-0.75] * length,
         "origin": [2] * length,
         "target_kv_len": 7,
         "draft_kv_len": 100,
@@ -41,7 +42,7 @@ def slot(length=4, blocks=2, states=3, capacity=8, **given):
         "order_sharpness": [0.125 * (k + 1) for k in range(blocks)],
         "proposal_depth": blocks,
         "draft_end": NO_END,
-        "report": [-7] * (HEAD + 4 * walk * length),
+        "report": [-7] * (HEAD + COLUMNS * walk * length),
         "end": capacity * length,
         "prompt_len": 2 * length,
         "request_epoch": 42,
@@ -51,6 +52,7 @@ def slot(length=4, blocks=2, states=3, capacity=8, **given):
         "walk_tokens": [[1] + [0] * (length - 1), *[empty] * (walk - 1)],
         "walk_step_map": [[1] + [0] * (length - 1), *[empty] * (walk - 1)],
         "walk_prob": [[0.5] + [1.0] * (length - 1), *[[1.0] * length] * (walk - 1)],
+        "walk_draw_logprob": [[-0.5] + [0.0] * (length - 1), *[[0.0] * length] * (walk - 1)],
         "walk_origin": [[1] + [0] * (length - 1), *[empty] * (walk - 1)],
         "state_rows": [[10 * c + i for i in range(length)] for c in range(states)],
         "block": [0, 0, *[-1] * (states - 2)],
@@ -59,7 +61,7 @@ def slot(length=4, blocks=2, states=3, capacity=8, **given):
     }
     shapes = {
         **dict.fromkeys(("draft_tokens", "draft_prob", "draft_log_odds", "draft_entropy"), (blocks, length)),
-        **dict.fromkeys(("walk_tokens", "walk_step_map", "walk_prob", "walk_origin"), (walk, length)),
+        **dict.fromkeys([name for name in ORDER if name.startswith("walk_")][2:], (walk, length)),
         "order_sharpness": (blocks,),
         "state_rows": (states, length),
     }
@@ -77,6 +79,7 @@ def finished(*blocks, length=4, walk=4, tail=(), held=0, **more):
         "walk_tokens": tokens + rest,
         "walk_step_map": steps + rest,
         "walk_prob": [[0.5 if step else 1.0 for step in row] for row in steps + rest],
+        "walk_draw_logprob": [[-0.5 * step for step in row] for row in steps + rest],
         "walk_origin": steps + rest,
         "walk_revealed": signed(sum(1 << i for i in tail)),
         "walk_progress": [len(blocks), held, 5, 1, len(tail), 3, 2],
@@ -148,7 +151,7 @@ def replay(case, b):
     else:
         now["proposal_depth"], now["draft_end"] = 0, 2**30
 
-    for name, empty in (("step_map", 0), ("prob", 1.0), ("origin", 0)):
+    for name, empty in (("step_map", 0), ("prob", 1.0), ("draw_logprob", 0.0), ("origin", 0)):
         now[name] = [empty] * length if counts else was["walk_" + name][f]
     now["revealed"], now["step"] = bits, steps
     now["start"] = -1 if failed or ended else start + f * length
@@ -162,8 +165,11 @@ def replay(case, b):
         now["proposal_depth"],
     ]
     flat = lambda name: [x for row in was[name] for x in row]  # noqa: E731
-    prob_bits = [struct.unpack("<i", struct.pack("<f", p))[0] for p in flat("walk_prob")]
-    report[HEAD:] = flat("walk_tokens") + flat("walk_step_map") + prob_bits + flat("walk_origin")
+    as_bits = lambda name: [struct.unpack("<i", struct.pack("<f", x))[0] for x in flat(name)]  # noqa: E731
+    report[HEAD:] = [
+        *(*flat("walk_tokens"), *flat("walk_step_map"), *as_bits("walk_prob"), *as_bits("walk_draw_logprob")),
+        *flat("walk_origin"),
+    ]
     return now
 
 
@@ -204,6 +210,7 @@ def random_case(seed, sizes):
         "step": ints(0, 5, batch),
         "step_map": ints(0, 5, batch, length),
         "prob": floats(batch, length),
+        "draw_logprob": -floats(batch, length),
         "origin": ints(0, 3, batch, length),
         "target_kv_len": ints(0, 50, batch),
         "draft_kv_len": ints(0, capacity * length + 1, batch),
@@ -213,7 +220,7 @@ def random_case(seed, sizes):
         "order_sharpness": floats(batch, blocks),
         "proposal_depth": ints(0, blocks + 2, batch),
         "draft_end": torch.where(chance(0.5, batch), ints(0, blocks + 2, batch), NO_END),
-        "report": ints(-9, 9, batch, HEAD + 4 * walk * length),
+        "report": ints(-9, 9, batch, HEAD + COLUMNS * walk * length),
         "end": ints(1, 2 * capacity * length + 2, batch),
         "prompt_len": ints(0, capacity * length + 1, batch),
         "request_epoch": ints(-(2**31), 2**31 - 1, batch),
@@ -223,6 +230,7 @@ def random_case(seed, sizes):
         "walk_tokens": tokens,
         "walk_step_map": ints(0, 9, batch, walk, length),
         "walk_prob": torch.where(wrong, bad, floats(batch, walk, length)),
+        "walk_draw_logprob": -floats(batch, walk, length),
         "walk_origin": ints(0, 3, batch, walk, length),
         "state_rows": ints(0, 999, batch, states, length),
         "block": ints(-1, blocks + 1, batch, states),

@@ -66,6 +66,7 @@ def test_step_inside_a_block_stays_there(backend):
     assert column(case, "text")[8:12] == [1, 9, 9, 9]
     assert (column(case, "start"), column(case, "revealed"), column(case, "step")) == (8, 1, 1)
     assert column(case, "step_map") == [1, 0, 0, 0] and column(case, "prob") == [0.5, 1.0, 1.0, 1.0]
+    assert column(case, "draw_logprob") == [-0.5, 0.0, 0.0, 0.0]
     assert column(case, "last_rows") == [-1, 1, 2, 3]
     assert (column(case, "target_kv_len"), column(case, "draft_kv_len")) == (8, 8)
     assert column(case, "proposal_depth") == 2, "what was revealed is as proposed"
@@ -175,7 +176,7 @@ def test_slot_that_sits_out_keeps_everything(backend, idle):
     before = copy_of(case)
     advance(case, backend)
     assert all(same_bits(case[name], before[name]) for name in WRITTEN if name != "report")
-    assert column(case, "report") == [42, *[0] * 13, -7, -7, *[0] * 64]
+    assert column(case, "report") == [42, *[0] * 13, -7, -7, *[0] * 80]
 
 
 @pytest.mark.parametrize("number", range(10))
@@ -247,20 +248,22 @@ REFUSED = [
     ("step", 3, TypeError, "step must be a tensor, got int"),
     ("step_map", torch.zeros(1, 65, dtype=torch.int32), ValueError, "prob must be"),
     ("prob", torch.zeros(1, 4, dtype=torch.float64), TypeError, "prob must be torch.float32"),
+    ("draw_logprob", torch.zeros(1, 3), ValueError, r"draw_logprob must be \[B, L\] = \[1, 4\]"),
     ("origin", torch.zeros(1, 3, dtype=torch.int32), ValueError, r"origin must be \[B, L\] = \[1, 4\]"),
     ("last_rows", torch.zeros(1, 4, dtype=torch.int64), TypeError, "last_rows must be torch.int32"),
     ("draft_tokens", torch.zeros(1, 1, 4, dtype=torch.int64), ValueError, r"draft_prob must be .* = \[1, 1, 4\]"),
     ("draft_entropy", torch.zeros(1, 2, 4).double(), TypeError, "draft_entropy must be torch.float32"),
     ("order_sharpness", torch.zeros(1, 3), ValueError, r"order_sharpness must be \[B, K\] = \[1, 2\]"),
     ("proposal_depth", int32(-1), ValueError, "proposal_depth must be >= 0, got -1"),
-    ("report", torch.zeros(1, 64, dtype=torch.int32), ValueError, r"report must be .* = \[1, 80\], got \[1, 64\]"),
-    ("report", torch.zeros(1, 80), TypeError, "report must be torch.int32"),
+    ("report", torch.zeros(1, 64, dtype=torch.int32), ValueError, r"report must be .* = \[1, 96\], got \[1, 64\]"),
+    ("report", torch.zeros(1, 96), TypeError, "report must be torch.int32"),
     ("stop_ids", torch.zeros(1, dtype=torch.int64), ValueError, r"stop_ids must be \[B, E\]"),
     ("walk_progress", torch.zeros(1, 6, dtype=torch.int32), ValueError, r"walk_progress must be .* = \[1, 7\]"),
     ("walk_progress", int32([4, 0, 1, 0, 1, 1, 1]), ValueError, r"walk_progress\[:, 0\] must be in .*\[0, 3\], got 4"),
     ("walk_progress", int32([-1, 0, 1, 0, 1, 1, 1]), ValueError, r"walk_progress\[:, 0\] must be in .*, got -1"),
     ("walk_progress", int32([0, 0, 1, 3, 1, 1, 1]), ValueError, r"walk_progress\[:, 3\] must be in .*\[-1, 2\], got 3"),
     ("walk_tokens", torch.zeros(1, 2, 4, dtype=torch.int64), ValueError, r"walk_tokens must be .* = \[1, 4, 4\]"),
+    ("walk_draw_logprob", torch.zeros(1, 4, 3), ValueError, "walk_draw_logprob must be"),
     ("walk_prob", torch.zeros(1, 4, 4, dtype=torch.bfloat16), TypeError, "walk_prob must be torch.float32"),
     ("state_rows", torch.zeros(1, 3, 5, dtype=torch.int32), ValueError, r"state_rows must be \[B, C, L\]"),
     ("block", torch.zeros(1, 2, dtype=torch.int32), ValueError, r"block must be \[B, C\] = \[1, 3\]"),

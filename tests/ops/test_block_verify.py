@@ -18,6 +18,7 @@ from verdicts import DECISIONS, arguments, one_of, random_case, random_logits, s
 GOLDEN = json.loads((pathlib.Path(__file__).parents[1] / "golden" / "greedy_accept.json").read_text())["cases"]
 LANES = ("target_logits", "draft_ids", "known", "drafted", "temperature", "top_k", "top_p", "seed", "position")
 LANES += ("revealed", "draft_logits", "coin", "residual")
+STATISTICS = ("prob", "draw_logprob")
 CASES = {"reference": 0, "cpu": 60, "triton": 68, "cuda": 400}
 many_rows = backends("reference", "cpu", "cuda")  # each is a program of its own in Triton's interpreter
 
@@ -35,7 +36,8 @@ def test_verdicts_are_those_of_the_definition(backend, seed):
         expected = verify(target, draft_ids, backend=other, **settings)
         for name in DECISIONS:
             assert torch.equal(getattr(out, name), getattr(expected, name)), (other, name)
-        torch.testing.assert_close(out.prob, expected.prob, rtol=5e-6, atol=5e-6)
+        for name in STATISTICS:
+            torch.testing.assert_close(getattr(out, name), getattr(expected, name), rtol=5e-6, atol=5e-6, msg=name)
     b = seed % target.shape[0]
     again = verify(target[b : b + 1], draft_ids[b : b + 1], backend=backend, **one_of(b, settings))
     assert all(torch.equal(x[b : b + 1], y) for x, y in zip(out, again, strict=True))
@@ -60,7 +62,7 @@ def test_known_tokens_are_kept_whatever_the_target_says(backend):
     out = verify(target, [[7, 999, 3, 3]], known=2, backend=backend)
     assert out.accepted.item() == 2 and out.bonus.item() == -1
     assert out.tokens.tolist() == [[7, 999, 3, 3]] and out.target_ids.tolist() == [[7, 999, 3, 3]]
-    assert out.prob[0, :2].tolist() == [1.0, 1.0]
+    assert out.prob[0, :2].tolist() == [1.0, 1.0] and out.draw_logprob[0, :2].tolist() == [0.0, 0.0]
     everything = verify(target, [[7, 999, -5, 3]], known=4, backend=backend)
     assert everything.accepted.item() == 0 and everything.bonus.item() == -1
     assert everything.tokens.tolist() == [[7, 999, -5, 3]] and everything.prob.tolist() == [[1.0] * 4]
@@ -122,6 +124,7 @@ def test_match_at_temperature_draws_as_sample_logits_does(backend):
     assert torch.equal(out.target_ids, expected)
     assert out.accepted.tolist() == [5, 2, 5] and out.bonus.tolist() == [-1, expected[1, 2].item(), -1]
     torch.testing.assert_close(out.prob, drawn.prob.view(batch, length), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(out.draw_logprob, drawn.draw_logprob.view(batch, length), rtol=1e-6, atol=1e-6)
 
 
 @many_rows
@@ -161,11 +164,12 @@ def test_row_with_nothing_finite_takes_the_lowest_allowed_id(backend):
     target = torch.full((1, 2, 20), math.nan)
     out = verify(target, [[1, 5]], banned=[0], backend=backend)
     assert out.accepted.item() == 1 and out.bonus.item() == 1 and out.prob.tolist() == [[0.0, 0.0]]
+    assert out.draw_logprob.tolist() == [[-INF, -INF]]
     drawn = verify(
         *(target, [[5, 5]]), temperature=1.0, rule="mrs", draft_logits=torch.zeros(1, 2, 20), coin=torch.zeros(1, 2),
         residual=torch.zeros(1), banned=[0], backend=backend,
     )  # fmt: skip
-    assert drawn.accepted.item() == 0 and drawn.bonus.item() == 1
+    assert drawn.accepted.item() == 0 and drawn.bonus.item() == 1 and drawn.draw_logprob.tolist() == [[-INF, -INF]]
 
 
 @backends("cpu", "cuda")
@@ -196,7 +200,8 @@ def test_same_verdicts_as_the_reference(backend, dtype, rule, batch, length, voc
     out = verify(target, draft_ids, backend=backend, **given)
     for name in DECISIONS:
         assert torch.equal(getattr(out, name), getattr(expected, name)), name
-    torch.testing.assert_close(out.prob, expected.prob, rtol=5e-6, atol=5e-6)
+    for name in STATISTICS:
+        torch.testing.assert_close(getattr(out, name), getattr(expected, name), rtol=5e-6, atol=5e-6, msg=name)
 
 
 def test_result_does_not_depend_on_batch_strides_or_threads(backend, threads):
@@ -227,8 +232,9 @@ def test_empty_batches_and_blocks_are_fine(backend, rule, batch, length):
         **(extra if rule == "mrs" else {}),
     )  # fmt: skip
     assert out.accepted.tolist() == [0] * batch and out.bonus.tolist() == [-1] * batch
-    assert out.tokens.shape == out.target_ids.shape == out.prob.shape == (batch, length)
-    assert [value.dtype for value in out] == [torch.int32, *[torch.int64] * 3, torch.float32]
+    assert out.tokens.shape == out.target_ids.shape == (batch, length)
+    assert out.prob.shape == out.draw_logprob.shape == (batch, length)
+    assert [value.dtype for value in out] == [torch.int32, *[torch.int64] * 3, *[torch.float32] * 2]
 
 
 def good_arguments(rule="mrs"):
@@ -344,7 +350,9 @@ def test_a_draft_that_was_drawn_by_sample_logits_is_accepted_whole(backend):
     )  # fmt: skip
     assert (out.accepted == length).all()
     torch.testing.assert_close(out.prob.flatten(), drawn.prob, rtol=2e-6, atol=0)
+    torch.testing.assert_close(out.draw_logprob.flatten(), drawn.draw_logprob, rtol=2e-6, atol=0)
     assert backend != "cuda" or torch.equal(out.prob.flatten(), drawn.prob)
+    assert backend != "cuda" or torch.equal(out.draw_logprob.flatten(), drawn.draw_logprob)
 
 
 @backends("cuda")

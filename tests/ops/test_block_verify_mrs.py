@@ -77,6 +77,11 @@ def test_mrs_decides_as_the_plain_loop_does(backend, top_k, top_p):
             reached = surplus.cumsum(dim=0)
             bonus = int((reached > residual[b].double() * reached[-1]).nonzero()[0])
             tokens[stop] = bonus
+        # What was drafted is drawn from p in the end, accepted or not; what was not, and what is behind, are argmaxes.
+        for i in range(length):
+            drawn = i >= known[b] and tokens[i] >= 0 and int(drafted[b]) >> i & 1
+            expected = float(p[i][tokens[i]].log()) if drawn else 0.0
+            assert float(out.draw_logprob[b, i]) == pytest.approx(expected, abs=2e-6), (b, i)
         assert (out.accepted[b], out.bonus[b], out.tokens[b].tolist()) == (accepted, bonus, tokens), b
         assert out.target_ids[b, known[b] :].tolist() == best[known[b] :]
         seen.add((accepted, bonus >= 0))
@@ -161,6 +166,7 @@ def test_filters_judge_both_sides_of_mrs(backend):
     # p = (5, 3, 0) / 8, q = (0, 5, 4) / 9: p(1) / q(1) = 0.675, and the surplus is all on id 0
     assert out.accepted.tolist() == [0, 1, 0, 0] and out.bonus.tolist() == [0, -1, 0, 0]
     torch.testing.assert_close(out.prob[:, 0], torch.tensor([0.5, 0.3, 0.5, 0.5]))
+    torch.testing.assert_close(out.draw_logprob[:, 0].exp(), torch.tensor([5.0, 3.0, 5.0, 5.0]) / 8)
 
 
 def test_residual_draw_visits_every_surplus_token_in_its_share(backend):

@@ -41,7 +41,7 @@ def test_tokens_and_statistics_are_those_of_the_definition(backend, seed):
     for other in ("reference", "cpu") if backend == "cuda" else ("reference",):
         expected = sample(logits, backend=other, **settings)
         assert torch.equal(out.token, expected.token), other
-        for name in STATISTICS:
+        for name in (*STATISTICS, "draw_logprob"):
             close = {"rtol": 5e-6, "atol": 5e-6 + epsilons[other] * min(float(magnitude), 1e30)}
             torch.testing.assert_close(getattr(out, name), getattr(expected, name), **close, msg=name)
     if len(logits):
@@ -124,6 +124,7 @@ def test_row_with_nothing_finite_gives_lowest_allowed_id_and_probability_zero(ba
     assert out.token.tolist() == [2, 2]
     assert out.prob.tolist() == [0, 0] and out.entropy.tolist() == [0, 0]
     assert out.log_odds.tolist() == [-INF, -INF] and out.logsumexp.tolist() == [-INF, -INF]
+    assert out.draw_logprob.tolist() == [-INF, -INF]
 
 
 def test_single_finite_entry_is_certain(backend):
@@ -131,7 +132,7 @@ def test_single_finite_entry_is_certain(backend):
     logits[0, 555] = -3.0
     out = sample(logits, backend=backend)
     assert out.token.item() == 555 and out.prob.item() == 1.0 and out.log_odds.item() == INF
-    assert out.entropy.item() == 0.0 and out.logsumexp.item() == -3.0
+    assert out.entropy.item() == 0.0 and out.logsumexp.item() == -3.0 and out.draw_logprob.item() == 0.0
 
 
 def test_overflow_saturates_instead_of_giving_nan(backend):
@@ -183,7 +184,7 @@ def test_same_tokens_and_statistics_as_the_reference(backend, rows, vocabulary, 
     given = sample(logits, banned=banned, backend=backend, **settings)
     expected = sample(logits, banned=banned, backend="reference", **settings)
     assert torch.equal(given.token, expected.token)
-    for name in STATISTICS:
+    for name in (*STATISTICS, "draw_logprob"):
         torch.testing.assert_close(getattr(given, name), getattr(expected, name), rtol=5e-6, atol=5e-6, msg=name)
 
 
@@ -266,14 +267,15 @@ def test_any_small_input_gives_an_allowed_token(backend, data):
         token = int(out.token[row])
         assert token not in banned and 0 <= token < vocabulary
         assert x[token] > -INF or bool((x == -INF).all())
+        assert out.draw_logprob[row] <= 1e-6 and (out.draw_logprob[row] > -INF) == bool((x > -INF).any())
         assert 0 <= out.prob[row] <= 1 and 0 <= out.entropy[row] <= math.log(vocabulary) + 1e-5
         assert not any(math.isnan(value[row]) for value in out)
 
 
 def test_no_rows_are_fine(backend):
     out = sample(torch.zeros(0, 10), backend=backend)
-    assert [tuple(value.shape) for value in out] == [(0,)] * 5
-    assert [value.dtype for value in out] == [torch.int64] + [torch.float32] * 4
+    assert [tuple(value.shape) for value in out] == [(0,)] * 6
+    assert [value.dtype for value in out] == [torch.int64] + [torch.float32] * 5
 
 
 def test_reference_takes_float64():

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from arguments import Pick
-from backends import backends, each_dtype, sized
+from backends import backends, compiled, each_dtype, sized
 from chi_squared import assert_distributed
 from logits import INF, random_logits, sample
 from simsd_kernels import noise
@@ -90,6 +90,84 @@ def test_draws_follow_the_filtered_softmax(backend, top_k, top_p):
     x[kept] = logits[0, kept].double()
     assert_distributed(draws, x.softmax(dim=0))
     assert set(draws.tolist()) <= set(kept)
+
+
+def logprob_by_definition(x, token, top_k, top_p):
+    """log softmax of one row over the ids that the filters keep, in float64."""
+    kept = sorted(kept_by_definition(x, top_k, top_p))
+    return x.double()[token] - x.double()[kept].logsumexp(dim=0)
+
+
+@each_dtype
+@pytest.mark.parametrize("temperature", [0.4, 1.0, 3.0])
+@pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (5, 1.0), (0, 0.7), (8, 0.8), (500, 0.3), (2, 0.999), (700, 1.0)])
+def test_draw_logprob_is_of_softmax_over_what_the_filters_keep(backend, dtype, temperature, top_k, top_p):
+    logits = random_logits(sized(12, interpreted=3), 700, seed=top_k, scale=1.5, dtype=dtype)
+    out = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, seed=11, backend=backend)
+    heat = float(torch.tensor(temperature))
+    expected = [
+        logprob_by_definition(row.float() / heat, int(token), top_k, top_p)
+        for row, token in zip(logits, out.token, strict=True)
+    ]
+    torch.testing.assert_close(out.draw_logprob.double(), torch.stack(expected), rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (300, 1.0), (0, 0.9), (9000, 0.4)])
+def test_draw_logprob_of_a_long_row_adds_up_all_its_pieces(backend, top_k, top_p):
+    logits = random_logits(1, 3 * 4096 + 5, seed=2, scale=1.0)
+    out = sample(logits, top_k=top_k, top_p=top_p, seed=1, backend=backend)
+    ordered = logits[0].double().sort(descending=True).values
+    if top_k:
+        ordered = ordered[:top_k]
+    if top_p < 1:
+        reached = ordered.softmax(dim=0).cumsum(dim=0)
+        ordered = ordered[: int((reached < float(torch.tensor(top_p))).sum()) + 1]
+    expected = logits[0, out.token].double() - ordered.logsumexp(dim=0)
+    torch.testing.assert_close(out.draw_logprob.double(), expected, rtol=2e-6, atol=2e-6)
+
+
+def test_draw_logprob_counts_ties_with_the_kth_and_the_id_that_crosses(backend):
+    rows = torch.tensor([[3.0, 2.0, 2.0, 1.0, 2.0, 0.0], [*torch.tensor([0.4, 0.2, 0.2, 0.2]).log(), -INF, -INF]])
+    case = torch.tensor([0, 1, 1, 1, 1, 1])
+    out = sample(
+        *(rows[case],), top_k=torch.tensor([2, 0, 0, 0, 0, 3]), top_p=torch.tensor([1.0, 0.0, 0.39, 0.45, 0.65, 0.7]),
+        seed=torch.tensor([5, 1, 2, 3, 4, 5]), backend=backend,
+    )  # fmt: skip
+    kept = [[0, 1, 2, 4], [0], [0], [0, 1], [0, 1, 2], [0, 1, 2]]  # of the last row top-k 3 keeps 4 ids, top-p 3
+    for row, ids in enumerate(kept):
+        assert int(out.token[row]) in ids
+        x = rows[case[row]].double()
+        expected = float(x[out.token[row]] - x[ids].logsumexp(dim=0))
+        assert float(out.draw_logprob[row]) == pytest.approx(expected, abs=1e-6), row
+    assert out.draw_logprob[1:3].tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (4, 1.0), (0, 0.5), (1, 1.0), (0, 0.0)])
+def test_draw_of_one_possible_id_is_certain(backend, top_k, top_p):
+    """At temperature 0 whatever the filters; with noise where they leave one id."""
+    logits = random_logits(6, 5000)
+    cold = sample(logits, temperature=0.0, top_k=top_k, top_p=top_p, backend=backend)
+    assert cold.draw_logprob.tolist() == [0.0] * 6 and (cold.prob < 1).all()
+    hot = sample(logits, top_k=top_k, top_p=top_p, backend=backend)
+    assert (hot.draw_logprob == 0.0).all() == (top_k == 1 or top_p == 0)
+    assert (hot.draw_logprob <= 0.0).all()
+
+
+@many_rows
+def test_probabilities_by_draw_logprob_sum_to_one_over_all_that_is_drawn(backend):
+    logits = random_logits(1, 40, seed=8, scale=1.0).expand(4000, 40)
+    out = sample(logits, top_k=9, top_p=0.95, seed=3, backend=backend)
+    by_token = {token: logprob for token, logprob in zip(out.token.tolist(), out.draw_logprob.tolist(), strict=True)}
+    assert len(by_token) > 4 and sum(map(math.exp, by_token.values())) == pytest.approx(1.0, abs=1e-5)
+
+
+@compiled
+def test_a_confident_draw_has_the_logarithm_that_its_probability_rounds_away(backend):
+    logits = torch.full((1, 2), 0.0)
+    logits[0, 1] = 20.0
+    out = sample(logits, backend=backend)
+    assert out.token.item() == 1 and out.prob.item() == 1.0
+    assert out.draw_logprob.item() == pytest.approx(-math.log1p(math.exp(-20.0)), rel=1e-5)
 
 
 @many_rows

@@ -131,7 +131,7 @@ def test_first_step_that_the_draft_did_not_foresee_is_the_only_one(backend):
     assert out.progress.tolist() == [[0, 0, 1, 0, 1, 1, 0]]
     assert int(out.revealed[0]).bit_count() == 1
     assert out.origin[0, 0].tolist().count(DENOISED) == 1 and not (out.origin == DRAFTED).any()
-    assert not out.tokens[0, 1:].any() and (out.prob[0, 1:] == 1).all()
+    assert not out.tokens[0, 1:].any() and (out.prob[0, 1:] == 1).all() and not out.draw_logprob[0, 1:].any()
 
 
 def test_block_finished_otherwise_than_drafted_is_not_held_and_ends_the_walk(backend):
@@ -153,11 +153,12 @@ def test_slot_without_a_current_state_keeps_its_block(backend):
     made = arguments(batch=2, start=ints(-1, 8), step=ints(3, 0), known=torch.tensor([5, 0]))
     made["block"][0] = -1
     made["states"][0, 0], made["state_revealed"][0, 0] = torch.tensor([6, 7, 8, 9]), 5
-    made["prob"][0], made["step_map"][0], made["origin"][0] = 0.5, 2, 1
+    made["prob"][0], made["draw_logprob"][0], made["step_map"][0], made["origin"][0] = 0.5, -0.25, 2, 1
     out = walk(made, backend)
     assert out.progress[0].tolist() == [0, 0, 0, -1, 3, 0, 0] and out.progress[1, TAKEN] > 1
     assert out.revealed[0] == 5 and out.tokens[0, 0].tolist() == [6, 0, 8, 0]
-    assert (out.prob[0, 0] == 0.5).all() and (out.step_map[0, 0] == 2).all() and (out.origin[0, 0] == 1).all()
+    assert (out.prob[0, 0] == 0.5).all() and (out.draw_logprob[0, 0] == -0.25).all()
+    assert (out.step_map[0, 0] == 2).all() and (out.origin[0, 0] == 1).all()
 
 
 @pytest.mark.parametrize("step, steps", [(-1, 4), (4, 4), (0, 0), (2, 2), (2**31 - 1, 4)])
@@ -220,7 +221,8 @@ def test_empty_batches_graphs_and_blocks_are_fine(backend, batch, states, length
     out = walk(made, backend)
     assert out.progress.tolist() == [[0, 0, 0, -1, 0, 0, 0]] * batch
     assert out.tokens.shape == out.origin.shape == (batch, 3, length)
-    assert [x.dtype for x in out] == [torch.int32, torch.int64, torch.int64, torch.int32, torch.float32, torch.int32]
+    floats = [torch.float32] * 2
+    assert [x.dtype for x in out] == [torch.int32, torch.int64, torch.int64, torch.int32, *floats, torch.int32]
 
 
 REFUSED = [
@@ -242,6 +244,8 @@ REFUSED = [
     ("step", torch.zeros(1, dtype=torch.int64), TypeError, "step must be torch.int32"),
     ("step_map", torch.zeros(1, 4), TypeError, "step_map must be torch.int32"),
     ("prob", torch.zeros(1, 3), ValueError, r"prob must be \[B, L\]"),
+    ("draw_logprob", torch.zeros(1, 3), ValueError, r"draw_logprob must be \[B, L\]"),
+    ("draw_logprob", torch.zeros(1, 4).double(), TypeError, "draw_logprob must be torch.float32"),
     ("origin", torch.zeros(1, 4, dtype=torch.int64), TypeError, "origin must be torch.int32"),
     ("temperature", torch.full((1,), math.inf), ValueError, "temperature must be finite and >= 0"),
     ("temperature", 0.0, TypeError, "temperature must be a tensor, got float"),
@@ -283,7 +287,7 @@ def test_block_longer_than_a_set_of_64_is_refused(length):
         walk(made)
 
 
-BY_POSITION = ("rows", "states", "draft_tokens", "step_map", "prob", "origin", "schedule")
+BY_POSITION = ("rows", "states", "draft_tokens", "step_map", "prob", "draw_logprob", "origin", "schedule")
 
 
 @needs_compiled_ops

@@ -24,7 +24,7 @@ def test_same_walk_as_the_reference(backend, case):
     made = {name: case[name] for name in ORDER}
     for name, value, expected in zip(*(walk(made)._fields, walk(made, backend), walk(made, "reference")), strict=True):
         assert value.dtype == expected.dtype
-        if name == "prob":
+        if name in ("prob", "draw_logprob"):
             torch.testing.assert_close(value, expected, rtol=5e-6, atol=5e-6)
         else:
             assert torch.equal(value, expected), name
@@ -58,7 +58,7 @@ def assert_same_walk(made):
     out, expected = walk(made, "cuda"), walk(made, "reference")
     for name, value, wanted in zip(out._fields, out, expected, strict=True):
         assert value.dtype == wanted.dtype
-        if name == "prob":  # NaN equals NaN
+        if name in ("prob", "draw_logprob"):  # NaN equals NaN
             value, wanted = value.view(torch.int32), wanted.view(torch.int32)
         assert torch.equal(value, wanted), name
     assert all(torch.equal(made[name], value) for name, value in before.items())
@@ -80,7 +80,7 @@ def test_random_graphs_of_drafts_that_mostly_agree(same_draws, number):
     out = assert_same_walk(strided(made) if number % 3 == 0 else made)
     by_cpu = walk(made, "cpu")
     for name, value, wanted in zip(out._fields, out, by_cpu, strict=True):
-        if name == "prob":
+        if name in ("prob", "draw_logprob"):
             torch.testing.assert_close(value, wanted, rtol=5e-6, atol=5e-6)
         else:
             assert torch.equal(value, wanted), name
@@ -129,6 +129,7 @@ def test_step_drawn_from_no_row_of_its_own_has_probability_0(strategy):
     made["rows"] = torch.where(made["rows"] < 0, made["rows"], 0)
     out = walk(made, "cuda")
     assert sorted(out.prob[0, 0].tolist())[:3] == [0.0] * 3 and out.progress[0, FINISHED] == 1
+    assert sorted(out.draw_logprob[0, 0].tolist()) == [-math.inf] * 3 + [0.0]
     assert out.tokens[0, 0].count_nonzero() <= 1
 
 

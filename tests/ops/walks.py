@@ -17,7 +17,8 @@ FINISHED, HELD, TAKEN, LAST, STEP, JUDGED, ACCEPTED = range(7)  # progress
 RULE = ("schedule", "steps", "strategy", "threshold")
 ORDER = (
     *("target_logits", "rows", "states", "state_revealed", "block", "draft_tokens", "draft_blocks_in_rows"),
-    *("proposal_depth", "start", "step", "step_map", "prob", "origin", "temperature", *RULE),
+    *("proposal_depth", "start", "step", "step_map", "prob", "draw_logprob", "origin"),
+    *("temperature", *RULE),
     *("top_k", "top_p", "seed", "banned_ids"),
 )
 SHARED = ("target_logits", "banned_ids")  # by all slots
@@ -67,20 +68,22 @@ def replay(made, backend):
             shown = tuple(t if bits >> i & 1 else 0 for i, t in enumerate(made["states"][b, c].tolist()))
             index[int(made["block"][b, c]), bits, shown] = c
         draft = made["draft_tokens"][b].tolist()
-        blocks = [[[0] * length, [0] * length, [1.0] * length, [0] * length] for _ in range(n_blocks + 2)]
+        blocks = [
+            [[0] * length, [0] * length, [1.0] * length, [0.0] * length, [0] * length] for _ in range(n_blocks + 2)
+        ]
         known = int(made["state_revealed"][b, 0]) % 2**64
         blocks[0] = [
             [t if known >> i & 1 else 0 for i, t in enumerate(made["states"][b, 0].tolist())],
-            *(made[name][b].tolist() for name in ("step_map", "prob", "origin")),
+            *(made[name][b].tolist() for name in ("step_map", "prob", "draw_logprob", "origin")),
         ]
         at, last, block, step = (0 if made["block"][b, 0] >= 0 else None), -1, 0, int(made["step"][b])
         finished = held_blocks = taken = judged = accepted = 0
         while at is not None and taken < count and 0 <= step < made["steps"][b]:
-            tokens, when, prob, how = blocks[block]
+            tokens, when, prob, logprob, how = blocks[block]
             masked = [i for i in range(length) if not known >> i & 1]
             drawn = draw(made, b, at, known, masked, backend)
             for i in revealed_by(made, b, known, length, step, drawn):
-                tokens[i], prob[i] = drawn[i][0], drawn[i][1]
+                tokens[i], prob[i], logprob[i] = drawn[i][0], drawn[i][1], drawn[i][-1]
                 when[i], how[i] = step + 1, DENOISED if at == 0 else DRAFTED
                 known |= 1 << i
                 if block < made["proposal_depth"][b]:
@@ -97,11 +100,11 @@ def replay(made, backend):
         progress.append([finished, held_blocks, taken, last, step, judged, accepted])
         sets.append(signed(known))
         text.append(blocks)
-    return [progress, sets, *([[block[n] for block in blocks] for blocks in text] for n in range(4))]
+    return [progress, sets, *([[block[n] for block in blocks] for blocks in text] for n in range(5))]
 
 
 def draw(made, b, c, known, masked, backend):
-    """{position: (token, prob, log_odds, entropy)} of the masked positions of a state."""
+    """{position: (token, prob, log_odds, entropy, draw_logprob)} of the masked positions of a state."""
     length, count = made["states"].shape[2], len(masked)
     first = int(made["start"][b]) + int(made["block"][b, c]) * length
 
@@ -121,12 +124,12 @@ def draw(made, b, c, known, masked, backend):
         made["banned_ids"],
         backend=backend,
     )
-    return dict(zip(masked, zip(*(x.tolist() for x in out[:4]), strict=True), strict=True))
+    return dict(zip(masked, zip(*(x.tolist() for x in (*out[:4], out.draw_logprob)), strict=True), strict=True))
 
 
 def revealed_by(made, b, known, length, step, drawn):
     tokens, given = torch.zeros(1, length, dtype=torch.int64), torch.zeros(3, 1, length)
-    for i, (_, *statistics) in drawn.items():
+    for i, (_, *statistics, _) in drawn.items():
         given[:, 0, i] = torch.tensor(statistics)
     newly = reveal(
         *(tokens, torch.tensor([signed(known)]), tokens.int(), tokens.clone(), *given, ints(step)),
@@ -167,6 +170,7 @@ def arguments(batch=1, blocks=2, length=4, number=0, *, rules=None, draft=None, 
     made |= {
         "step_map": torch.zeros(batch, length, dtype=torch.int32),
         "prob": torch.ones(batch, length),
+        "draw_logprob": torch.zeros(batch, length),
         "origin": torch.zeros(batch, length, dtype=torch.int32),
     }
     forwards = blocks * max(made["steps"].tolist(), default=0)
@@ -233,7 +237,7 @@ def native(made, tokens, known, number, dtype, forwards):
     """`forwards` walks over the current state alone, each from where the last one ended. Of each slot every block by
     then, as lists of tokens and steps, the last one current; and the states on the way (block, set)."""
     batch, length = tokens.shape
-    state = {name: made[name].clone() for name in ("start", "step", "step_map", "prob", "origin")}
+    state = {name: made[name].clone() for name in ("start", "step", "step_map", "prob", "draw_logprob", "origin")}
     fixed = ("temperature", "top_k", "top_p", "seed", "banned_ids", *RULE)
     blocks, path = [[] for _ in range(batch)], [[] for _ in range(batch)]
     idle = torch.where(made["start"] < 0, -1, 0).to(torch.int32)[:, None]
@@ -256,7 +260,7 @@ def native(made, tokens, known, number, dtype, forwards):
         tokens, known = out.tokens[slot, now], out.revealed
         state["start"] = state["start"] + out.progress[:, FINISHED] * length
         state["step"] = out.progress[:, STEP].contiguous()
-        state |= {name: getattr(out, name)[slot, now] for name in ("step_map", "prob", "origin")}
+        state |= {name: getattr(out, name)[slot, now] for name in ("step_map", "prob", "draw_logprob", "origin")}
     for b in range(batch):
         blocks[b].append((tokens[b].tolist(), state["step_map"][b].tolist()))
     return blocks, path

@@ -12,9 +12,9 @@ inline VerifyParams verify_params(DeviceCheck check_device, const Tensor& target
                                   const Tensor& states, const Tensor& state_revealed, const Tensor& block,
                                   const Tensor& draft_tokens, const Tensor& draft_blocks_in_rows,
                                   const Tensor& proposal_depth, const Tensor& start, const Tensor& step,
-                                  const Tensor& step_map, const Tensor& prob, const Tensor& origin,
-                                  const Tensor& schedule, const Tensor& steps, const Tensor& strategy,
-                                  const Tensor& threshold) {
+                                  const Tensor& step_map, const Tensor& prob, const Tensor& draw_logprob,
+                                  const Tensor& origin, const Tensor& schedule, const Tensor& steps,
+                                  const Tensor& strategy, const Tensor& threshold) {
     const Arguments take("verify_graph", check_device, target_logits);
     take.expect.logits("target_logits", target_logits, {-1, -1}, "[N, V]");
     VerifyParams p{};
@@ -31,6 +31,7 @@ inline VerifyParams verify_params(DeviceCheck check_device, const Tensor& target
     p.step = take.view<const int32_t>("step", step, {batch}, "[B]");
     p.step_map = take.view<const int32_t>("step_map", step_map, {batch, length}, "[B, L]");
     p.prob = take.view<const float>("prob", prob, {batch, length}, "[B, L]");
+    p.draw_logprob = take.view<const float>("draw_logprob", draw_logprob, {batch, length}, "[B, L]");
     p.origin = take.view<const int32_t>("origin", origin, {batch, length}, "[B, L]");
     p.rules = take.rules(schedule, steps, strategy, threshold, batch, length);
     p.batch = batch;
@@ -41,7 +42,7 @@ inline VerifyParams verify_params(DeviceCheck check_device, const Tensor& target
     return p;
 }
 
-using WalkTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using WalkTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // The outputs, which `allocate` makes, as parameters and as tensors.
 template <typename Allocate>
@@ -52,13 +53,15 @@ WalkTensors walk_outputs(VerifyParams& p, const Allocate& allocate) {
                     allocate(text, ScalarType::Long),
                     allocate(text, ScalarType::Int),
                     allocate(text, ScalarType::Float),
+                    allocate(text, ScalarType::Float),
                     allocate(text, ScalarType::Int)};
     p.progress = data_of<int32_t>(std::get<0>(out));
     p.revealed_out = data_of<int64_t>(std::get<1>(out));
     p.tokens_out = data_of<int64_t>(std::get<2>(out));
     p.step_map_out = data_of<int32_t>(std::get<3>(out));
     p.prob_out = data_of<float>(std::get<4>(out));
-    p.origin_out = data_of<int32_t>(std::get<5>(out));
+    p.draw_logprob_out = data_of<float>(std::get<5>(out));
+    p.origin_out = data_of<int32_t>(std::get<6>(out));
     return out;
 }
 

@@ -98,6 +98,10 @@ float Summary::entropy() const {
     return static_cast<float>(std::log1p(rest()) - moment_from_top / total());
 }
 
+float Summary::log_prob(float x, double total) const {
+    return static_cast<float>(static_cast<double>(x) - top - std::log(total));
+}
+
 float Summary::logsumexp() const { return empty() ? NEGATIVE_INFINITY : static_cast<float>(top + std::log1p(rest())); }
 
 Summary summarise(const Row& row, float* copy, const NoiseKey* key, Best* drawn) {
@@ -168,18 +172,20 @@ Draw draw_row(const Row& row, const Filter& filter, const NoiseKey* key, Workspa
     Best best{NEGATIVE_INFINITY, NEGATIVE_INFINITY, -1};
     if (filtered) work.x.resize((row.vocabulary + BLOCK - 1) / BLOCK * BLOCK, NEGATIVE_INFINITY);
     const Summary summary = summarise(row, filtered ? work.x.data() : nullptr, filtered ? nullptr : key, &best);
-    if (summary.empty()) return {row.banned->lowest_allowed, NEGATIVE_INFINITY, summary};
-    if (!key) return {summary.best, summary.top, summary};
+    if (summary.empty()) return {row.banned->lowest_allowed, NEGATIVE_INFINITY, NEGATIVE_INFINITY, summary};
+    if (!key) return {summary.best, summary.top, 0.0f, summary};
+    double total = summary.total();
     if (filtered) {
-        const Cutoff cutoff = filter_row(row, summary, filter, work).cutoff;
+        const Kept kept = filter_row(row, summary, filter, work);
+        total = kept.total;
         for (int64_t id = 0; id < row.vocabulary; ++id) {
-            if (!cutoff.keeps(work.x[id], id)) work.x[id] = NEGATIVE_INFINITY;
+            if (!kept.cutoff.keeps(work.x[id], id)) work.x[id] = NEGATIVE_INFINITY;
         }
         for (int64_t begin = 0; begin < row.vocabulary; begin += BLOCK) {
             kernels().draw(work.x.data() + begin, BLOCK, begin, *key, &best);
         }
     }
-    return {best.id, best.x, summary};
+    return {best.id, best.x, summary.log_prob(best.x, total), summary};
 }
 
 }  // namespace simsd::vocabulary

@@ -62,6 +62,8 @@ struct Summary {
     float log_odds(int64_t id, float x) const;
     float entropy() const;  // nats
     float logsumexp() const;
+    // log(e^(x - top) / total), of ids of which the weights are `total` together.
+    float log_prob(float x, double total) const;
 
   private:
     void raise_second(float x);
@@ -107,6 +109,7 @@ Kept filter_row(const Row& row, const Summary& summary, const Filter& filter, Wo
 struct Draw {
     int64_t token;
     float x;
+    float logprob;  // under what the token was drawn from: 0 for an argmax, -inf where nothing is finite
     Summary summary;
 };
 

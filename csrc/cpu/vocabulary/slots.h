@@ -9,9 +9,9 @@ namespace simsd::vocabulary {
 // What is drawn at positions, one after the other.
 struct Draws {
     std::vector<int64_t> token;
-    std::vector<float> prob, log_odds, entropy;
+    std::vector<float> prob, log_odds, entropy, logprob;
 
-    explicit Draws(int64_t size) : token(size), prob(size), log_odds(size), entropy(size) {}
+    explicit Draws(int64_t size) : token(size), prob(size), log_odds(size), entropy(size), logprob(size) {}
 
     control::Statistics statistics(int64_t first) const {
         return {control::contiguous(prob.data() + first), control::contiguous(log_odds.data() + first),
@@ -59,6 +59,7 @@ class SlotLogits {
         out.prob[at] = drawn.summary.prob(drawn.x);
         out.log_odds[at] = drawn.summary.log_odds(drawn.token, drawn.x);
         out.entropy[at] = drawn.summary.entropy();
+        out.logprob[at] = drawn.logprob;
     }
 
   private:

@@ -23,7 +23,7 @@ void set_logits(sample::Params& params, const Tensor& logits) {
     params.vocabulary = static_cast<int32_t>(logits.size(2));
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> block_verify(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> block_verify(
     const Tensor target_logits, const Tensor draft_ids, const Tensor known, const Tensor drafted,
     const Tensor temperature, const std::optional<Tensor> top_k, const std::optional<Tensor> top_p,
     const std::optional<Tensor> seed, const std::optional<Tensor> position, const std::optional<Tensor> revealed,
@@ -43,7 +43,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> block_verify(
     Tensor accepted = allocate({batch}, ScalarType::Int), bonus = allocate({batch}, ScalarType::Long);
     Tensor tokens = allocate({batch, length}, ScalarType::Long),
            target_ids = allocate({batch, length}, ScalarType::Long);
-    Tensor prob = allocate({batch, length}, ScalarType::Float);
+    Tensor prob = allocate({batch, length}, ScalarType::Float),
+           draw_logprob = allocate({batch, length}, ScalarType::Float);
     const int64_t rows = batch * length, laws_bytes = rows * static_cast<int64_t>(sizeof(sample::Law));
     Tensor scratch = allocate({mrs ? 2 : 1, sample::scratch_bytes(rows, vocabulary)}, ScalarType::Byte);
     Tensor chosen = allocate({2, rows}, ScalarType::Int);
@@ -72,6 +73,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> block_verify(
     params.tokens = static_cast<int64_t*>(bytes(tokens, 0));
     params.target_ids = static_cast<int64_t*>(bytes(target_ids, 0));
     params.prob = static_cast<float*>(bytes(prob, 0));
+    params.draw_logprob = static_cast<float*>(bytes(draw_logprob, 0));
 
     sample::Params& target = params.target;
     set_logits(target, target_logits);
@@ -96,8 +98,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> block_verify(
         target.revealed = per_row<int64_t>(revealed, group);
     }
     target.prob = params.prob;
+    target.draw_logprob = params.draw_logprob;
     verify::launch_verify(params, device.stream());
-    return {accepted, bonus, tokens, target_ids, prob};
+    return {accepted, bonus, tokens, target_ids, prob, draw_logprob};
 }
 
 }  // namespace

@@ -12,11 +12,11 @@ namespace {
 
 constexpr const char* OP = "sample_logits";
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sample_logits(const Tensor logits, const Tensor temperature,
-                                                                 const Tensor top_k, const Tensor top_p,
-                                                                 const Tensor seed, const Tensor position,
-                                                                 const Tensor revealed,
-                                                                 const std::optional<Tensor> banned_ids) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sample_logits(const Tensor logits, const Tensor temperature,
+                                                                         const Tensor top_k, const Tensor top_p,
+                                                                         const Tensor seed, const Tensor position,
+                                                                         const Tensor revealed,
+                                                                         const std::optional<Tensor> banned_ids) {
     check_sample_logits(check_same_device, logits, temperature, top_k, top_p, seed, position, revealed, banned_ids);
     const int64_t rows = logits.size(0), vocabulary = logits.size(1);
     check_vocabulary(OP, "logits", vocabulary);
@@ -26,7 +26,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sample_logits(const Tensor lo
     Tensor token = allocate_like(logits, {rows}, ScalarType::Long);
     const auto statistic = [&] { return allocate_like(logits, {rows}, ScalarType::Float); };
     Tensor prob = statistic(), log_odds = statistic(), entropy = statistic(), logsumexp = statistic();
-    if (rows == 0) return {token, prob, log_odds, entropy, logsumexp};
+    Tensor draw_logprob = statistic();
+    if (rows == 0) return {token, prob, log_odds, entropy, logsumexp, draw_logprob};
     Tensor scratch = allocate_like(logits, {sample::scratch_bytes(rows, vocabulary)}, ScalarType::Byte);
 
     sample::Params params{};
@@ -49,9 +50,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sample_logits(const Tensor lo
     params.log_odds = static_cast<float*>(log_odds.mutable_data_ptr());
     params.entropy = static_cast<float*>(entropy.mutable_data_ptr());
     params.logsumexp = static_cast<float*>(logsumexp.mutable_data_ptr());
+    params.draw_logprob = static_cast<float*>(draw_logprob.mutable_data_ptr());
     params.scratch = scratch.mutable_data_ptr();
     sample::launch_sample(params, device.stream());
-    return {token, prob, log_odds, entropy, logsumexp};
+    return {token, prob, log_odds, entropy, logsumexp, draw_logprob};
 }
 
 }  // namespace

@@ -14,16 +14,17 @@ constexpr const char* OP = "verify_graph";
 control::WalkTensors verify_graph(const Tensor target_logits, const Tensor rows, const Tensor states,
                                   const Tensor state_revealed, const Tensor block, const Tensor draft_tokens,
                                   const Tensor draft_blocks_in_rows, const Tensor proposal_depth, const Tensor start,
-                                  const Tensor step, const Tensor step_map, const Tensor prob, const Tensor origin,
-                                  const Tensor temperature, const Tensor schedule, const Tensor steps,
-                                  const Tensor strategy, const Tensor threshold, const std::optional<Tensor> top_k,
+                                  const Tensor step, const Tensor step_map, const Tensor prob,
+                                  const Tensor draw_logprob, const Tensor origin, const Tensor temperature,
+                                  const Tensor schedule, const Tensor steps, const Tensor strategy,
+                                  const Tensor threshold, const std::optional<Tensor> top_k,
                                   const std::optional<Tensor> top_p, const std::optional<Tensor> seed,
                                   const std::optional<Tensor> banned_ids) {
     control::StateDraws draws{};
     control::VerifyParams& p = draws.given;
     p = control::verify_params(check_same_device, target_logits, rows, states, state_revealed, block, draft_tokens,
-                               draft_blocks_in_rows, proposal_depth, start, step, step_map, prob, origin, schedule,
-                               steps, strategy, threshold);
+                               draft_blocks_in_rows, proposal_depth, start, step, step_map, prob, draw_logprob, origin,
+                               schedule, steps, strategy, threshold);
     const control::Arguments take(OP, check_same_device, target_logits);
     take.view<const int64_t>("banned_ids", banned_ids, {-1}, "[n]");
     const control::Sampling sampling = take.sampling(temperature, top_k, top_p, seed, p.batch);
@@ -42,7 +43,7 @@ control::WalkTensors verify_graph(const Tensor target_logits, const Tensor rows,
     const Tensor draw_of_row = allocate({p.logit_rows}, ScalarType::Int);
     const Tensor key = allocate({states_at_all}, ScalarType::Long), token = allocate({count}, ScalarType::Long);
     const Tensor drawn_prob = allocate({count}, ScalarType::Float), log_odds = allocate({count}, ScalarType::Float);
-    const Tensor entropy = allocate({count}, ScalarType::Float);
+    const Tensor entropy = allocate({count}, ScalarType::Float), logprob = allocate({count}, ScalarType::Float);
     draws.row = data_of<int32_t>(row);
     draws.draw_of_row = data_of<int32_t>(draw_of_row);
     draws.position = data_of<int32_t>(position);
@@ -51,6 +52,7 @@ control::WalkTensors verify_graph(const Tensor target_logits, const Tensor rows,
     draws.prob = data_of<float>(drawn_prob);
     draws.log_odds = data_of<float>(log_odds);
     draws.entropy = data_of<float>(entropy);
+    draws.logprob = data_of<float>(logprob);
     control::launch_prepare(draws, device.stream());
 
     sample::Params draw{};
@@ -76,6 +78,7 @@ control::WalkTensors verify_graph(const Tensor target_logits, const Tensor rows,
     draw.prob = draws.prob;
     draw.log_odds = draws.log_odds;
     draw.entropy = draws.entropy;
+    draw.draw_logprob = draws.logprob;
     const Tensor scratch = allocate({sample::scratch_bytes(draw.tasks(), vocabulary)}, ScalarType::Byte);
     draw.scratch = scratch.mutable_data_ptr();
     if (count > 0) sample::launch_sample(draw, device.stream());

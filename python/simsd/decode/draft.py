@@ -147,7 +147,8 @@ def denoise(
     """One denoising step of the blocks at `at`, by each slot's own rule; updates text, `revealed` and `step`.
 
     Returns:
-        bool [B, L], what it revealed; token, prob, log_odds, entropy [B, L] as drawn, of meaning where rows >= 0.
+        bool [B, L], what it revealed; token, prob, log_odds, entropy, draw_logprob [B, L] as drawn, of meaning where
+        rows >= 0.
     """
     length = slots.length
     keyed = torch.where(slots.strategy == SEQUENTIAL, 0, revealed)
@@ -159,16 +160,17 @@ def denoise(
         keyed.repeat_interleave(length),
         slots.banned(shape.allowed_ids),
     )
-    drawn = tuple(x.view(-1, length) for x in drawn[:4])
+    token, prob, log_odds, entropy, _, draw_logprob = (x.view(-1, length) for x in drawn)
     places = slots.span(at.clamp(min=0)).long()
     tokens = slots.text.gather(1, places)
     newly = serving("reveal", slots.device)(
-        *(tokens, revealed, torch.zeros_like(slots.step_map), *drawn, torch.where(at >= 0, step, -1)),
+        *(tokens, revealed, torch.zeros_like(slots.step_map), token, prob, log_odds, entropy),
+        torch.where(at >= 0, step, -1),
         *(slots.schedule, slots.steps, slots.strategy, slots.threshold),
     )
     slots.text.scatter_(1, places, tokens)
     step.add_(at >= 0)
-    return slots.bits_in(newly), drawn
+    return slots.bits_in(newly), (token, prob, log_odds, entropy, draw_logprob)
 
 
 def _finish(slots: Slots, logits: Tensor, rows: Tensor, revealed: Tensor, step: Tensor, k: int, shape: Shape) -> None:

@@ -50,12 +50,13 @@ class Commands:
 
 
 class Block(NamedTuple):
-    """A finished block: L tokens, steps, probabilities and origins. Of a temporal iteration as much of the current one
-    as is committed, with logarithms of the probabilities (else None)."""
+    """A finished block: L tokens, steps, probabilities, log-probabilities of the draws and origins. Of a temporal
+    iteration as much of the current one as is committed, with logarithms of the probabilities (else None)."""
 
     tokens: list[int]
     steps: list[int]
     probs: list[float]
+    draw_logprobs: list[float]
     origins: list[int]
     logprobs: list[float] | None = None
 
@@ -86,31 +87,31 @@ class SlotReport(NamedTuple):
 
 
 class Report:
-    """What one iteration did: int32 [B, 16 + 4 (K + 2) L], written by `advance_slots` (see there for the columns).
+    """What one iteration did: int32 [B, 16 + 5 (K + 2) L], written by `advance_slots` (see there for the columns).
 
     Attributes:
         finished, draft_lag, draft_forwards: columns, [B].
     """
 
-    HEADER = 16
+    HEADER, COLUMNS = 16, 5
     FINISHED, LAG, FORWARDS = 2, 14, 15
 
     def __init__(self, buffer: Tensor, lookahead: int, length: int) -> None:
         """`buffer`: at least as many columns and L more; those of K = `lookahead` drafted blocks are used."""
         self._whole, self._length, self._text = buffer, length, (lookahead + 2) * length
-        self.buffer = buffer[:, : self.HEADER + 4 * self._text]
+        self.buffer = buffer[:, : self.HEADER + self.COLUMNS * self._text]
         self.finished, self.draft_lag, self.draft_forwards = (
             self.buffer[:, column] for column in (self.FINISHED, self.LAG, self.FORWARDS)
         )
         first = self.HEADER + 2 * self._text
-        self._prob = self.buffer[:, first : first + self._text].view(torch.float32)
+        self._floats = self.buffer[:, first : first + 2 * self._text].view(torch.float32)
         self._logprob = buffer[:, -length:].view(torch.float32)
 
     @classmethod
     def allocate(
         cls, slots: int, lookahead: int, length: int, device: torch.device | str, pinned: bool = False
     ) -> Report:
-        shape = (slots, cls.HEADER + 4 * (lookahead + 2) * length + length)
+        shape = (slots, cls.HEADER + cls.COLUMNS * (lookahead + 2) * length + length)
         return cls(torch.zeros(shape, dtype=torch.int32, device=device, pin_memory=pinned), lookahead, length)
 
     def of(self, lookahead: int) -> Report:
@@ -134,6 +135,7 @@ class Report:
         tokens: Tensor,
         steps: Tensor,
         prob: Tensor,
+        draw_logprob: Tensor,
         origin: Tensor,
         logprob: Tensor,
     ) -> None:
@@ -143,7 +145,8 @@ class Report:
         header = epoch, live, finished, one, nothing, judged, accepted, 2 * one, failed, ended, low, high
         self.buffer[:, 12:14] = 0
         self.buffer[:, : len(header)] = torch.stack([column.int() for column in header], 1)
-        for n, column in enumerate((tokens.int(), steps, prob.view(torch.int32), origin)):
+        floats = (x.view(torch.int32) for x in (prob, draw_logprob))
+        for n, column in enumerate((tokens.int(), steps, *floats, origin)):
             first = self.HEADER + n * self._text
             self.buffer[:, first : first + self._length] = column
         self._logprob.copy_(logprob)
@@ -154,14 +157,14 @@ class Report:
         `partly`: `blocks` is the one block as far as it is committed.
         """
         length, text = self._length, self._text
-        probs = self._prob.tolist()
+        floats = self._floats.tolist()
         logprobs = self._logprob.tolist() if partly else None
         for slot, row in enumerate(self.buffer.tolist()):
             if not row[1]:
                 continue
             finished = row[2]
-            tokens, steps, origins = (row[16 + n * text : 16 + (n + 1) * text] for n in (0, 1, 3))
-            columns = tokens, steps, probs[slot], origins
+            tokens, steps, origins = (row[16 + n * text : 16 + (n + 1) * text] for n in (0, 1, 4))
+            columns = tokens, steps, floats[slot][:text], floats[slot][text:], origins
             revealed = (row[10] & 0xFFFFFFFF) | (row[11] & 0xFFFFFFFF) << 32
             if partly:
                 stop = length if finished else revealed.bit_count()

@@ -149,8 +149,8 @@ def walk_states(slots: Slots, logits: Tensor, plan: kernels.Plan, shape: Shape) 
     walked = serving("verify_graph", slots.device)(
         *(logits, plan.state_rows, plan.states, plan.state_revealed, plan.block),
         *(slots.proposal(shape.lookahead).tokens, plan.draft_blocks_in_rows, slots.proposal_depth),
-        *(slots.start, slots.step, slots.step_map, slots.prob, slots.origin, slots.temperature),
-        *(slots.schedule, slots.steps, slots.strategy, slots.threshold),
+        *(slots.start, slots.step, slots.step_map, slots.prob, slots.draw_logprob, slots.origin),
+        *(slots.temperature, slots.schedule, slots.steps, slots.strategy, slots.threshold),
         *(slots.top_k if shape.filters[0] else None, slots.top_p if shape.filters[1] else None),
         *(slots.seed, slots.banned(shape.allowed_ids)),
     )
@@ -160,8 +160,8 @@ def walk_states(slots: Slots, logits: Tensor, plan: kernels.Plan, shape: Shape) 
 def advance(slots: Slots, walk: kernels.Walk, plan: kernels.Plan, shape: Shape, report: Report) -> None:
     K = shape.lookahead
     serving("advance_slots", slots.device)(
-        *(slots.text, slots.start, slots.revealed, slots.step, slots.step_map, slots.prob, slots.origin),
-        *(slots.target_kv_len, slots.draft_kv_len, slots.last_rows),
+        *(slots.text, slots.start, slots.revealed, slots.step, slots.step_map, slots.prob, slots.draw_logprob),
+        *(slots.origin, slots.target_kv_len, slots.draft_kv_len, slots.last_rows),
         *(*slots.proposal(K), slots.proposal_depth, slots.draft_end),
         report.buffer,
         *(slots.end, slots.prompt_len, slots.request_epoch, slots.stop_ids),

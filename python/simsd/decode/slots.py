@@ -28,6 +28,7 @@ def layout(length: int, stop_ids: int) -> Layout:
         "step": (int32, ()),
         "step_map": (int32, (length,)),
         "prob": (float32, (length,)),
+        "draw_logprob": (float32, (length,)),
         "origin": (int32, (length,)),
         "target_kv_len": (int32, ()),
         "draft_kv_len": (int32, ()),
@@ -69,7 +70,8 @@ class Slots:
         start: int32, position of the current block; negative: the slot is free. end: int32, where the last block that
             may be decoded ends. prompt_len: int32.
         request_epoch: int32, tells a late report of an earlier occupant from one of the present.
-        revealed: int64, step: int32, of the current block; step_map int32, prob float32, origin int32 [B, L] likewise.
+        revealed: int64, step: int32, of the current block; step_map int32, prob, draw_logprob float32, origin int32
+            [B, L] likewise.
         target_kv_len, draft_kv_len: int32, tokens whose keys and values are in place.
         temperature, top_k, top_p, seed, strategy, threshold, schedule [B, L], steps: as the ops take them. end_gate:
             float32.
@@ -156,6 +158,7 @@ class Slots:
             "step": 0,
             "step_map": zeros,
             "prob": ones,
+            "draw_logprob": zeros,
             "origin": zeros,
             "target_kv_len": kv_lens[0],
             "draft_kv_len": kv_lens[1],

@@ -38,13 +38,15 @@ class Temporal:
 @dataclasses.dataclass
 class Drafts:
     """Drafted blocks, [B, L] each: tokens (the mask token where nothing was drafted), step_map (1-based, 0 where known
-    or masked), drawn_under (the set that a position's noise was keyed by); revealed int64 [B]; logits [B, L, V] that
-    each token was drawn from, None unless the rule needs them; at int32 [B], where they begin, -1 in idle slots."""
+    or masked), drawn_under (the set that a position's noise was keyed by), draw_logprob (of the draft's draw); revealed
+    int64 [B]; logits [B, L, V] that each token was drawn from, None unless the rule needs them; at int32 [B], where
+    they begin, -1 in idle slots."""
 
     tokens: Tensor
-    revealed: Tensor
     step_map: Tensor
     drawn_under: Tensor
+    draw_logprob: Tensor
+    revealed: Tensor
     logits: Tensor | None
     at: Tensor
 
@@ -55,6 +57,7 @@ def draft_blocks(slots: Slots, commands: Commands, draft: ModelRunner, shape: Sh
     revealed, step = slots.revealed.clone(), torch.zeros_like(slots.step)
     step_map = torch.zeros_like(slots.step_map)
     drawn_under = torch.zeros_like(step_map, dtype=torch.int64)
+    draw_logprob = torch.zeros_like(slots.draw_logprob)
     kept = None
     for _ in range(shape.draft_steps):
         here = torch.where(slots.bits_in(revealed).all(1), -1, at)
@@ -65,15 +68,16 @@ def draft_blocks(slots: Slots, commands: Commands, draft: ModelRunner, shape: Sh
         slots.draft_forwards.add_(here >= 0)
         key = torch.where(slots.strategy == SEQUENTIAL, 0, revealed)
         now = step + 1
-        newly, _ = denoise(slots, logits, rows, here, revealed, step, shape)
+        newly, drawn = denoise(slots, logits, rows, here, revealed, step, shape)
         step_map = torch.where(newly, now[:, None], step_map)
         drawn_under = torch.where(newly, key[:, None], drawn_under)
+        draw_logprob = torch.where(newly, drawn[-1], draw_logprob)
         if shape.temporal.accept == "mrs":
             new = logits[rows.clamp(min=0)]
             kept = torch.where(newly[:, :, None], new, torch.zeros_like(new) if kept is None else kept)
     tokens = slots.text.gather(1, slots.span(at.clamp(min=0)).long())
     tokens = torch.where(slots.bits_in(revealed), tokens, draft.mask_token_id)
-    return Drafts(tokens, revealed, step_map, drawn_under, kept, at)
+    return Drafts(tokens, step_map, drawn_under, draw_logprob, revealed, kept, at)
 
 
 class TemporalPlan(NamedTuple):
@@ -102,7 +106,7 @@ def judge(
     known = slots.bits_in(slots.revealed).sum(1, dtype=torch.int32)  # a prefix of the block
     plan = _plan(slots, target, drafts, known, shape)
     logits = forward(target, plan, slots, shape).view(slots.count, slots.length, -1)
-    accepted, bonus, tokens, target_ids, prob = unchecked(kernels.block_verify, slots.device, logits.dtype)(
+    accepted, *judged = unchecked(kernels.block_verify, slots.device, logits.dtype)(
         logits,
         drafts.tokens,
         known,
@@ -117,7 +121,7 @@ def judge(
         rule=shape.temporal.accept,
         **_coins(slots, drafts, known, shape),
     )
-    verdict = settle(slots, shape, logits, drafts, known, bonus, tokens, target_ids, prob)
+    verdict = settle(slots, shape, logits, drafts, known, *judged)
     _commit(slots, drafts, verdict, known, accepted, report)
 
 
@@ -166,13 +170,14 @@ def _coins(slots: Slots, drafts: Drafts, known: Tensor, shape: Shape) -> dict[st
 
 @dataclasses.dataclass
 class Verdict:
-    """What a verification leaves of each block: tokens int64, prob, logprob float32, origin int32 [B, L]; positions
-    before `stop` (int [B]) stay. bonus: bool [B], whether the target's own token behind the accepted ones is among
-    them."""
+    """What a verification leaves of each block: tokens int64, prob, logprob, draw_logprob float32, origin int32
+    [B, L]; positions before `stop` (int [B]) stay. bonus: bool [B], whether the target's own token behind the accepted
+    ones is among them."""
 
     tokens: Tensor
     prob: Tensor
     logprob: Tensor
+    draw_logprob: Tensor
     origin: Tensor
     stop: Tensor
     bonus: Tensor
@@ -188,6 +193,7 @@ def settle(
     tokens: Tensor,
     target_ids: Tensor,
     prob: Tensor,
+    draw_logprob: Tensor,
 ) -> Verdict:
     """Applies the rejected-tail policy and the end gate to what `block_verify` returned."""
     index, length, rule = slots.offsets, slots.length, shape.temporal
@@ -209,12 +215,16 @@ def settle(
         keeps = drafted if rule.rejected_tail == "draft_argmax" else torch.zeros_like(drafted)
         tokens = torch.where(replaced, torch.where(keeps, drafts.tokens, target_ids), tokens)
         origin = torch.where(replaced, TAIL, origin)
+        # The draft's draw, or the target's: behind the stop the op told of it, before it replaces by an argmax alone.
+        own = torch.where(index >= stop[:, None], draw_logprob, 0.0)
+        own = torch.where(keeps, drafts.draw_logprob, own)
+        draw_logprob = torch.where(replaced, own, draw_logprob)
         # The op judged others there: the target's probability of what was put in their place.
         banned = slots.banned(shape.allowed_ids)
         logs = _log_probs(slots, logits, banned).gather(2, tokens.clamp(min=0)[:, :, None]).squeeze(2)
         prob, logprob = torch.where(replaced, logs.exp(), prob), torch.where(replaced, logs, logprob)
         stop = torch.where(has_bonus, length, stop)
-    verdict = Verdict(tokens, prob, logprob, origin.int(), stop, has_bonus)
+    verdict = Verdict(tokens, prob, logprob, draw_logprob, origin.int(), stop, has_bonus)
     return _gate_ends(slots, shape, logits, known, is_bonus, verdict) if rule.gates else verdict
 
 
@@ -240,6 +250,7 @@ def _gate_ends(
     verdict.tokens = torch.where(gated, token, verdict.tokens)
     verdict.prob = torch.where(gated, best.exp(), verdict.prob)
     verdict.logprob = torch.where(gated, best, verdict.logprob)
+    verdict.draw_logprob = torch.where(gated, 0.0, verdict.draw_logprob)
     return verdict
 
 
@@ -283,6 +294,7 @@ def _commit(slots: Slots, drafts: Drafts, verdict: Verdict, known: Tensor, accep
         tokens=tokens,
         steps=torch.where(new, steps, 0),
         prob=torch.where(new, verdict.prob, 1.0),
+        draw_logprob=torch.where(new, verdict.draw_logprob, 0.0),
         origin=verdict.origin,
         logprob=verdict.logprob,
     )

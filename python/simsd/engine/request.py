@@ -43,7 +43,11 @@ class Update:
 
 class Request:
     """Tokens, step map, probabilities and origins of one prompt, cut at the first end token, stop string or the
-    limit."""
+    limit.
+
+    Attributes:
+        behind: (token, step, log-probability of the draw) of what was decided behind the text's end, from there on.
+    """
 
     def __init__(
         self,
@@ -66,6 +70,9 @@ class Request:
         self.steps: list[int] = []
         self.probs: list[float] = []
         self.logprobs: list[float] = []
+        self.draw_logprobs: list[float] = []
+        self.behind: list[tuple[int, int, float]] = []
+        self.block_length = 1  # of the model, once an iteration has brought tokens
         self.origins: list[str] = []
         self.answer = None if tokenizer is None else AnswerText(tokenizer, params.stop)
         self.provisional: list[int | None] = []
@@ -119,6 +126,7 @@ class Request:
         self.stats.drafted += report.judged
         self.stats.accepted += report.accepted
         self.failures = 0
+        self.block_length = block_length
         if report.failed:
             self.fail(NOT_FINITE)
         for block in report.blocks:
@@ -126,8 +134,8 @@ class Request:
                 known = len(self.tokens) % block_length
                 origins = [ORIGINS[origin] for origin in block.origins[known:]]
                 self.stats.bonus += origins.count("bonus")
-                logprobs = None if block.logprobs is None else block.logprobs[known:]
-                self.commit(block.tokens[known:], block.steps[known:], block.probs[known:], origins, logprobs)
+                new = (column[known:] for column in (block.tokens, block.steps, block.probs, block.draw_logprobs))
+                self.commit(*new, origins, None if block.logprobs is None else block.logprobs[known:])
         self.provisional = report.provisional[len(self.tokens) % block_length :]
 
     def stumble(self, error: str) -> None:
@@ -165,6 +173,7 @@ class Request:
         tokens: Seq[int],
         steps: Seq[int],
         probs: Seq[float],
+        draw_logprobs: Seq[float],
         origins: Seq[str],
         logprobs: Seq[float] | None = None,
     ) -> None:
@@ -176,10 +185,12 @@ class Request:
         end = next((i for i, token in enumerate(tokens[:keep]) if token in self.end_ids), None)
         if end is not None:
             keep = end + 1
+        self.behind = list(zip(tokens[keep:], steps[keep:], draw_logprobs[keep:], strict=True))
         # Tokens come last: an interrupt in between leaves no token without the rest.
         self.steps += steps[:keep]
         self.probs += probs[:keep]
         self.logprobs += [math.log(prob) for prob in probs[:keep]] if logprobs is None else logprobs[:keep]
+        self.draw_logprobs += draw_logprobs[:keep]
         self.origins += origins[:keep]
         self.tokens += tokens[:keep]
         self._end()
@@ -196,6 +207,8 @@ class Request:
         self._cut(len(self.new))
         if self.finish_reason is None:
             self._end()
+        if self.finish_reason is None:
+            self.behind = []  # of what never came
 
     def stop(self, count: int | None, reason: str) -> None:
         """Ends the text behind its first `count` generated tokens (all, if None)."""
@@ -207,8 +220,10 @@ class Request:
         self._cut(count)
 
     def _cut(self, count: int) -> None:
+        cut = zip(self.new[count:], self.steps[count:], self.draw_logprobs[count:], strict=False)
+        self.behind = [*cut, *self.behind]
         del self.tokens[len(self.prompt) + count :]
-        for column in (self.steps, self.probs, self.logprobs, self.origins):
+        for column in (self.steps, self.probs, self.logprobs, self.draw_logprobs, self.origins):
             del column[count:]
 
     def settle(self) -> None:
@@ -257,6 +272,9 @@ class Request:
         self.settle()
         new, text = self.new, None
         self.stats.new_tokens = len(new)
+        # Of whole blocks that were cut nothing in the text depends.
+        cut = [] if self.finish_reason is None else self.behind  # in the middle of `commit` it may be there before
+        cut = cut[: rows.aligned(len(self.tokens), self.block_length) - len(self.tokens)]
         if self.answer is not None:
             text = self.tokenizer.decode(new) if self.finish_reason is None else self.answer.text
         return Result(
@@ -269,6 +287,10 @@ class Request:
             prompt_tokens=list(self.prompt),
             stats=self.stats,
             logprobs=self.logprobs[: len(new)],
+            draw_logprobs=self.draw_logprobs[: len(new)],
+            cut_tokens=[token for token, _, _ in cut],
+            cut_step_map=[step for _, step, _ in cut],
+            cut_draw_logprobs=[logprob for _, _, logprob in cut],
             seed=self.seed,
             error=self.error,
         )
