@@ -143,7 +143,7 @@ def sample_variants(name: str) -> Iterator[Variant]:
         "p_top_k": "i32", "p_top_p": "fp32", "p_seed": "i64", "p_position": "i32", "p_revealed": "i64",
         "p_cutoff": "i32", "p_stats": "fp32", "p_ids": "i32", "p_allowed": "i64", "p_token": "i64",
     }  # fmt: skip
-    pointers |= dict.fromkeys(("p_prob", "p_log_odds", "p_entropy", "p_logsumexp"), "fp32")
+    pointers |= dict.fromkeys(("p_prob", "p_log_odds", "p_entropy", "p_logsumexp", "p_draw_logprob"), "fp32")
     sweep = {"LANES": sample.SWEEP_LANES}
     yield Variant(name, sample, "find_cutoffs", pointers, sweep, sample.SWEEP_OPTIONS)
     yield Variant(name, sample, "scan_chunks", pointers, {"CHUNK": sample.CHUNK}, sample.OPTIONS)
@@ -159,13 +159,14 @@ def verify_variants(name: str) -> Iterator[Variant]:
             "p_ids": "i32", "p_cutoff": "i32", "p_draft_stats": draft and "fp32", "p_draft_tops": draft and "i32",
             "p_draft_cutoff": draft and "i32", "p_draft_ids": "i64", "p_known": "i32", "p_drafted": "i64",
             "p_temperature": "fp32", "p_coin": draft and "fp32", "p_residual": "fp32", "p_accepted": "i32",
-            "p_bonus": "i64", "p_tokens": "i64", "p_target_ids": "i64", "p_prob": "fp32", "p_stop": "i32",
+            "p_bonus": "i64", "p_tokens": "i64", "p_target_ids": "i64", "p_prob": "fp32",
+            "p_draw_logprob": "fp32", "p_stop": "i32",
             "p_rejected": "fp32", "p_mass": "fp64",
         }  # fmt: skip
         for kernel in ("judge",) + ("weigh_residual", "draw_residual") * (rule == "mrs"):
             # blocks of up to 64 positions, vocabularies of up to 2**18 ids
             chunks = verify.CHUNKS_AT_ONCE if kernel == "judge" else 64
-            sizes = {"CHUNK": verify.CHUNK, "LENGTH": 64, "CHUNKS": chunks}
+            sizes = {"CHUNK": verify.CHUNK, "NOISY": rule == "match", "LENGTH": 64, "CHUNKS": chunks}
             yield Variant(f"{name}, {rule}", verify, kernel, pointers, sizes, verify.OPTIONS)
 
 
