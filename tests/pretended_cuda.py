@@ -8,7 +8,10 @@ from typing import ClassVar
 import pytest
 import torch
 
+from simsd.decode.draft import by_model
+from simsd.decode.iteration import Parts
 from simsd.decode.slots import Slots
+from simsd.decode.temporal import draft_blocks
 from simsd.engine import batch, runner
 
 
@@ -48,7 +51,7 @@ class Graph:
 
 
 @contextlib.contextmanager
-def captured(graph: Graph, pool: object):
+def captured(graph: Graph, pool: object, stream: object):
     Graph.capturing = graph
     yield
     Graph.capturing = None
@@ -80,6 +83,10 @@ def _kept(function):
     return call
 
 
+# Where a draft works beside the target, on a thread in place of a stream.
+BESIDE = Parts(proposer=_kept(by_model), drafter=_kept(draft_blocks), packed=False)
+
+
 def pretend(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runners of engines made from now on with static shapes take their slots for ones on CUDA."""
     zeros, made = torch.zeros, runner.Runner
@@ -87,7 +94,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> None:
     def on_cuda(slots: Slots, target, *others) -> runner.Runner:
         return made(slots if target.packed else SlotsOnCuda(slots), target, *others)
 
-    for name in ("propose", "verify"):
+    for name in ("propose", "verify", "adopt", "draft_for_itself"):
         monkeypatch.setattr(runner, name, _kept(getattr(runner, name)))
     monkeypatch.setattr(batch, "Runner", on_cuda)
     monkeypatch.setattr(torch, "zeros", lambda *shape, pin_memory=False, **others: zeros(*shape, **others))

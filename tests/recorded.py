@@ -55,7 +55,7 @@ class Batch:
             page_size=16,
             kv_memory=None,
         )
-        self.table, self.target, self.draft = places.runners(target, draft, packed)
+        (self.table,), self.target, self.draft = places.runners(target, draft, packed)
         pages = torch.randperm(places.pages, generator=torch.Generator().manual_seed(0)).view(count, -1)
         self.table.set([(slot, 0, own) for slot, own in enumerate(pages.tolist())])
         rows = max(shape.logits_rows for shape in shapes)

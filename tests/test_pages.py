@@ -55,7 +55,7 @@ def test_every_slot_has_pages_of_its_own_behind_those_of_texts():
     assert (places.positions, places.pages) == (4, 12)  # 100 tokens in pages of 32, for three slots
     assert places.scratch == 256 and places.target % 32 == places.draft % 32 == 0
     assert places.draft < places.target
-    table, *runners = places.runners(target, draft)
+    (table,), *runners = places.runners(target, draft)
     first = places.scratch // 32
     assert (table.pages[:, :first] == -1).all()
     for runner, size in zip(runners, (places.target, places.draft), strict=True):

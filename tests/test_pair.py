@@ -41,8 +41,9 @@ def test_models_that_do_not_fit_together_are_refused(target, changes, message):
 def test_a_draft_on_another_device_is_refused(target):
     draft = random_sdar(1)
     draft.model.to("meta")
-    with pytest.raises(SimsdError, match="device meta against cpu"):
-        check_pair(target, draft)
+    with pytest.raises(SimsdError, match='is on meta, not on cpu: load it there, or set draft_device="meta"') as error:
+        check_pair(target, draft, target.device)
+    assert "\n" not in str(error.value)
 
 
 def test_an_explicit_block_length_overrides_both_models(target):

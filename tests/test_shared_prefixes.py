@@ -239,3 +239,17 @@ def test_late_reports_share_the_same(pair, monkeypatch, one_thread, kind):
 def test_prefix_cache_is_a_truth_value(pair, given):
     with pytest.raises(simsd.SimsdError, match="prefix_cache must be True or False"):
         engine(pair, prefix_cache=given)
+
+
+@pytest.mark.parametrize("draft_device", [None, "cpu"])
+def test_what_the_draft_has_computed_is_not_overstated(target, draft, draft_device):
+    """Others would take pages over that it has not written; requests in the same slots, one after the other."""
+    served = simsd.Engine(target, draft, max_batch=2, max_length=128, page_size=16, draft_device=draft_device)
+    kinds = [{"drafter": "model"}, {"verify": "temporal"}, {"verify": "temporal", "draft_steps": 1}, {}] * 2
+    for n, kind in enumerate(kinds):
+        served.add([n + 1] * 10, max_new_tokens=30, end_token_ids=(), **kind)
+    while served.busy:
+        served.step()
+        for slot, occupant in served.loop.scheduler.occupied:
+            if occupant.request.finish_reason is None:
+                assert occupant.written[1] <= served.loop.batch.slots.draft_kv_len[slot]

@@ -194,6 +194,9 @@ class EngineConfig:
             which stay after a request until their memory is needed. Texts do not depend on it.
         prefill_rows: prompt tokens that an iteration computes at most: longer prompts are computed in chunks of as
             many, beside what the others decode.
+        draft_device: where the draft model works beside the target, on what this may ask next while it verifies: a
+            device of the target's kind ("cuda:1"), or the target's own, on a stream ("cuda:0") or a thread ("cpu") of
+            its own. None: on the target's device, in its turn. Texts of exact verification do not depend on it.
     """
 
     block_length: int | None = None
@@ -206,6 +209,7 @@ class EngineConfig:
     kv_memory: int | None = None
     page_size: int = 64
     prefix_cache: bool = True
+    draft_device: str | None = None
 
     def __post_init__(self) -> None:
         _plain_values(self)
@@ -225,6 +229,10 @@ class EngineConfig:
             raise SimsdError(f"page_size must be 16, 32, 64, 128 or 256, got {self.page_size}")
         if not isinstance(self.prefix_cache, bool):
             raise SimsdError(f"prefix_cache must be True or False, got {self.prefix_cache!r:.80}")
+        if self.draft_device is not None and not (isinstance(self.draft_device, str) and self.draft_device):
+            raise SimsdError(
+                f'draft_device must be the name of a device, "cuda:1" say, or None, got {self.draft_device!r:.80}'
+            )
         if self.max_rows is not None:
             integer("max_rows", self.max_rows, 0)
             object.__setattr__(self, "max_rows", min(self.max_rows, INT32_MAX))

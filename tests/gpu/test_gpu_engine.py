@@ -37,6 +37,29 @@ def test_temporal_texts_do_not_depend_on_the_batch(pair, jobs):
     check(serve(simsd.Engine(*pair, max_batch=4, max_length=256), temporal), temporal)
 
 
+@pytest.mark.parametrize("drafter", ["model", "auto"])
+def test_texts_do_not_depend_on_a_draft_with_a_stream_of_its_own(pair, jobs, drafter):
+    cancels = (1, 3, 6)
+    engine = simsd.Engine(*pair, max_batch=4, max_length=256, draft_device=str(DEVICE))
+    results = serve(engine, jobs, cancels, drafter=drafter)
+    check(results, jobs, cancels)
+    assert sum(result.stats.accepted for result in results.values()) > 0
+    mixed = [job for both in zip(temporal_jobs(pair, jobs), jobs, strict=False) for job in both]
+    check(serve(engine, mixed), mixed)
+
+
+@needs_gpu
+def test_texts_do_not_depend_on_a_draft_on_another_gpu(pair, jobs):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    engine = simsd.Engine(pair[0], "tiny-draft", max_batch=4, max_length=256, draft_device="cuda:1")
+    results = serve(engine, jobs, drafter="model")
+    check(results, jobs)
+    assert sum(result.stats.accepted for result in results.values()) > 0
+    temporal = temporal_jobs(pair, jobs)
+    check(serve(engine, temporal), temporal)
+
+
 @contextlib.contextmanager
 def host_must_not_wait():
     before = torch.cuda.get_sync_debug_mode()
@@ -48,8 +71,9 @@ def host_must_not_wait():
 
 
 @needs_gpu
+@pytest.mark.parametrize("beside", [False, True], ids=["in turn", "beside"])
 @pytest.mark.parametrize("drafter", ["model", "self"])
-def test_replays_wait_for_nothing(pair, jobs, drafter, monkeypatch):
+def test_replays_wait_for_nothing(pair, jobs, drafter, beside, monkeypatch):
     """From an iteration's commands to the report of the one before, where its shape is captured."""
     run, replays = Runner.run, []
 
@@ -61,7 +85,7 @@ def test_replays_wait_for_nothing(pair, jobs, drafter, monkeypatch):
             return run(runner, columns, shape, note)
 
     monkeypatch.setattr(Runner, "run", watched)
-    engine = simsd.Engine(*pair, max_batch=4, max_length=256)
+    engine = simsd.Engine(*pair, max_batch=4, max_length=256, draft_device=str(DEVICE) if beside else None)
     check(serve(engine, jobs, drafter=drafter), jobs)
     assert len(replays) > 3 * len(set(replays)) > 0
 

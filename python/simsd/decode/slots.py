@@ -93,14 +93,16 @@ class Slots:
         capacity: int,
         lookahead: int,
         stop_ids: int,
-        banned_ids: Sequence[int],
+        banned_ids: Sequence[int] | None,
         device: torch.device,
     ) -> None:
-        """`capacity`: positions of the longest sequence, whole blocks. `banned_ids`: never generated, see `banned`."""
+        """`capacity`: positions of the longest sequence, whole blocks. `banned_ids`: never generated, see `banned`;
+        None: `ban` comes later."""
         self.count, self.length, self.capacity, self.lookahead = count, length, capacity, lookahead
         self.device = device
         self._banned_ids: dict[tuple[int, ...], Tensor] = {}
-        self.ban(banned_ids)
+        if banned_ids is not None:
+            self.ban(banned_ids)
         self._fields = Fields(layout(length, stop_ids), count, device)
         vars(self).update(self._fields.views)
         # A walk may write this far behind the last block that counts.
@@ -169,6 +171,22 @@ class Slots:
         }
         self.text[slot, : len(tokens)].copy_(torch.tensor(tokens, dtype=torch.int64), non_blocking=True)
         self._fields.write_row(slot, values | settings)
+
+    def twin(self, device: torch.device) -> Slots:
+        """Free slots of the same sizes."""
+        sizes = self.count, self.length, self.capacity, self.lookahead, self.stop_ids.shape[1]
+        return Slots(*sizes, None, device)
+
+    def copy(self, other: Slots, noise: bool) -> None:
+        """Becomes what the other is, of the same sizes, on whatever device; `draft_logits` with `noise`."""
+        self._fields.copy(other._fields)
+        pairs = zip(self.proposal(self.lookahead), other.proposal(self.lookahead), strict=True)
+        for mine, new in ((self.text, other.text), *pairs):
+            mine.copy_(new, non_blocking=True)
+        if noise:
+            self.draft_logits.copy_(other.draft_logits, non_blocking=True)
+        for allowed in other._banned_ids.keys() - self._banned_ids.keys():
+            self._banned_ids[allowed] = other._banned_ids[allowed].to(self.device)
 
     @torch.inference_mode()
     def close(self, slot: int | slice) -> None:

@@ -50,6 +50,16 @@ class Drafts:
     logits: Tensor | None
     at: Tensor
 
+    def to(self, device: torch.device) -> Drafts:
+        """The same there; where they are there, they themselves."""
+        return Drafts(**{name: x if x is None else x.to(device) for name, x in vars(self).items()})
+
+    def copy(self, other: Drafts) -> None:
+        """Becomes what the other is, on whatever device."""
+        for name, mine in vars(self).items():
+            if mine is not None:
+                mine.copy_(getattr(other, name), non_blocking=True)
+
 
 def draft_blocks(slots: Slots, commands: Commands, draft: ModelRunner, shape: Shape) -> Drafts:
     """SDAR's denoising loop with the draft model, `draft_steps` forwards; slots that are done give dead rows."""
@@ -299,3 +309,4 @@ def _commit(slots: Slots, drafts: Drafts, verdict: Verdict, known: Tensor, accep
         logprob=verdict.logprob,
     )
     report.draft_forwards.copy_(slots.draft_forwards)
+    torch.sub(slots.start, slots.draft_kv_len, out=report.draft_lag)

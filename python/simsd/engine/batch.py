@@ -8,12 +8,13 @@ from simsd.config import EngineConfig
 from simsd.decode.iteration import Parts
 from simsd.decode.prefill import prefill
 from simsd.decode.slots import Slots
+from simsd.engine.draft_worker import DraftWorker
 from simsd.engine.pages import Places
 from simsd.engine.prefixes import Prefix
 from simsd.engine.request import Request
 from simsd.engine.runner import Outcome, Runner
 from simsd.engine.scheduler import Occupant
-from simsd.engine.shapes import Group, prefill_chunk, row_budget, shape_of
+from simsd.engine.shapes import Group, drafted_blocks, prefill_chunk, row_budget, shape_of
 from simsd.engine.tuner import IDLE, Tuner
 from simsd.models.loading import LoadedModel
 
@@ -45,11 +46,13 @@ class Batch:
         self.target, self.draft, self.config, self.places = target, draft, config, places
         self.block_length, self._banned = block_length, target.banned_ids
         self.slots = Slots(
-            *(config.max_batch, block_length, capacity, config.lookahead, stop_ids, self._banned, target.device)
+            *(config.max_batch, block_length, capacity, drafted_blocks(config), stop_ids, self._banned, target.device)
         )
         kept = config.max_batch * places.states * block_length
-        self.table, *runners = places.runners(target, draft, parts.packed, kept)
-        self.runner = Runner(self.slots, *runners, parts)
+        beside = draft is not None and config.draft_device is not None
+        self._tables, *runners = places.runners(target, draft, parts.packed, kept, beside)
+        self._worker = DraftWorker(self.slots, draft.device) if beside else None
+        self.runner = Runner(self.slots, *runners, parts, self._worker)
         self._versions = [model.version for model in runners if model]
 
     def open(
@@ -69,16 +72,25 @@ class Batch:
         """
         slots, length = self.slots, self.block_length
         if request.params.temperature > 0:
-            slots.allow_noise(self.target.vocab_size, self.target.dtype)
+            for holder in (slots, self._worker):
+                if holder is not None:
+                    holder.allow_noise(self.target.vocab_size, self.target.dtype)
         tokens = list(request.tokens)  # another thread may stop the request meanwhile
         start = len(tokens) // length * length
         kv_lens = min(written[0], start), min(written[1], start)
         slots.open(slot, tokens, request.slot_settings(length, epoch, slots.stop_ids.shape[1]), kv_lens)
-        self.table.set([(slot, 0, pages + [-1] * (self.places.positions - len(pages)))])
+        self.set_pages([(slot, 0, pages + [-1] * (self.places.positions - len(pages)))])
         # The mask token stays banned whatever ends a text.
         allowed = tuple(sorted(set(request.end_ids).intersection(self._banned) - {self.target.mask_token_id}))
         slots.ban(self._banned, allowed)
         return Occupant(request, epoch, pages, path, start, kv_lens, start - kv_lens[0], start - kv_lens[1], allowed)
+
+    def set_pages(self, changes: list[tuple[int, int, list[int]]]) -> None:
+        """Pages of keys and values, as `BlockTable.set` takes them, for both models."""
+        table, *apart = self._tables
+        table.set(changes)
+        for draft_table in apart:
+            self._worker.run(draft_table.set, changes)
 
     def models_changed(self) -> bool:
         """Whether modules or weights are others than when this was last asked."""
@@ -104,7 +116,7 @@ class Batch:
         lags = [(slot, o.draft_lag) for slot, o in occupied if runner.draft and o.request.params.asks_draft_model]
         draft_chunk = prefill_chunk(lags, 2 * length, most, along, length)
         if draft_chunk.slots:
-            prefill(slots, runner.draft, slots.draft_kv_len, draft_chunk.slots, draft_chunk.tokens // length)
+            runner.prefill_draft(draft_chunk.slots, draft_chunk.tokens // length)
         behind = set(chunk.behind)
         for slot, occupant in occupied:
             if slot in chunk.slots:
@@ -122,18 +134,19 @@ class Batch:
         situations = [IDLE] * len(occupants)
         for slot in members:
             situations[slot] = occupants[slot].situation(self.block_length)
-        config = self.config
+        config, slots = self.config, self.slots
         modes = tuner.choose(situations, self.draft is not None)
         running = [occupants[slot] for slot in members]
         self_drafts = any(o.request.params.verify == "exact" and o.request.params.drafter != "model" for o in running)
         shape = shape_of(
             *(group, running, [modes[slot] for slot in members], config, self.block_length, len(modes)),
-            *(self.runner.static, self_drafts),
+            *(self.runner.static, self_drafts, self._worker is not None),
         )
+        ahead = 1 if self._worker is None else 2  # what the target judges meanwhile, and as much behind that
         columns = {
             "runs": [int(slot in members) for slot in range(len(modes))],
             "mode": [mode.kind for mode in modes],
-            "depth": [mode.depth for mode in modes],
+            "depth": [min(ahead * mode.depth, slots.lookahead) for mode in modes],
             "calibration": tuner.calibration(),
             "min_visit_prob": [tuner.min_visit_prob()] * len(modes),
             "row_budget": [row_budget(config, len(members))] * len(modes),

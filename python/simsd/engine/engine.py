@@ -18,7 +18,7 @@ from simsd.engine.driving import Driver
 from simsd.engine.limits import check_gate, check_queue, check_room, checked_priority, seconds_left
 from simsd.engine.loop import Loop
 from simsd.engine.metrics import Metrics
-from simsd.engine.pair import block_length, check_device, check_length, check_pair, check_params
+from simsd.engine.pair import block_length, check_device, check_length, check_pair, check_params, draft_device
 from simsd.engine.request import Request, Update
 from simsd.engine.weights import Weights, replace_weights
 from simsd.errors import SimsdError
@@ -45,7 +45,8 @@ class Engine:
 
     Args:
         target: the model whose text it is (`simsd.load`); a built-in name, a folder, a hub id or a module is loaded.
-        draft: a smaller model with the target's vocabulary, or what loads one (on the target's device).
+        draft: a smaller model with the target's vocabulary, or what loads one (on the target's device or, where that is
+            set, on `draft_device`).
         config: `EngineConfig` or a dict of its fields; settings by name override it.
         parts: of an iteration, for those who look into it.
 
@@ -64,12 +65,13 @@ class Engine:
     ) -> None:
         config = config_with(config, settings, others=("draft", "config", "parts"), kind=EngineConfig)
         target = target if isinstance(target, LoadedModel) else load(target)
+        drafts_on = draft_device(target, config)
         if not isinstance(draft, LoadedModel | None):
-            draft = load(draft) if isinstance(draft, nn.Module) else load(draft, device=target.device)
+            draft = load(draft) if isinstance(draft, nn.Module) else load(draft, device=drafts_on)
         target, draft = target.in_evaluation(), None if draft is None else draft.in_evaluation()
         self.target, self.draft, self.config = target, draft, config
         self.block_length = length = block_length(target, draft, config)
-        check_pair(target, draft)
+        check_pair(target, draft, drafts_on)
         check_device(target.device)
         positions = min(m.max_positions or DEFAULT_LENGTH for m in (target, draft) if m is not None)
         longest = min(DEFAULT_LENGTH, positions) if config.max_length is None else config.max_length

@@ -22,7 +22,7 @@ from simsd.engine.prefixes import Prefix, PrefixCache
 from simsd.engine.request import Request, Update
 from simsd.engine.runner import Outcome
 from simsd.engine.scheduler import Occupant, Scheduler
-from simsd.engine.shapes import states_needed, turns_of
+from simsd.engine.shapes import drafted_blocks, states_needed, turns_of
 from simsd.engine.tuner import NONE, Tuner, history_of
 from simsd.errors import SimsdError
 from simsd.models.loading import LoadedModel
@@ -53,7 +53,8 @@ class Loop:
         """`capacity`: tokens of the longest sequence, whole blocks."""
         self.target, self.draft, self.config, self.parts = target, draft, config, parts
         self.block_length, self.capacity = block_length, capacity
-        history = history_of(target.model, None if draft is None else draft.model, target.device)
+        beside = draft is not None and config.draft_device is not None
+        history = history_of(target.model, None if draft is None else draft.model, target.device, beside)
         self.tuner = Tuner(config, block_length, config.max_batch, history)
         self.places = places_of(
             *(target, draft),
@@ -74,6 +75,8 @@ class Loop:
         self.batch: Batch | None = None
         self.stop_ids: int | None = None  # end tokens that the device has room for, once that is settled
         self.asleep = False
+        # Blocks that the draft is ahead of what the target may judge.
+        self._further = drafted_blocks(config) - config.lookahead if beside else 0
         self._done: list[int] = []  # requests whose last update is out
         self._unsettled = False  # an iteration began and did not end
         self._outdated = False  # keys and values in place are of other weights
@@ -282,7 +285,8 @@ class Loop:
     def _pages_needed(self, request: Request) -> int:
         """Pages for whatever the next iteration may write, and where one is on its way, for that one, too."""
         length, steps = self.block_length, 1 if self.batch is None or not self.batch.runner.static else 2
-        reach = len(request.tokens) // length * length + steps * (self.config.lookahead + 1) * length
+        ahead = self.config.lookahead + 1  # blocks that an iteration may go on, and one that it may write behind
+        reach = len(request.tokens) // length * length + (steps * ahead + self._further) * length
         return min(-(-reach // self.config.page_size), self._most_pages(request))
 
     def _most_pages(self, request: Request) -> int:
@@ -302,7 +306,7 @@ class Loop:
                     break
                 self._make_room()
         if changes:
-            self.batch.table.set(changes)
+            self.batch.set_pages(changes)
 
     def _make_room(self) -> None:
         """Takes the pages of what is done by now or, where nothing is, of the last request that runs, which is computed

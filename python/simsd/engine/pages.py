@@ -86,15 +86,22 @@ class Places:
         return self.pages + self.slots * (places - self.scratch) // self.page_size
 
     def runners(
-        self, target: LoadedModel, draft: LoadedModel | None, packed: bool | None = None, most_logits: int = 0
-    ) -> tuple[BlockTable, ModelRunner, ModelRunner | None]:
-        """Runners of both models and their table, in which no slot has pages for a text yet; `packed` and `most_logits`
-        (of the target) as a `ModelRunner` has them."""
+        self,
+        target: LoadedModel,
+        draft: LoadedModel | None,
+        packed: bool | None = None,
+        most_logits: int = 0,
+        beside: bool = False,
+    ) -> tuple[list[BlockTable], ModelRunner, ModelRunner | None]:
+        """Runners of both models and their tables, in which no slot has pages for a text yet: one of both or, where the
+        draft works `beside` the target, two; `packed` and `most_logits` (of the target) as a `ModelRunner` has them."""
         first, width = self.scratch // self.page_size, self.target // self.page_size
         pages = torch.full((self.slots, width), -1, dtype=torch.int32)
         own = torch.arange(self.slots * (width - first), dtype=torch.int32) + self.pages
         pages[:, first:] = own.view(width - first, self.slots).T
-        table = BlockTable(pages.to(target.device), self.page_size)
+        tables = [BlockTable(pages.to(target.device), self.page_size)]
+        if beside:
+            tables.append(BlockTable(pages.to(draft.device), self.page_size))
         runners = [
             model
             and ModelRunner(
@@ -102,9 +109,12 @@ class Places:
                 block_table=table.narrow(places // self.page_size),
                 pages=self.count(places),
             )
-            for model, places, kept in ((target, self.target, most_logits), (draft, self.draft, 0))
+            for model, table, places, kept in (
+                (target, tables[0], self.target, most_logits),
+                (draft, tables[-1], self.draft, 0),
+            )
         ]
-        return table, *runners
+        return tables, *runners
 
 
 def places_of(
@@ -135,13 +145,14 @@ def places_of(
     most = slots * positions
     models = [model for model in (target, draft) if model is not None]
     each = sum(page_bytes(model, page_size) for model in models)
-    own = sum(
-        slots * (places - scratch) // page_size * page_bytes(model, page_size)
-        for model, places in zip(models, whole, strict=False)
-    )
     if kv_memory is None:
-        free = free_memory(target.device)
-        pages = most if free is None else min(most, max(int(SHARE * free) - own, 0) // each)
+        pages = most
+        for device in {model.device for model in models}:
+            here = [(model, places) for model, places in zip(models, whole, strict=False) if model.device == device]
+            own = sum(slots * (n - scratch) // page_size * page_bytes(model, page_size) for model, n in here)
+            if (free := free_memory(device)) is not None:
+                there = sum(page_bytes(model, page_size) for model, _ in here)
+                pages = min(pages, max(int(SHARE * free) - own, 0) // there)
     else:
         pages = min(most, kv_memory // each)
     if pages < 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from simsd.config import MAX_BLOCK_LENGTH, EngineConfig, SamplingParams
-from simsd.errors import SimsdError
+from simsd.errors import SimsdError, one_line
 from simsd.models.loading import LoadedModel
 from simsd_kernels import dispatch
 
@@ -37,10 +37,34 @@ def block_length(target: LoadedModel, draft: LoadedModel | None, config: EngineC
     return length
 
 
-def check_pair(target: LoadedModel, draft: LoadedModel | None) -> None:
+def draft_device(target: LoadedModel, config: EngineConfig) -> torch.device:
+    """Where the draft model is to be: the config's `draft_device`, else where the target is."""
+    if config.draft_device is None:
+        return target.device
+    try:
+        device = torch.device(config.draft_device)
+    except RuntimeError as error:
+        raise SimsdError(f"draft_device: {one_line(error)}") from None
+    if device.type != target.device.type:
+        raise SimsdError(
+            f"draft_device {device} is not of the kind of {target.device}, where target {target.name} is: both on the"
+            " CPU or both on GPUs"
+        )
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def check_pair(target: LoadedModel, draft: LoadedModel | None, drafts_on: torch.device) -> None:
+    """Raises SimsdError where the models do not fit together, or the draft is not on the device `drafts_on`."""
     if draft is None:
         return
-    for what in ("vocab_size", "mask_token_id", "device"):
+    if draft.device != drafts_on:
+        raise SimsdError(
+            f"draft {draft.name} is on {draft.device}, not on {drafts_on}: load it there, or set"
+            f' draft_device="{draft.device}"'
+        )
+    for what in ("vocab_size", "mask_token_id"):
         ours, theirs = getattr(target, what), getattr(draft, what)
         if ours != theirs:
             raise SimsdError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 
-from simsd.config import EngineConfig, SamplingParams
+from simsd.config import MAX_LOOKAHEAD, EngineConfig, SamplingParams
 from simsd.decode.exchange import SELF_DRAFT
 from simsd.decode.iteration import Shape
 from simsd.decode.rows import STRIDE
@@ -96,6 +96,11 @@ def turns_of(
     return [*groups.items(), *alone]
 
 
+def drafted_blocks(config: EngineConfig) -> int:
+    """Blocks that a proposal has room for: where the draft works beside the target, those of two iterations."""
+    return config.lookahead if config.draft_device is None else min(2 * config.lookahead, MAX_LOOKAHEAD)
+
+
 def states_needed(config: EngineConfig, block_length: int) -> int:
     """C: states of blocks that one target forward may see of a slot, the current one included."""
     rows = DEFAULT_ROWS if config.max_rows is None else config.max_rows
@@ -116,12 +121,14 @@ def shape_of(
     slots: int,
     static: bool,
     self_drafts: bool,
+    beside: bool = False,
 ) -> Shape:
     """The shape of an iteration of `occupants`, drafted for in `modes` (both of the slots that take part).
 
     Args:
         slots: B. static: shapes are captured, so few of them should come up; else rows that nobody needs cost nothing.
         self_drafts: whether a later iteration may draft from this one's logits.
+        beside: whether a draft model works beside the target: how much it has proposed is not known here then.
     """
     params = [occupant.request.params for occupant in occupants]
     lags = [occupant.draft_lag for occupant in occupants if occupant.request.params.asks_draft_model]
@@ -141,11 +148,13 @@ def shape_of(
     lookahead = max(depth, int(own), standing)
     if all(mode == NONE for mode in modes):
         lookahead = 0
+    elif beside:
+        depth, lookahead = depth and drafted_blocks(config), config.lookahead
     states = states_needed(config, block_length) if lookahead else 1
     if static and lookahead:
         each = 1 + row_budget(config, len(occupants)) // (block_length * slots)
         states = min(states, 1 << (each.bit_length() - 1))
-        if depth:
+        if depth and not beside:
             depth = lookahead = config.lookahead
     return Shape(
         lookahead=lookahead,

@@ -67,6 +67,22 @@ class LatencyModel:
 
 
 @dataclasses.dataclass
+class Average:
+    """Of what was seen, the latest weighing most."""
+
+    DECAY: ClassVar[float] = 0.97
+
+    count: float = 0.0
+    sum: float = 0.0
+
+    def observe(self, value: float) -> None:
+        self.count, self.sum = self.count * self.DECAY + 1, self.sum * self.DECAY + value
+
+    def mean(self) -> float:
+        return self.sum / max(self.count, 1.0)
+
+
+@dataclasses.dataclass
 class Record:
     """What came of one draft mode, the latest weighing most."""
 
@@ -120,9 +136,11 @@ class History:
     draft mode brought, by the situation: about how many sequences the batch has (rows and forwards weigh
     differently then) and which part of the block is still masked."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, beside: bool = False) -> None:
+        """`beside`: the draft works beside the target, and costs what this has to wait for it."""
         per_row = 1 / 80 if device.type == "cpu" else 1 / 2000
         self.target, self.draft = LatencyModel(per_row), LatencyModel(per_row)
+        self.waits = Average() if beside else None
         self.forget()
 
     def forget(self) -> None:
@@ -135,13 +153,15 @@ class History:
 
 
 # Kept while the models live, so that a call of `generate` need not learn anew what the last one found out.
-_histories: weakref.WeakKeyDictionary[nn.Module, weakref.WeakKeyDictionary[nn.Module, History]]
+_histories: weakref.WeakKeyDictionary[nn.Module, weakref.WeakKeyDictionary[nn.Module, dict[bool, History]]]
 _histories = weakref.WeakKeyDictionary()
 
 
-def history_of(target: nn.Module, draft: nn.Module | None, device: torch.device) -> History:
+def history_of(target: nn.Module, draft: nn.Module | None, device: torch.device, beside: bool = False) -> History:
+    """`beside`: whether the draft works beside the target."""
     of_target = _histories.setdefault(target, weakref.WeakKeyDictionary())
-    return of_target.setdefault(target if draft is None else draft, History(device))
+    of_pair = of_target.setdefault(target if draft is None else draft, {})
+    return of_pair.setdefault(beside, History(device, beside))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,6 +283,8 @@ class Tuner:
 
     def draft_seconds(self) -> float:
         """What one draft forward of one sequence costs, as far as it is known."""
+        if self.history.waits is not None:
+            return self.history.waits.mean() / self.active
         if not self.draft.n:
             return 0.0
         return self.draft.base / self.active + self.draft.slope * self.length
@@ -276,8 +298,12 @@ class Tuner:
     def observe_times(self, outcome: Outcome, draft_forwards: int) -> None:
         """What an iteration took, with `draft_forwards` of the draft model."""
         self.target.observe(outcome.target_rows, outcome.target_seconds)
-        if draft_forwards:
+        if not draft_forwards:
+            return
+        if self.history.waits is None:
             self.draft.observe(outcome.draft_rows, outcome.draft_seconds / draft_forwards)
+        elif any(note[1].depth for note in outcome.note if note is not None):  # else it was in the target's turn
+            self.history.waits.observe(outcome.draft_seconds / draft_forwards)
 
     def observe(
         self, slot: int, mode: DraftMode, judged: int, accepted: int, extra: int, rows: int, forwards: int
