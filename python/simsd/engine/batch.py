@@ -83,7 +83,9 @@ class Batch:
         # The mask token stays banned whatever ends a text.
         allowed = tuple(sorted(set(request.end_ids).intersection(self._banned) - {self.target.mask_token_id}))
         slots.ban(self._banned, allowed)
-        return Occupant(request, epoch, pages, path, start, kv_lens, start - kv_lens[0], start - kv_lens[1], allowed)
+        lacking = start - kv_lens[0], start - kv_lens[1]
+        most_pages = self.places.most_pages(request.limit, length)
+        return Occupant(request, epoch, pages, path, start, kv_lens, *lacking, allowed, most_pages)
 
     def set_pages(self, changes: list[tuple[int, int, list[int]]]) -> None:
         """Pages of keys and values, as `BlockTable.set` takes them, for both models."""

@@ -11,7 +11,6 @@ import torch
 
 from simsd.ambient import undisturbed
 from simsd.config import EngineConfig
-from simsd.decode import rows
 from simsd.decode.exchange import SlotReport
 from simsd.decode.iteration import Parts
 from simsd.engine.batch import Batch
@@ -260,9 +259,10 @@ class Loop:
         scheduler, prefixes = self.scheduler, self.prefixes
         prefixes.enter(path)
         shared = prefixes.pages_of(path)
-        needed = self._pages_needed(request) - len(shared)
+        start = len(request.tokens) // self.block_length * self.block_length
+        needed = self._pages_needed(start, self.places.most_pages(request.limit, self.block_length)) - len(shared)
         # One page more for each that may still grow: they would soon drive it out again.
-        growing = sum(len(one.pages) < self._most_pages(one.request) for _, one in scheduler.occupied)
+        growing = sum(len(one.pages) < one.most_pages for _, one in scheduler.occupied)
         pages = prefixes.take(needed) if needed + growing <= prefixes.available else None
         if pages is None:
             prefixes.leave(path, self._launched)
@@ -282,23 +282,22 @@ class Loop:
         """Iterations so far, those on their way among them."""
         return 0 if self.batch is None else self.batch.runner.launched
 
-    def _pages_needed(self, request: Request) -> int:
-        """Pages for whatever the next iteration may write, and where one is on its way, for that one, too."""
-        length, steps = self.block_length, 1 if self.batch is None or not self.batch.runner.static else 2
+    def _pages_needed(self, start: int, most: int) -> int:
+        """Pages, of `most` that a request may ever need, for whatever the next iteration may write from `start` on, and
+        where one is on its way, for that one, too."""
+        steps = 1 if self.batch is None or not self.batch.runner.static else 2
         ahead = self.config.lookahead + 1  # blocks that an iteration may go on, and one that it may write behind
-        reach = len(request.tokens) // length * length + (steps * ahead + self._further) * length
-        return min(-(-reach // self.config.page_size), self._most_pages(request))
-
-    def _most_pages(self, request: Request) -> int:
-        return -(-rows.aligned(request.limit, self.block_length) // self.config.page_size)
+        reach = start + (steps * ahead + self._further) * self.block_length
+        return min(-(-reach // self.config.page_size), most)
 
     def _grow(self) -> None:
         """Gives every running request the pages that it may need."""
+        if all(self._pages_missing(occupant) <= 0 for _, occupant in self.scheduler.occupied):
+            return
         changes = []
         for slot, occupant in self.scheduler.by_rank():
             while self.scheduler.slots[slot] is occupant:
-                missing = self._pages_needed(occupant.request) - len(occupant.pages)
-                pages = self.prefixes.take(max(missing, 0))
+                pages = self.prefixes.take(max(self._pages_missing(occupant), 0))
                 if pages is not None:
                     if pages:
                         changes.append((slot, len(occupant.pages), pages))
@@ -307,6 +306,9 @@ class Loop:
                 self._make_room()
         if changes:
             self.batch.set_pages(changes)
+
+    def _pages_missing(self, occupant: Occupant) -> int:
+        return self._pages_needed(occupant.start, occupant.most_pages) - len(occupant.pages)
 
     def _make_room(self) -> None:
         """Takes the pages of what is done by now or, where nothing is, of the last request that runs, which is computed

@@ -85,6 +85,10 @@ class Places:
         """Pages in all of a model whose slots have these places."""
         return self.pages + self.slots * (places - self.scratch) // self.page_size
 
+    def most_pages(self, limit: int, length: int) -> int:
+        """Of a text of `limit` tokens, in whole blocks of `length`."""
+        return -(-rows.aligned(limit, length) // self.page_size)
+
     def runners(
         self,
         target: LoadedModel,

@@ -25,6 +25,7 @@ class Occupant:
         written: tokens whose keys and values are certainly in place, the target's and the draft's.
         pending, draft_lag: tokens of whole blocks whose keys and values the target, the draft lacks.
         allowed_ids: end tokens of the request that the model bans otherwise.
+        most_pages: that it may ever need.
         masked, standing: see `Situation`.
         draft_forwards: as reported. has_draft: whether the draft model lacks no more than comes along.
     """
@@ -38,6 +39,7 @@ class Occupant:
     pending: int
     draft_lag: int
     allowed_ids: tuple[int, ...] = ()
+    most_pages: int = 0
     masked: int = 0
     standing: int = 0
     draft_forwards: int = 0
