@@ -79,32 +79,18 @@ compat-%:
 	$(MAKE) VENV=.venv-$* CONSTRAINTS=.ci/$*.txt test-python test-interpreted
 
 nightly: test compat
-	$(BIN)/python benchmarks/exactness.py
-	$(BIN)/python benchmarks/soak.py
+	$(BIN)/python -m benchmarks exactness soak
 
+# `busy` may miss its bar where others use the machine.
 bench: $(VENV)/.installed-test
-	$(BIN)/python benchmarks/attention_cpu.py
-	$(BIN)/python -m pytest benchmarks
-	$(BIN)/python benchmarks/graph_shapes.py
-	$(BIN)/python benchmarks/useless_draft.py
-	$(BIN)/python benchmarks/batch_invariance.py
-	$(BIN)/python benchmarks/trace_iteration.py --out benchmarks/results/trace_iteration.json
-	$(BIN)/python benchmarks/fused_layers.py
-	$(BIN)/python benchmarks/loop.py
-	$(BIN)/python benchmarks/loop_profile.py
-	$(BIN)/python benchmarks/exactness.py
-	$(BIN)/simsd audit --json benchmarks/results/audit.json --markdown benchmarks/results/audit.md
-	$(BIN)/simsd bench --items 100 --batch 1,8 --json benchmarks/results/tiny_pair.json \
-		--markdown benchmarks/results/tiny_pair.md
-	$(BIN)/simsd bench --items 50 --temperature 0.8 --modes native,exact-model,exact-self,exact-auto \
-		--json benchmarks/results/tiny_pair_t08.json --markdown benchmarks/results/tiny_pair_t08.md
-	-$(BIN)/python benchmarks/busy.py
+	$(BIN)/python -m benchmarks
+	-$(BIN)/python -m benchmarks busy
 
 # Uses PYTHON as it is: no virtual environment, no pip, no network. SECTION=build,test,... runs these alone; OUTPUT is
-# the folder of the results, BUDGET the seconds for all sections together.
+# the folder of the results, BUDGET the seconds for all together.
 gpu:
-	@PYTHONPATH=benchmarks:.:python:$$PYTHONPATH $(PYTHON) -m gpu $(if $(SECTION),--section $(SECTION)) \
-		$(if $(OUTPUT),--output $(OUTPUT)) $(if $(BUDGET),--budget $(BUDGET))
+	@PYTHONPATH=.:python:$$PYTHONPATH $(PYTHON) -m benchmarks $(or $(SECTION),gpu) \
+		$(if $(OUTPUT),--out $(OUTPUT)) $(if $(BUDGET),--budget $(BUDGET))
 
 # The sdist and the wheel as they are published, with CUDA kernels unless SIMSD_BUILD_CUDA=0, tried in a fresh environment.
 wheel: $(VENV)/.installed-test

@@ -122,8 +122,8 @@ def attempt(python: pathlib.Path) -> dict:
 
 
 def cuda_targets(library: str) -> str:
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    import cuda_resources
+    sys.path.insert(0, str(ROOT))
+    from benchmarks.cpu import cuda_resources
 
     code, ptx = cuda_resources.contents(pathlib.Path(library))
     return ", ".join([*(f"sm_{target}" for target in code), *(f"PTX {target}" for target in ptx)]) or "none"

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import pathlib
 import re
-import sys
 
 import pytest
 import torch
 
+from benchmarks import contest, environment, report
+from benchmarks.cpu import cuda_resources
 from simsd_kernels import dispatch, ops
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "benchmarks"))
-import cuda_resources  # noqa: E402
-
-TABLE = pathlib.Path(cuda_resources.__file__).parent / "results" / "cuda_resources.md"
+TABLE = environment.RESULTS / "cuda_resources.json"
 PATH = cuda_resources.library()
 
 if PATH is None or not cuda_resources.contents(PATH)[0]:
@@ -67,11 +64,10 @@ def test_every_target_has_every_kernel_and_room_for_its_shared_memory(resources,
 
 def test_the_table_shows_this_build(resources, shared):
     release = cuda_resources.compiler(PATH)
-    if f"CUDA {release}." not in TABLE.read_text():
+    kept = report.load(TABLE)
+    if kept["machine"]["compiler"] != f"CUDA {release}":
         pytest.skip(f"the table was made with another CUDA release than {release}")
-
-    def cells(text):
-        return [line for line in text.splitlines() if line.startswith("|")]
-
-    measured = cuda_resources.table(resources, shared, release)
-    assert cells(TABLE.read_text()) == cells(measured), "run `python benchmarks/cuda_resources.py`"
+    bench = contest.Bench()
+    cuda_resources.tabulate(bench, resources, shared, release)
+    shown = report.tables_of(kept["benchmarks"]["cuda_resources"])
+    assert shown == report.tables_of(bench.state()), "run `python -m benchmarks cuda_resources`"

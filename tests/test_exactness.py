@@ -1,31 +1,24 @@
-"""Exact decoding against native decoding: the quick selection of benchmarks/exactness.py, and settings at random."""
+"""Exact decoding against native decoding: the quick selection of exactness.py (benchmarks), and settings at random."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import pathlib
-import sys
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from rich.console import Console
 
+from benchmarks import contest, report
+from benchmarks.cpu import exactness, exactness_mixed, exactness_settings
+from benchmarks.cpu.exactness_mixed import MIXED
+from benchmarks.cpu.exactness_settings import FACTORS, NEAR, ONE_FACTOR, PAIRWISE, RANDOM, UNLIKE, UNPROMISED
 from simsd import Decoder, GenerationConfig
 from simsd.config import DRAFTERS, STRATEGIES, VERIFIERS, SamplingParams
 from simsd.decode import iteration
 from simsd.decode.slots import Slots
 from simsd_kernels import INF
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "benchmarks"))
-
-import exactness
-import exactness_mixed
-import exactness_settings
-from exactness_mixed import MIXED
-from exactness_settings import FACTORS, NEAR, ONE_FACTOR, PAIRWISE, RANDOM, UNLIKE, UNPROMISED
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -34,7 +27,7 @@ QUICK = exactness.every_setting(quick=True)
 
 @pytest.fixture(scope="module")
 def outcomes():
-    return exactness.run_all(QUICK, exactness.Natives(), Console(stderr=True))
+    return exactness.compare_all(QUICK, exactness.Natives())
 
 
 @pytest.mark.parametrize("group", [ONE_FACTOR, PAIRWISE, RANDOM, MIXED])
@@ -100,15 +93,15 @@ def test_a_missing_token_is_a_difference_unless_the_sequence_was_to_be_cancelled
     assert exactness.difference("s", 0, native, cancelled, cancelled=True) is None
 
 
-def test_a_difference_is_an_error_status_and_both_are_reported(tmp_path, monkeypatch):
+def test_a_difference_fails_the_benchmark_and_is_in_its_tables(monkeypatch):
     """The texts of another seed stand in for wrong ones."""
     monkeypatch.setattr(exactness, "native_config", native_of_another_seed)
-    arguments = ["--quick", "--threads", "1", "--only", "T = 3: near draft, low", "--out", str(tmp_path)]
-    assert exactness.main(arguments) == 1
-    assert "## Differences" in (tmp_path / "exactness.md").read_text()
-    monkeypatch.undo()
-    assert exactness.main(arguments) == 0
-    assert "## Differences" not in (tmp_path / "exactness.md").read_text()
+    made = contest.Bench()
+    with pytest.raises(RuntimeError, match="texts differ"):
+        exactness.run(made, "quick", "T = 3: near draft, low")
+    assert "Differences:" in report.tables_of(made.state())
+    with pytest.raises(ValueError, match="selection must be one of full, quick, got 'all'"):
+        exactness.run(made, "all", "")
 
 
 def test_states_that_see_each_other_are_found_out(monkeypatch):
@@ -121,7 +114,7 @@ def test_states_that_see_each_other_are_found_out(monkeypatch):
 
     monkeypatch.setattr(iteration, "plan_states", immortal)
     setting = next(s for s in exactness_settings.settings() if s.name.startswith("block 4: near draft, batch 1"))
-    outcome = exactness.run(dataclasses.replace(setting, numbers=tuple(range(10))), exactness.Natives())
+    outcome = exactness.compare(dataclasses.replace(setting, numbers=tuple(range(10))), exactness.Natives())
     assert outcome.probs_differ == 10 and len(outcome.differences) > 3
     assert outcome.differences[0].native != outcome.differences[0].exact
 
@@ -164,7 +157,7 @@ def test_settings_left_by_an_earlier_request_are_found_out(monkeypatch, mix):
         right(slots, slot, tokens, settings | earlier, *more)
 
     monkeypatch.setattr(Slots, "open", stale)
-    outcome = exactness.run(mix, exactness.Natives())
+    outcome = exactness.compare(mix, exactness.Natives())
     assert len(outcome.differences) > 3
 
 

@@ -1,23 +1,17 @@
-"""benchmarks/gpu on the CPU: every section, what a contestant may do, timing, results."""
+"""A GPU's benchmarks on the CPU: every one of them, what a contestant may do, timing, results."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import json
-import sys
 import time
 import types
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-
-from gpu import contest, report, sections, timing  # noqa: E402
+from benchmarks import contest, report, runner, timing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -33,9 +27,9 @@ MEASURED = ("ceilings", "verification", "attention", "sampling", "linear", "end_
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("name", MEASURED)
-def test_section_runs_dry_and_finds_everything_right(name):
+def test_benchmark_runs_dry_and_finds_everything_right(name):
     made = bench()
-    sections.run_here(name, made)
+    runner.run_here(name, made)
     assert made.rows and not made.not_run
     for row in made.rows:
         assert "contestants" in row or "cells" in row
@@ -45,28 +39,28 @@ def test_section_runs_dry_and_finds_everything_right(name):
             if contestant.startswith("simsd "):
                 assert figures["verdict"] == contest.RIGHT and figures["us"] > 0
         assert "WRONG" not in str(row.get("cells")) and "failed" not in str(row.get("cells"))
-    text = report.markdown(whole({name: section(made)}))
+    text = report.markdown(whole({name: result_of(made)}))
     assert all(row["case"] in text for row in made.rows)
 
 
-def test_section_out_of_time_begins_nothing_and_says_how_much_is_missing():
+def test_benchmark_out_of_time_begins_nothing_and_says_how_much_is_missing():
     made = bench(seconds=-1.0)
-    sections.run_here("store", made)
+    runner.run_here("store", made)
     assert not made.rows and len(made.not_run) == 4
-    text = report.markdown(whole({"store": section(made)}))
+    text = report.markdown(whole({"store": result_of(made)}))
     assert (
         "4 not run, out of time" in text
         and "not run, out of time: store_kv, batch 1, 4 rows; store_kv, batch 2" in text
     )
 
 
-def test_section_taken_up_again_keeps_what_it_has():
+def test_benchmark_taken_up_again_keeps_what_it_has():
     made = bench(rows=[{"case": "store_kv, batch 1, 4 rows", "contestants": {}, "kept": True}])
-    sections.run_here("store", made)
+    runner.run_here("store", made)
     assert len(made.rows) == 4 and made.rows[0]["kept"]
 
 
-def section(made, status="done"):
+def result_of(made, status="done"):
     return {"status": status, "seconds": 1.0, **made.state()}
 
 
@@ -79,7 +73,7 @@ def timed(us):
 
 
 def whole(parts, rehearsal=True):
-    made = {"sections": {}}
+    made = {"benchmarks": {}}
     machine = {"gpu": "Some GPU 80GB", "date": "2026-01-02", "commit": "abc", "dirty": False}
     for name, one in parts.items():
         made = report.merge(made, machine, name, one)
@@ -124,7 +118,7 @@ def test_wrong_result_is_reported_in_the_place_of_its_time():
 @pytest.mark.parametrize("result, problems", [("WRONG: 1 of 8 texts", 1), ("failed: no", 1), ("as scripted", 0)])
 def test_wrong_text_of_decoding_is_a_problem(result, problems):
     rows = [{"case": "exact-model, block 4", "cells": {"result": result}}]
-    assert len(report.wrong({"sections": {"end_to_end": {"rows": rows}}})) == problems
+    assert len(report.wrong({"benchmarks": {"end_to_end": {"rows": rows}}})) == problems
 
 
 def test_row_that_alone_is_wrong_does_not_pass():
@@ -173,16 +167,47 @@ def test_contestant_that_breaks_the_device_is_left_out_of_what_follows(monkeypat
         broken = contest.Contestant("simsd cuda", raising(RuntimeError("an illegal memory access")))
         contest.contest(made, "one", [contest.Contestant("simsd triton", lambda: [lambda: 1]), broken])
     kept = json.loads((tmp_path / "state.json").read_text())
-    assert kept["without"] == ["simsd cuda"] and kept["rows"][0]["contestants"]["simsd triton"]["us"] > 0
     again = bench(rows=kept["rows"], without=kept["without"])
-    assert not again.open("one")
-    row = contest.contest(again, "two", [contest.Contestant("simsd cuda", lambda: [lambda: 1])])
-    assert row["contestants"]["simsd cuda"]["verdict"].startswith("left out")
+    assert list(again.without) == ["simsd cuda"] and again.open("one")
+    others = [contest.Contestant(name, lambda: [lambda: 1]) for name in ("simsd triton", "simsd cuda")]
+    found = contest.contest(again, "one", others)["contestants"]
+    assert found["simsd triton"]["us"] > 0
+    assert found["simsd cuda"]["verdict"] == "failed: RuntimeError: an illegal memory access"
+    found = contest.contest(again, "two", others)["contestants"]
+    assert found["simsd cuda"]["verdict"].startswith("left out")
 
 
-def test_quantiles_are_of_the_samples():
-    taken = timing.Timing.of([5.0, 1.0, 2.0, 4.0, 3.0, 6.0], 10, "events")
-    assert (taken.us, taken.low_us, taken.high_us, taken.samples) == (3.5, 2.0, 5.0, 6)
+def test_contestant_that_fails_while_it_is_timed_leaves_the_others_alone():
+    calls = []
+
+    def failing():
+        calls.append(1)
+        if len(calls) > 2:
+            raise ValueError("third call")
+
+    found, _ = compete(contest.Contestant("a", lambda: [failing]), contest.Contestant("b", lambda: [lambda: 1]))
+    assert found["a"] == {"verdict": "failed: ValueError: third call"} and found["b"]["us"] > 0
+
+
+def test_quartiles_are_of_the_samples():
+    taken = timing.Clock(lambda: 0.0, 10, "events", taken=[5.0, 1.0, 2.0, 4.0, 3.0, 6.0]).timing()
+    assert (taken.us, taken.low_us, taken.high_us, taken.best_us, taken.samples) == (3.5, 1.75, 5.25, 1.0, 6)
+
+
+def test_contestants_take_turns_whose_first_call_is_not_counted():
+    order = []
+    calls = {name: [lambda name=name: order.append(name)] for name in "ab"}
+    found = timing.measure(calls, CPU, 0.0, least=4, turn=2)
+    assert "".join(order) == 2 * "aaabbb" and {taken.samples for taken in found.values()} == {4}
+
+
+def test_slow_definition_is_timed_twice_and_holds_nobody_up(monkeypatch):
+    device = Device(monkeypatch)
+    monkeypatch.setattr(timing, "wall_us", lambda *_, **__: 2e5)
+    clocks = [timing.prepare([device.call(1.0)], torch.device("cuda")), timing.Clock(lambda: 1.0, 1, "events")]
+    for clock in timing.turns(clocks, 0.0, least=5):
+        clock.take()
+    assert [len(clock.taken) for clock in clocks] == [2, 5]
 
 
 class Device:
@@ -238,19 +263,24 @@ class Device:
         return call
 
 
+def measured(*calls, **given):
+    """With no time, so that it is the least number of samples."""
+    return timing.measure({"one": calls}, torch.device("cuda"), seconds=0.0, **given)["one"]
+
+
 def test_graph_of_all_input_sets_is_timed_by_its_replays(monkeypatch):
     device = Device(monkeypatch)
-    taken = timing.measure([device.call(1.0), device.call(3.0)], torch.device("cuda"), seconds=0.1)
+    taken = measured(device.call(1.0), device.call(3.0))
     assert taken.method == "graph replay" and taken.us == 2000.0 and taken.calls == 6  # 10 ms of work, whole rounds
     assert len(device.log) == taken.samples + 3
 
 
 def test_call_that_no_graph_takes_is_timed_by_events(monkeypatch):
     device = Device(monkeypatch, capturable=False)
-    taken = timing.measure([device.call(1.0), device.call(1.0)], torch.device("cuda"), seconds=0.1)
+    taken = measured(device.call(1.0), device.call(1.0))
     assert taken.method == "events" and taken.us == 1000.0 and not device.log
-    plain = timing.measure([device.call(2.0)], torch.device("cuda"), seconds=0.1, graph=False)
-    assert plain.method == "events" and plain.us == 2000.0 and plain.samples == 50
+    plain = measured(device.call(2.0), graph=False)
+    assert plain.method == "events" and plain.us == 2000.0 and plain.samples == 5
 
 
 def test_input_sets_are_larger_than_the_cache_together(monkeypatch):
@@ -265,16 +295,16 @@ def test_case_whose_inputs_fail_costs_itself_alone_and_counts_as_a_problem():
     made.attempt("one", raising(MemoryError("no room")))
     made.attempt("two", lambda: made.add({"case": "two", "cells": {"us": "1"}}))
     assert [row["case"] for row in made.rows] == ["one", "two"]
-    kept = whole({"linear": section(made)}, rehearsal=False)
+    kept = whole({"linear": result_of(made)}, rehearsal=False)
     assert report.wrong(kept) == ["linear: one: inputs: failed: MemoryError: no room"]
 
 
 # Results
 
 
-def test_section_run_again_takes_its_own_place_only(tmp_path):
+def test_benchmark_run_again_takes_its_own_place_only(tmp_path):
     machine = {"gpu": "NVIDIA X 80GB", "date": "2026-01-02", "commit": "first", "dirty": False}
-    path = report.result_path(tmp_path, machine)
+    path = report.result_path(tmp_path, "store", machine)
     assert path.name == "gpu_nvidia-x-80gb_2026-01-02.json"
     ceilings = [{"case": "copy bandwidth", "ceiling": "copy_gb_s", "value": 2000.0, "cells": {"us": "1"}}]
     row = {"case": "a", "bytes": 1e6, "flops": None, "target": "few rows", "contestants": {"simsd cuda": timed(1.0)}}
@@ -288,10 +318,10 @@ def test_section_run_again_takes_its_own_place_only(tmp_path):
     add("store", done([]), later)
     add("attention", done([row]), later)
     kept = json.loads(path.read_text())
-    assert list(kept["sections"]) == ["ceilings", "attention", "store"]
-    assert [one["commit"] for one in kept["sections"].values()] == ["first", "second", "second"]
-    assert kept["sections"]["store"]["status"] == "done"
-    figures = kept["sections"]["attention"]["rows"][0]["contestants"]["simsd cuda"]
+    assert list(kept["benchmarks"]) == ["ceilings", "attention", "store"]
+    assert [one["commit"] for one in kept["benchmarks"].values()] == ["first", "second", "second"]
+    assert kept["benchmarks"]["store"]["status"] == "done"
+    figures = kept["benchmarks"]["attention"]["rows"][0]["contestants"]["simsd cuda"]
     assert figures["gb_s"] == 1000.0 and figures["percent_of_copy"] == 50.0
     text = path.with_suffix(".md").read_text()
     assert "| a | simsd cuda | 1.0 (1.0-1.0) | 1000 | 50 % |" in text and "commit second (with local changes)" in text

@@ -1,4 +1,4 @@
-"""The command `python -m gpu`: what runs when and how long, what is missing, what it leaves behind, rehearsals."""
+"""`python -m benchmarks gpu`: what runs when and how long, what is missing, what it leaves behind, rehearsals."""
 
 from __future__ import annotations
 
@@ -13,18 +13,17 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+from benchmarks import __main__ as command
+from benchmarks import contest, environment, registry, report, runner
+from benchmarks.gpu import attention, library, linear, predictions, sampling
 
-from gpu import __main__ as command  # noqa: E402
-from gpu import attention, contest, environment, library, linear, predictions, report, sampling, sections  # noqa: E402
+ROOT = Path(__file__).parents[1]
 
 
 def started(*options, python=sys.executable):
-    paths = os.pathsep.join([str(ROOT / "benchmarks"), str(ROOT), str(ROOT / "python")])
-    variables = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    variables = os.environ | {"OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([python, "-m", "gpu", *options], cwd=ROOT, env=variables, **pipes)
+    return subprocess.Popen([python, "-m", "benchmarks", *options], cwd=ROOT, env=variables, **pipes)
 
 
 def run(*options):
@@ -37,46 +36,47 @@ def parsed(*options):
     return command.planned(command.parse(list(options)))
 
 
+PLAN = {name: registry.BENCHMARKS[name].seconds for name in registry.KINDS["gpu"]}
+
 # Time
 
 
 def test_budget_is_what_was_given_whatever_sections_run():
-    assert parsed()[0] == 450
-    assert parsed("--section", "linear", "--budget", "100") == (100, {"linear": sections.PLAN["linear"]})
-    assert sections.allotment("linear", {"linear": 25}, 100.0) == 100.0
-    budget, plan = parsed("--section", "attention,linear")
-    assert budget == sum(plan.values())  # each gets what it should have
+    assert parsed("gpu")[0] == 450
+    assert parsed("linear", "--budget", "100") == (100, {"linear": registry.BENCHMARKS["linear"].seconds})
+    assert runner.allotment("linear", {"linear": 25}, 100.0) == 100.0
+    budget, plan = parsed("attention,linear")
+    assert budget == sum(plan.values()) == parsed("linear", "attention")[0]  # each gets what it should have
 
 
-def test_plans_fill_their_budgets_and_name_every_section():
-    assert sum(sections.PLAN.values()) == sections.DEFAULT_BUDGET <= 450
-    assert set(sections.PLAN) == set(sections.SECTIONS)
-    assert set().union(*(plan for _, plan in sections.CALLS.values())) == set(sections.SECTIONS)
-    assert sum(budget for budget, _ in sections.CALLS.values()) <= 690  # of 900 s, with two starts and transfers
-    assert sum(sections.REHEARSAL_BUDGETS.values()) < 600
+def test_plans_fill_their_budgets_and_name_every_benchmark():
+    assert sum(PLAN.values()) == registry.DEFAULT_BUDGET <= 450
+    assert set().union(*(plan for _, plan in registry.CALLS.values())) == set(PLAN)
+    assert sum(budget for budget, _ in registry.CALLS.values()) <= 690  # of 900 s, with two starts and transfers
+    assert sum(registry.REHEARSAL_BUDGETS.values()) < 600
 
 
 def test_plan_and_walk_are_measured_before_attention():
-    order = list(sections.PLAN)
+    order = list(PLAN)
     assert order.index("verification") < order.index("attention")
 
 
-def test_sections_cannot_take_more_than_the_budget_together():
+def test_benchmarks_of_a_gpu_cannot_take_more_than_the_budget_together():
     left = budget = 100.0
-    plan = sections.PLAN
+    plan = PLAN
     for name in plan:
-        left -= sections.allotment(name, plan, left)
+        left -= runner.allotment(name, plan, left)
     assert left == pytest.approx(0, abs=1e-6)
-    unused = sections.allotment("test", plan, budget)  # the build took nothing
-    assert unused > sections.allotment("test", plan, budget - sections.allotment("build", plan, budget))
+    unused = runner.allotment("test", plan, budget)  # the build took nothing
+    assert unused > runner.allotment("test", plan, budget - runner.allotment("build", plan, budget))
 
 
-def test_section_without_time_is_not_run_and_says_so(tmp_path):
-    found = sections.run_section("attention", 1.0, tmp_path, rehearsal=True)
+def test_benchmark_without_time_is_not_run_and_says_so(tmp_path):
+    found = runner.run_apart("attention", 1.0, tmp_path, rehearsal=True)
     assert found["status"] == "not run: out of time" and not list(tmp_path.iterdir())
 
 
-def test_section_that_hangs_is_ended_in_its_time_and_says_where(tmp_path, monkeypatch):
+def test_benchmark_that_hangs_is_ended_in_its_time_and_says_where(tmp_path, monkeypatch):
     hanging = tmp_path / "hanging.py"
     hanging.write_text(
         "import json, pathlib, sys, time\n"
@@ -84,29 +84,23 @@ def test_section_that_hangs_is_ended_in_its_time_and_says_where(tmp_path, monkey
         "state.write_text(json.dumps({'rows': [{'case': 'one', 'cells': {}}], 'now': 'the second case'}))\n"
         "time.sleep(600)\n"
     )
-    real = sections.processes.run
+    real = runner.processes.run
     swapped = lambda words, *rest, **more: real([sys.executable, str(hanging), *words[3:]], *rest, **more)  # noqa: E731
-    monkeypatch.setattr(sections.processes, "run", swapped)
+    monkeypatch.setattr(runner.processes, "run", swapped)
     began = time.monotonic()
-    found = sections.run_section("attention", 6.0, tmp_path, rehearsal=True)
+    found = runner.run_apart("attention", 6.0, tmp_path, rehearsal=True)
     assert 5 < time.monotonic() - began < 20
     assert found["status"] == "failed: out of time, ended at the second case"
     assert found["rows"][0]["case"] == "one" and "now" not in found
 
 
 def test_ended_says_how():
-    assert sections.ended(0, {"without": []}) == "done"
-    assert sections.ended(0, {"without": ["simsd cuda"]}) == "done without simsd cuda"
-    assert sections.ended(0, {"incomplete": "out of time: memcheck"}) == "incomplete: out of time: memcheck"
-    assert sections.ended(128 + 11, {"now": "a case"}) == "failed: ended by signal 11 at a case"
-    assert sections.ended(1, {"error": "ValueError: x"}) == "failed: ValueError: x"
-    assert sections.ended(124, {}) == "failed: out of time, ended at its start"
-
-
-def test_unknown_section_is_refused_by_name(capsys):
-    with pytest.raises(SystemExit):
-        command.main(["--section", "build,attentoin"])
-    assert "unknown attentoin: choose from build, test" in capsys.readouterr().err
+    assert runner.ended(0, {"without": []}) == "done"
+    assert runner.ended(0, {"without": ["simsd cuda"]}) == "done without simsd cuda"
+    assert runner.ended(0, {"incomplete": "out of time: memcheck"}) == "incomplete: out of time: memcheck"
+    assert runner.ended(128 + 11, {"now": "a case"}) == "failed: ended by signal 11 at a case"
+    assert runner.ended(1, {"error": "ValueError: x"}) == "failed: ValueError: x"
+    assert runner.ended(124, {}) == "failed: out of time, ended at its start"
 
 
 # What is missing
@@ -114,7 +108,7 @@ def test_unknown_section_is_refused_by_name(capsys):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_without_a_gpu_it_says_at_once_what_is_missing():
-    code, out, err = run()
+    code, out, err = run("gpu")
     assert code == 2 and not out
     (line,) = err.strip().splitlines()
     assert line.startswith("make gpu needs what this machine lacks: ") and ("CPU build" in line or "CUDA GPU" in line)
@@ -182,26 +176,26 @@ def test_obstacle_of_the_library_here():
 # Rehearsals, and what a run leaves
 
 
-@pytest.mark.parametrize("options", [["--section", "ceilings"], []])
+@pytest.mark.parametrize("options", [["ceilings"], ["gpu"], ["loop"]])
 def test_rehearsal_never_writes_among_the_results(options, capsys):
     before = sorted(environment.RESULTS.iterdir())
-    assert command.main(["--rehearse", *options, "--output", str(environment.RESULTS)]) == 2
+    assert command.main(["--rehearse", *options, "--out", str(environment.RESULTS)]) == 2
     assert "name another folder" in capsys.readouterr().err
     assert sorted(environment.RESULTS.iterdir()) == before
 
 
 @pytest.fixture(scope="module")
 def rehearsed(tmp_path_factory):
-    """Two sections, as a call of a GPU day leaves them."""
+    """Two benchmarks, as a call of a GPU day leaves them."""
     folder = tmp_path_factory.mktemp("rehearsal")
-    return (*run("--rehearse", "--output", str(folder), "--section", "ceilings,counters", "--budget", "900"), folder)
+    return (*run("ceilings,counters", "--rehearse", "--out", str(folder), "--budget", "900"), folder)
 
 
-def test_sections_run_in_processes_of_their_own_and_end_in_a_table(rehearsed):
+def test_benchmarks_run_in_processes_of_their_own_and_end_in_a_table(rehearsed):
     code, out, err, folder = rehearsed
     assert code == 0, out + err
     written = json.loads(next(folder.glob("*.json")).read_text())
-    assert [one["status"] for one in written["sections"].values()] == ["done", "done"]
+    assert [one["status"] for one in written["benchmarks"].values()] == ["done", "done"]
     table = out.strip().splitlines()[-12:]
     assert any(line.startswith("ceilings ") for line in table) and any(line.startswith("target: ") for line in table)
     assert written["machine"]["torch"] == torch.__version__ and written["machine"]["commit"] != ""
@@ -222,10 +216,10 @@ def test_logs_lie_beside_the_results_in_one_archive(rehearsed):
     assert len(list(folder.iterdir())) == 3  # JSON, Markdown, logs
     with tarfile.open(next(folder.glob("*_logs.tar.gz"))) as packed:
         names = {Path(name).name for name in packed.getnames()}
-    assert {"console.log", "section_ceilings.log", "section_counters.log", "counters.log", "check.log"} <= names
+    assert {"console.log", "run_ceilings.log", "run_counters.log", "counters.log", "check.log"} <= names
 
 
-@pytest.mark.parametrize("call", sorted(sections.CALLS))
+@pytest.mark.parametrize("call", sorted(registry.CALLS))
 def test_call_of_a_rehearsal_is_that_of_a_gpu_day(call):
     _, planned = parsed("--call", str(call))
     _, rehearsal = parsed("--call", str(call), "--rehearse")
@@ -233,16 +227,16 @@ def test_call_of_a_rehearsal_is_that_of_a_gpu_day(call):
 
 
 def test_interrupted_run_keeps_what_it_has(tmp_path):
-    chosen = ["--section", "ceilings,linear,end_to_end", "--budget", "900"]
-    process = started("--rehearse", "--output", str(tmp_path), *chosen)
+    chosen = ["ceilings", "linear", "end_to_end", "--budget", "900"]
+    process = started("--rehearse", "--out", str(tmp_path), *chosen)
     while line := process.stdout.readline():
         if line.startswith("linear ("):
             break
     process.terminate()
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 1 and "target: " in out
-    kept = json.loads(next(tmp_path.glob("*.json")).read_text())["sections"]
-    assert kept["ceilings"]["status"] == "done" and kept["linear"]["status"] == sections.INTERRUPTED
+    kept = json.loads(next(tmp_path.glob("*.json")).read_text())["benchmarks"]
+    assert kept["ceilings"]["status"] == "done" and kept["linear"]["status"] == runner.INTERRUPTED
     assert "end_to_end" not in kept and next(tmp_path.glob("*_logs.tar.gz")).stat().st_size > 0
 
 
@@ -251,26 +245,28 @@ def test_results_of_both_calls_become_one_report(rehearsed, tmp_path, capsys):
     first = next(folder.glob("*.json"))
     second = tmp_path / "second.json"
     made = json.loads(first.read_text())
-    made["sections"] = {"store": made["sections"].pop("ceilings")}
+    made["benchmarks"] = {"store": made["benchmarks"].pop("ceilings")}
     second.write_text(json.dumps(made))
-    assert command.main(["--merge", str(first), str(second), "--output", str(tmp_path / "both")]) == 0
+    assert command.main(["--merge", str(first), str(second), "--out", str(tmp_path / "both")]) == 0
     both = json.loads(next((tmp_path / "both").glob("rehearsal_*.json")).read_text())
-    assert list(both["sections"]) == ["ceilings", "store", "counters"] and both["rehearsal"]
+    assert list(both["benchmarks"]) == ["ceilings", "store", "counters"] and both["rehearsal"]
     assert report.REHEARSAL in capsys.readouterr().out
     assert command.main(["--merge", str(first), str(tmp_path / "absent.json")]) == 2
     assert "no results in" in capsys.readouterr().err
+    assert command.main(["--merge", str(environment.RESULTS / "loop.json")]) == 2
+    assert "those of the CPU have a report each" in capsys.readouterr().err
 
 
 def test_table_fits_the_end_of_the_output_that_is_kept():
     long = "a case of a very long name, and what is wrong with it, " * 20
     rows = [{"case": f"{n} {long}", "contestants": {"simsd cuda": {"verdict": f"WRONG: {long}"}}} for n in range(40)]
     status = f"failed: {long}"
-    made = {name: {"status": status, "rows": rows, "not_run": ["x"] * 9} for name in sections.SECTIONS}
+    made = {name: {"status": status, "rows": rows, "not_run": ["x"] * 9} for name in PLAN}
     predicted = [{"case": p.case, "bytes": 1e6, "contestants": {"simsd cuda": {"verdict": "ok", "us": 9e4}}}
                  for p in predictions.PREDICTIONS]  # fmt: skip
     for one in made.values():
         one["rows"] = rows + predicted
-    assert len(report.summary({"sections": made})) < 11000
+    assert len(report.summary({"benchmarks": made})) < 11000
 
 
 # Predictions
@@ -292,7 +288,7 @@ def test_every_prediction_is_of_a_case_that_is_measured():
 def test_measured_stands_beside_predicted_and_floor(us, verdict):
     contestants = {"simsd triton": {"verdict": "ok", "us": 99.0}, "simsd cuda": {"verdict": "ok", "us": us}}
     row = {"case": "few rows 64 x 4096 keys, batch 1", "bytes": 16.8e6, "contestants": contestants}
-    made = {"sections": {"attention": {"status": "done", "rows": [row]}}}
+    made = {"benchmarks": {"attention": {"status": "done", "rows": [row]}}}
     line = next(line for line in predictions.compared(made) if line[0] == row["case"])
     assert line[1:4] == ("11-14 us", "5.0", f"{us:.1f}") and line[4].startswith(verdict)
     assert f"11-14 us, floor 5.0; measured {us:.1f}" in report.summary(made)
@@ -300,5 +296,5 @@ def test_measured_stands_beside_predicted_and_floor(us, verdict):
 
 def test_prediction_of_decoding_is_of_an_iteration():
     row = {"case": "exact-model, block 4, batch 1, wrong 0", "cells": {}, "figures": {"ms_per_iteration": 37.0}}
-    made = {"sections": {"end_to_end": {"rows": [row]}}}
+    made = {"benchmarks": {"end_to_end": {"rows": [row]}}}
     assert ("35-40 ms", "", "37.0", "as predicted") in [line[1:] for line in predictions.compared(made)]

@@ -5,14 +5,12 @@ from __future__ import annotations
 import sys
 import time
 import types
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
-from gpu import attention, attention_peers, contest  # noqa: E402
+from benchmarks import contest
+from benchmarks.gpu import attention, attention_peers
 
 CPU = torch.device("cpu")
 

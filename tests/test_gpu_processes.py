@@ -1,4 +1,4 @@
-"""benchmarks/gpu's processes: ended in time, with all that they started, also when this process is killed; jobs."""
+"""The benchmarks' processes: ended in time, with all that they started, also when this process is killed; jobs."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+from benchmarks import contest, keeper, processes
+from benchmarks.gpu import correctness, counters
 
-from gpu import contest, correctness, counters, keeper, processes  # noqa: E402
+ROOT = Path(__file__).parents[1]
 
 # A command that starts another in the background, in a way that hides it from its parent's own end.
 FAMILY = "sleep {n} & (sleep {n} & ) ; sleep {n}"
@@ -71,9 +71,9 @@ def test_signal_of_a_command_is_told(tmp_path):
 
 PARENT = """
 import pathlib, signal, sys
-sys.path.insert(0, {benchmarks!r})
+sys.path.insert(0, {root!r})
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored
-from gpu import processes
+from benchmarks import processes
 processes.die_by_exception()
 processes.run(["bash", "-c", {family!r}], 600.0, pathlib.Path({log!r}))
 """
@@ -81,9 +81,7 @@ processes.run(["bash", "-c", {family!r}], 600.0, pathlib.Path({log!r}))
 
 @pytest.mark.parametrize("number_of_signal", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_nothing_outlives_the_process_that_started_it(tmp_path, number, number_of_signal):
-    source = PARENT.format(
-        benchmarks=str(ROOT / "benchmarks"), family=FAMILY.format(n=number), log=str(tmp_path / "log")
-    )
+    source = PARENT.format(root=str(ROOT), family=FAMILY.format(n=number), log=str(tmp_path / "log"))
     parent = subprocess.Popen([sys.executable, "-c", source], stderr=subprocess.DEVNULL)
     assert wait_for(lambda: len(running(number)) == 3)
     groups = {os.getpgid(pid) for pid in running(number)}
@@ -194,7 +192,7 @@ def test_refusing_profiler_costs_one_line(tmp_path, monkeypatch):
     refused = types.SimpleNamespace(code=1, said="==PROF==\nERR_NVGPUCTRPERM: no permission\n", seconds=1.0)
     monkeypatch.setattr(counters, "run", lambda *_: refused)
     with pytest.raises(RuntimeError, match="^exit status 1: ERR_NVGPUCTRPERM: no permission$"):
-        counters.run_section(bench(tmp_path))
+        counters.count(bench(tmp_path))
 
 
 def test_every_test_of_decoding_on_a_gpu_passes_in_a_rehearsal_and_is_asked_for():

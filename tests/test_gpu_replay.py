@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 import simsd
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
-from gpu.replay import Replay, Script, scripted  # noqa: E402
-
-from gpu import end_to_end  # noqa: E402
-from simsd.decode.iteration import Parts  # noqa: E402
+from benchmarks.gpu import end_to_end
+from benchmarks.gpu.replay import Replay, Script, scripted
+from simsd.decode.iteration import Parts
 
 CPU = torch.device("cpu")
 

@@ -1,32 +1,21 @@
-"""benchmarks/graph_shapes.py: what it counts."""
+"""benchmarks/cpu/graph_shapes.py: what it counts."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
 import simsd
+from benchmarks import contest, report
+from benchmarks.cpu import graph_shapes as shapes
 from simsd.benchmarking import Item
 from stand_ins import random_sdar
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "graph_shapes.py"
 
-
-@pytest.fixture(scope="module")
-def shapes():
-    spec = importlib.util.spec_from_file_location("graph_shapes", SCRIPT)
-    module = sys.modules["graph_shapes"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_rows_of_native_forwards_are_the_block_and_what_it_commits(shapes):
+def test_rows_of_native_forwards_are_the_block_and_what_it_commits():
     """9 prompt tokens and 4 + 4 + 4 of the answer: blocks of 3, 4 and 4 steps; two commits ride along."""
     target = random_sdar(0)
     counter = shapes.RowCounter()
@@ -36,7 +25,7 @@ def test_rows_of_native_forwards_are_the_block_and_what_it_commits(shapes):
     assert rows == (11 * 4 + 2 * 4) / 11
 
 
-def test_records_hold_ratios_rows_and_equal_texts(shapes):
+def test_records_hold_ratios_rows_and_equal_texts():
     target, draft = random_sdar(0), random_sdar(0)  # a perfect draft
     items = [Item("x", [1, 2, 3]), Item("y", [4, 5])]
     chosen = shapes.variants([4, 8], [16, 64], [1, 2])
@@ -50,8 +39,9 @@ def test_records_hold_ratios_rows_and_equal_texts(shapes):
         assert record["rows"] <= record["max_rows"] + 3 * record["block_length"]
     best = [r["forwards_ratio"] for r in records if r["drafter"] == "model" and r["max_rows"] == 64]
     assert max(best) < 1.0
-    settings = {"items": 1, "families": ["x", "y"], "target": "t", "draft": "d", "date": "today"}
-    lines = [line for line in shapes.markdown(records, settings).splitlines() if line.startswith("|")]
+    made = contest.Bench()
+    shapes.report(made, records)
+    lines = [line for line in report.tables_of(made.state()) if line]
     assert len(lines) == 2 + len(records) // 2 and len({line.count("|") for line in lines}) == 1
-    assert "Native's text in 100.0%" in shapes.markdown(records, settings)
-    json.dumps(records, allow_nan=False)
+    assert made.notes[0].startswith("native's text in 100.0% of all")
+    json.dumps(made.state(), allow_nan=False)

@@ -21,7 +21,7 @@ def test_a_results_table_is_the_measured_one(path, shown):
 def test_the_count_of_exact_comparisons_is_the_measured_one():
     measured = (ROOT / "benchmarks/results/exactness.md").read_text(encoding="utf-8")
     (count,) = re.findall(r"^> ([\d,]+ comparisons under .*)$", README, re.MULTILINE)
-    assert f"\n{count}\n" in measured
+    assert f"\n- {count}\n" in measured
 
 
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "examples/tiny_pair/README.md", *DOCS])

@@ -1,25 +1,31 @@
-"""benchmarks/soak.py in short: it finds nothing, and finds what is wrong."""
+"""benchmarks/cpu/soak.py in short: it finds nothing, and finds what is wrong."""
 
 from __future__ import annotations
 
-import pathlib
-import sys
+import pytest
 
+from benchmarks import contest
+from benchmarks.cpu import soak
+from benchmarks.registry import BENCHMARKS
 from simsd.decode.slots import Slots
 from simsd.engine.pages import PagePool
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "benchmarks"))
-import soak  # noqa: E402
-
-SHORT = ["--requests", "80", "--slots", "8"]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_texts_are_right_and_no_page_is_lost(one_thread, capsys):
-    assert soak.main(SHORT) == 0
-    assert "16 pages free at the end" in capsys.readouterr().out
+def short(**changes):
+    made, one = contest.Bench(), BENCHMARKS["soak"]
+    settings = one.settings | one.short | changes
+    del settings["threads"]
+    soak.run(made, **settings)
+    return {row["what"]: row["count"] for row in made.rows}
 
 
-def test_a_wrong_text_is_found(one_thread, capsys, monkeypatch):
+def test_texts_are_right_and_no_page_is_lost():
+    assert short()["free at the end"] == 16
+
+
+def test_a_wrong_text_is_found(monkeypatch):
     opening, count = Slots.open, []
 
     def misread(self, slot, tokens, *others):
@@ -29,11 +35,11 @@ def test_a_wrong_text_is_found(one_thread, capsys, monkeypatch):
         return opening(self, slot, tokens, *others)
 
     monkeypatch.setattr(Slots, "open", misread)
-    assert soak.main(SHORT) == 1
-    assert "tokens: [" in capsys.readouterr().out
+    with pytest.raises(RuntimeError, match=r"wrong: .*tokens: \["):
+        short()
 
 
-def test_a_lost_page_is_found(one_thread, capsys, monkeypatch):
+def test_a_lost_page_is_found(monkeypatch):
     retiring, seen = PagePool.retire, []
 
     def forgetful(self, pages, launched):
@@ -44,5 +50,5 @@ def test_a_lost_page_is_found(one_thread, capsys, monkeypatch):
         retiring(self, pages, launched)
 
     monkeypatch.setattr(PagePool, "retire", forgetful)
-    assert soak.main(["--requests", "80", "--slots", "12"]) == 1
-    assert "are nobody's and not free" in capsys.readouterr().out
+    with pytest.raises(RuntimeError, match="are nobody's and not free"):
+        short(slots=12)

@@ -1,18 +1,16 @@
-"""benchmarks/trace_iteration.py: an iteration is fit for a CUDA graph, and its launches are few."""
+"""benchmarks/cpu/trace_iteration.py: an iteration is fit for a CUDA graph, and its launches are few."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import sys
 
 import pytest
 import torch
 
+from benchmarks.cpu import trace_iteration as tracing
 from simsd.decode import iteration
 from simsd.decode.iteration import Shape
 from simsd.decode.temporal import Temporal
-from traces import SCRIPT, tracing
 
 
 @pytest.mark.parametrize(("noise", "most"), [(False, 1150), (True, 1200)], ids=["greedy", "noise"])
@@ -149,12 +147,3 @@ def test_an_offence_comes_with_its_place(monkeypatch):
     monkeypatch.setattr(tracing, "iterate", lambda *arguments: iteration.iterate(*arguments, parts))
     with pytest.raises(tracing.HostRead, match=r"python/simsd/decode/iteration.py:\d+: aten::_local_scalar_dense"):
         tracing.trace("1.7B", None, SHAPES["native"], batch=3, layers=1)
-
-
-def test_the_last_line_is_for_programs(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--target", "1.7B", "--states", "4", "--lookahead", "1"])
-    assert tracing.main() == 0
-    last = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert last["target"] == "1.7B" and last["host_reads"] == last["uploads"] == 0
-    assert last["launches"]["noise"] > last["launches"]["greedy"] > 500
-    assert set(last["per_layer"]) == {"dense", "experts"}

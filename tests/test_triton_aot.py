@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import pathlib
 import re
-import sys
 
 import pytest
 
@@ -15,12 +14,11 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import triton
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "benchmarks"))
-import triton_resources  # noqa: E402
+from benchmarks.cpu import triton_resources
 
 # fp16 compiles to what bf16 does, but for the mnemonic: of it, and of the slow float32, one head size is enough here.
 # Of the kernel that grows a draft's graph, the two strategies with the most to compute.
-# benchmarks/triton_resources.py compiles everything.
+# `python -m benchmarks triton_resources` compiles everything.
 CASES = [
     (number, variant)
     for number, variant in enumerate(triton_resources.variants())

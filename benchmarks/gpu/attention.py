@@ -9,8 +9,8 @@ from torch import Tensor
 
 from simsd_kernels import INF, masked_attention
 
+from ..contest import Bench, Contestant, accepts, contest, near
 from . import attention_peers as peers
-from .contest import Bench, Contestant, accepts, contest, near
 
 Q_HEADS, KV_HEADS, DIM, BLOCK = 32, 8, 128, 4  # SDAR-8B's
 TOLERANCE, ROW_TOLERANCE = 1e-2, 5e-2  # bf16 operands

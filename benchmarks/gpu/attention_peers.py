@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from .contest import Contestant, Unavailable
+from ..contest import Contestant, Unavailable
 
 
 def of(problem, check) -> list[Contestant]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from . import timing
-from .contest import Bench
+from .. import timing
+from ..contest import Bench
 
 
 def run(bench: Bench) -> None:
@@ -23,7 +23,8 @@ def copy_bandwidth(bench: Bench) -> None:
             continue
         source = bench.random(size // 2)
         target = torch.empty_like(source)
-        taken = timing.measure([lambda s=source, t=target: t.copy_(s)], bench.device, 5 * bench.seconds, graph=False)
+        calls = {"copy": [lambda s=source, t=target: t.copy_(s)]}
+        taken = timing.measure(calls, bench.device, 5 * bench.seconds, graph=False)["copy"]
         rate = 2 * size / taken.us / 1e3
         bench.add({"case": case, "cells": {"us": f"{taken.us:.1f}", "rate": f"{rate:.0f} GB/s"}, "rate": rate})
         del source, target
@@ -39,8 +40,8 @@ def matrix_rate(bench: Bench) -> None:
         if not bench.open(case):
             continue
         pairs = [(bench.random(size, size), bench.random(size, size)) for _ in range(2)]
-        calls = [lambda a=a, b=b: a @ b for a, b in pairs]
-        taken = timing.measure(calls, bench.device, 5 * bench.seconds)
+        calls = {"product": [lambda a=a, b=b: a @ b for a, b in pairs]}
+        taken = timing.measure(calls, bench.device, 5 * bench.seconds)["product"]
         rate = 2 * size**3 / taken.us / 1e6
         bench.add({"case": case, "cells": {"us": f"{taken.us:.1f}", "rate": f"{rate:.1f} TFLOP/s"}, "rate": rate})
     best = max((row["rate"] for row in bench.rows if row["case"].startswith("product of")), default=0.0)

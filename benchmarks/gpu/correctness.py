@@ -11,10 +11,10 @@ import xml.etree.ElementTree
 from collections.abc import Callable
 from pathlib import Path
 
-from . import environment
-from .contest import Bench
+from .. import environment
+from ..contest import Bench
+from ..processes import OUT_OF_TIME, run
 from .library import last_error
-from .processes import OUT_OF_TIME, run
 
 AT_ONCE = max(1, min(8, os.cpu_count() or 1))  # processes
 LEAST_SECONDS = 10.0  # that a job is begun for

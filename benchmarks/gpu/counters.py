@@ -8,10 +8,10 @@ import sys
 
 import torch
 
-from . import environment
-from .contest import Bench
+from .. import environment
+from ..contest import Bench
+from ..processes import run
 from .library import last_line
-from .processes import run
 
 # Nsight Compute's names of the figures that say what a kernel is bound by.
 METRICS = {
@@ -24,12 +24,12 @@ METRICS = {
 SECTIONS = ("SpeedOfLight", "Occupancy", "LaunchStats", "MemoryWorkloadAnalysis", "SchedulerStats", "WarpStateStats")
 
 
-def run_section(bench: Bench) -> None:
+def count(bench: Bench) -> None:
     tool = None if bench.tiny else profiler()
     # The clocks stay as they are: they are not ours to set.
     options = ["--clock-control", "none", "--profile-from-start", "off", "--csv", "--page", "details"]
     under = [tool, *options, *(word for name in SECTIONS for word in ("--section", name))] if tool else []
-    command = [*under, sys.executable, "-m", "gpu.counters", bench.device.type]
+    command = [*under, sys.executable, "-m", "benchmarks.gpu.counters", bench.device.type]
     ran = run(command, max(bench.time_left(), 1.0), bench.logs / "counters.log")
     if tool is None:
         bench.note("ncu is not available: its program ran by itself, nothing was counted")

@@ -23,7 +23,7 @@ from simsd.models.loading import LoadedModel
 from simsd.models.sdar import SDARConfig
 from simsd.models.weights import assemble, skeleton
 
-from .contest import Bench, alive, in_one_line
+from ..contest import Bench, alive, in_one_line
 from .replay import Replay, Script, scripted
 
 LABEL = "random weights, simulated acceptance"

@@ -1,6 +1,6 @@
 """The compiled ops: those that are there where they serve this device, else built in place for it.
 
-    python -m gpu.library cuda|cpu
+    python -m benchmarks.gpu.library cuda|cpu
 
 prints as JSON what the compiled library says of itself and what keeps it from serving the device, null for nothing. It
 is asked in a process of its own: a library that was loaded stays loaded, and one that crashes ends its process.
@@ -11,15 +11,15 @@ from __future__ import annotations
 import json
 import sys
 
-from . import environment
-from .contest import Bench, in_one_line
-from .processes import Ran, run
+from .. import environment
+from ..contest import Bench, in_one_line
+from ..processes import Ran, run
 
 ASKING = 60.0  # seconds: torch is imported, and a kernel runs
 
 
 def build(bench: Bench) -> None:
-    """The section: the device and the library as they are, then a build if that is needed."""
+    """The device and the library as they are, then a build if that is needed."""
     found = ask(bench)
     if found["obstacle"] is None:
         cells = {"result": "loads and runs a kernel here, nothing was built", "seconds": ""}
@@ -44,7 +44,7 @@ def describe_device(bench: Bench) -> None:
 
 
 def ask(bench: Bench) -> dict:
-    command = [sys.executable, "-m", "gpu.library", bench.device.type]
+    command = [sys.executable, "-m", "benchmarks.gpu.library", bench.device.type]
     ran = run(command, max(min(ASKING, bench.time_left()), 1.0), bench.logs / "library.log")
     try:
         return json.loads(ran.said.splitlines()[-1])

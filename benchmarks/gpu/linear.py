@@ -7,7 +7,7 @@ import torch
 
 import simsd_kernels
 
-from .contest import Bench, Contestant, Unavailable, contest, near
+from ..contest import Bench, Contestant, Unavailable, contest, near
 
 # (N, K) of the distinct matrices: q_proj (o_proj alike), k_proj (v_proj), gate_proj (up_proj), down_proj, lm_head.
 MATRICES = {

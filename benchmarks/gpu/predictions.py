@@ -14,7 +14,7 @@ MICROSECONDS, MILLISECONDS = "us", "ms"
 class Prediction(NamedTuple):
     """`low` to `high`, in `unit`; `why`: what it is bound by."""
 
-    section: str
+    benchmark: str
     case: str
     low: float
     high: float
@@ -45,7 +45,7 @@ def compared(report: dict) -> list[tuple[str, str, str, str, str]]:
     """(case, predicted, floor, measured, verdict) of each; the floor is its bytes at an H100's memory bandwidth."""
     lines = []
     for one in PREDICTIONS:
-        rows = report.get("sections", {}).get(one.section, {}).get("rows", [])
+        rows = report.get("benchmarks", {}).get(one.benchmark, {}).get("rows", [])
         row = next((row for row in rows if row["case"] == one.case), {})
         floor = f"{row['bytes'] / H100_GB_S / 1e3:.1f}" if row.get("bytes") else ""
         value = measured(row, one.unit)

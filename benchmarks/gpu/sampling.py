@@ -10,7 +10,7 @@ from torch import Tensor
 
 import simsd_kernels
 
-from .contest import Bench, Contestant, contest, equal
+from ..contest import Bench, Contestant, contest, equal
 
 VOCABULARY = 151936
 COMPARED = 4  # rows that are compared with the reference, spread over all

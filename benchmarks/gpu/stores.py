@@ -9,7 +9,7 @@ from torch import Tensor
 
 import simsd_kernels
 
-from .contest import Bench, Contestant, contest, near
+from ..contest import Bench, Contestant, contest, near
 
 Q_HEADS, KV_HEADS, DIM, CAPACITY = 32, 8, 128, 4096  # SDAR-8B's heads
 

@@ -11,8 +11,8 @@ from simsd_kernels import dispatch
 from simsd_kernels.plan_block.api import Plan, copy_stride
 from simsd_kernels.reveal.api import STRATEGIES
 
-from . import timing
-from .contest import Bench, Contestant, contest, equal
+from .. import timing
+from ..contest import Bench, Contestant, contest, equal
 
 VOCABULARY = 151936
 MASK_ID = 151669

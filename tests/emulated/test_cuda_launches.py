@@ -1,4 +1,4 @@
-"""How many kernels a call of each op launches, at the sizes of published models: what benchmarks/trace_iteration.py
+"""How many kernels a call of each op launches, at the sizes of published models: what benchmarks/cpu/trace_iteration.py
 counts with."""
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.cpu import trace_iteration as tracing
 from simsd.decode.iteration import Shape
 from simsd.decode.temporal import Temporal
 from simsd_kernels import dispatch
-from traces import tracing
 
 H100 = 132  # multiprocessors
 TRACES = {

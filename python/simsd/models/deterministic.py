@@ -1,7 +1,7 @@
 """Modules whose forwards compute rows that do not depend on how many rows there are: `simsd.load(...,
 deterministic=True)`, on the CPU the default in float32. The fused layers, which decode, need none of this.
 
-Four operations of a stock forward do depend on it (benchmarks/batch_invariance.py measures the first three on the CPU):
+Four operations of a stock forward do depend on it (`python -m benchmarks batch_invariance` measures the first three):
 
 - linear layers, the router's and the experts' included: a BLAS picks its kernel by the number of rows;
 - the experts' grouped product: the same, by the number of rows that each expert was chosen for;

@@ -20,7 +20,7 @@ from simsd.models.weights import version_of
 from simsd_kernels import masked_attention
 
 # A BLAS gives a row the same bits at every multiple of this many rows, on the CPUs where it was tried
-# (benchmarks/batch_invariance.py); below and between it may not.
+# (benchmarks/cpu/batch_invariance.py); below and between it may not.
 ROW_MULTIPLE = 4
 
 

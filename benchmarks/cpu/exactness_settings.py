@@ -1,4 +1,4 @@
-"""What benchmarks/exactness.py compares: models, prompts and settings."""
+"""What exactness.py compares: models, prompts and settings."""
 
 from __future__ import annotations
 

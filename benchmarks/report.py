@@ -1,23 +1,68 @@
-"""Results on disk and on paper: sections merged into one dated pair of files, shares of the ceilings, targets."""
+"""Results on disk and on paper, in one format whatever the device.
+
+A report is JSON: `machine`, `rehearsal`, and by name `benchmarks`, each with the settings, revision, date and seconds
+of its run, its status, `rows` of figures, `notes`, and `tables`: title to columns, each a heading and a format of a
+row's figures. The Markdown beside it is made from that alone. On the CPU each benchmark has a report of its own; those
+of a GPU are merged into one of the device and day, with shares of the measured ceilings, and targets.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from . import environment, predictions
-from .sections import SECTIONS
+from . import environment, registry
+from .gpu import predictions
 
 OURS, SETUP = "simsd ", "inputs"  # contestants: our backends; what a case needs before any of them
 REHEARSAL = "REHEARSAL on the CPU with tiny shapes: every figure below is meaningless."
 
 
-def result_path(folder: Path, machine: dict, rehearsal: bool = False) -> Path:
-    """The JSON file of this device and day; the Markdown file lies beside it."""
+# What is said of the machine under the figures of a CPU.
+FACTS = (
+    *("commit", "cpu", "cores", "threads", "instruction_set", "device", "dtype", "torch", "compiler"),
+    *("load_average", "matrix_product_gflops"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """`columns`: each a heading and how it shows a row's figures, as str.format takes it."""
+
+    columns: Sequence[tuple[str, str]]
+    title: str = ""
+
+    def cells(self, row: dict) -> list[str]:
+        return [cell(form, row) for _, form in self.columns]
+
+
+def cell(form: str, row: dict) -> str:
+    """Empty where the row lacks the figure."""
+    try:
+        return form.format_map(row)
+    except (KeyError, IndexError, TypeError):
+        return ""
+
+
+def spread(name: str, digits: int = 2) -> str:
+    """The form of an interval: median (low-high)."""
+    return "{0}[median]:.{1}f}} ({0}[low]:.{1}f}}-{0}[high]:.{1}f}})".format("{" + name, digits)
+
+
+def result_path(folder: Path, name: str, machine: dict, rehearsal: bool = False) -> Path:
+    """The JSON file of a benchmark, of a GPU that of the device and day; the Markdown file lies beside it."""
+    if on_cpu(name):
+        return folder / f"{'rehearsal_' * rehearsal}{name}.json"
     kind = "rehearsal" if rehearsal else "gpu"
     return folder / f"{kind}_{environment.slug(str(machine['gpu']))}_{machine['date']}.json"
+
+
+def on_cpu(name: str) -> bool:
+    return name in registry.BENCHMARKS and registry.BENCHMARKS[name].device == "cpu"
 
 
 def load(path: Path) -> dict:
@@ -25,18 +70,16 @@ def load(path: Path) -> dict:
     try:
         return json.loads(path.read_text())
     except (OSError, json.JSONDecodeError):
-        return {"sections": {}}
+        return {"benchmarks": {}}
 
 
-def merge(report: dict, machine: dict, name: str, section: dict) -> dict:
-    """`report` with `section` in the place of what it had under that name; each section says what it was run on."""
+def merge(report: dict, machine: dict, name: str, result: dict) -> dict:
+    """`report` with `result` in the place of what it had under that name; each result says what it was run on."""
     run_on = {key: machine[key] for key in ("commit", "dirty") if key in machine}
-    sections = {**report.get("sections", {}), name: {**section, **run_on}}
-    return {**report, "machine": machine, "sections": dict(sorted(sections.items(), key=lambda item: _order(item[0])))}
-
-
-def _order(name: str) -> int:
-    return list(SECTIONS).index(name) if name in SECTIONS else len(SECTIONS)
+    found = {**report.get("benchmarks", {}), name: {**result, **run_on}}
+    known = [other for other in registry.BENCHMARKS if other in found]
+    order = dict.fromkeys([*known, *found])
+    return {**report, "machine": machine, "benchmarks": {name: found[name] for name in order}}
 
 
 def save(path: Path, report: dict) -> None:
@@ -54,15 +97,15 @@ def pack(logs: Path, archive: Path) -> None:
 
 def ceilings(report: dict) -> dict[str, float]:
     """copy_gb_s and matmul_tflops as measured, where they were."""
-    rows = report.get("sections", {}).get("ceilings", {}).get("rows", [])
+    rows = report.get("benchmarks", {}).get("ceilings", {}).get("rows", [])
     return {row["ceiling"]: row["value"] for row in rows if "ceiling" in row}
 
 
 def with_shares(report: dict) -> dict:
     """The report with GB/s, TFLOP/s and their shares of the measured ceilings beside every time."""
     top = ceilings(report)
-    for section in report.get("sections", {}).values():
-        for row in section.get("rows", []):
+    for result in report.get("benchmarks", {}).values():
+        for row in result.get("rows", []):
             for figures in row.get("contestants", {}).values():
                 if "us" not in figures:
                     continue
@@ -86,8 +129,8 @@ def ours(row: dict) -> tuple[str, dict] | None:
 def wrong(report: dict) -> list[str]:
     """What of ours gave a wrong result or none: contestants of a contest, and texts of end_to_end."""
     found = []
-    for part, section in report["sections"].items():
-        for row in section.get("rows", []):
+    for part, result in report["benchmarks"].items():
+        for row in result.get("rows", []):
             contestants = row.get("contestants", {}).items()
             verdicts = {name: f["verdict"] for name, f in contestants if name.startswith(OURS) or name == SETUP}
             if part == "end_to_end" and "sdpa" not in row["case"]:
@@ -103,11 +146,11 @@ def wrong(report: dict) -> list[str]:
 def targets(report: dict) -> list[tuple[str, str, str]]:
     """(what is asked for, measured, met or not) of each target; "not measured" where it was not."""
     with_shares(report)
-    sections = report.get("sections", {})
+    results = report.get("benchmarks", {})
     lines = []
 
-    def judge(name: str, section: str, kind: str, figure: Callable, least: float, show: str) -> None:
-        rows = [row for row in sections.get(section, {}).get("rows", []) if row.get("target") == kind]
+    def judge(name: str, benchmark: str, kind: str, figure: Callable, least: float, show: str) -> None:
+        rows = [row for row in results.get(benchmark, {}).get("rows", []) if row.get("target") == kind]
         values = {row["case"]: value for row in rows if (value := figure(row)) is not None}
         if not values:
             lines.append((name, "not measured", ""))
@@ -140,67 +183,98 @@ def targets(report: dict) -> list[tuple[str, str, str]]:
 
 def markdown(report: dict) -> str:
     with_shares(report)
-    machine = report["machine"]
-    lines = [f"# {machine['gpu']}, {machine['date']}", ""]
-    if report.get("rehearsal"):
-        lines += [f"**{REHEARSAL}**", ""]
-    facts = ((key.replace("_", " "), value) for key, value in machine.items() if key not in ("gpu", "date", "kernels"))
-    lines += ["Made by `make gpu`: " + ", ".join(f"{key} {value}" for key, value in facts) + ".", ""]
-    lines += [f"Compiled library: {_in_words(machine.get('kernels'))}.", ""]
+    machine, results = report["machine"], report["benchmarks"]
+    warning = [f"**{REHEARSAL}**", ""] if report.get("rehearsal") else []
+    if all(result.get("device") == "cpu" for result in results.values()):
+        lines = [line for name, result in results.items() for line in alone(name, result, machine, warning)]
+        return "\n".join(lines).rstrip() + "\n"
+    lines = [f"# {machine['gpu']}, {machine['date']}", "", *warning]
+    kept = {key: value for key, value in machine.items() if key not in ("gpu", "date", "kernels")}
+    lines += [f"Made by `make gpu`: {_facts(kept)}.", "", f"Compiled library: {_in_words(machine.get('kernels'))}.", ""]
     lines += [
-        "Times are microseconds of one call: median (20 % - 80 % quantiles). Copy and matmul: shares of the measured "
-        "copy bandwidth (bytes read and written) and bf16 matrix product rate. Over: that contestant's time over the "
+        "Times are microseconds of one call: median (quartiles). Copy and matmul: shares of the measured copy "
+        "bandwidth (bytes read and written) and bf16 matrix product rate. Over: that contestant's time over the "
         "fastest of ours; above 1, ours is faster. A wrong result is reported in the place of its time."
     ]
     lines += ["", "## Targets", "", *table(("target", "measured", "met"), targets(report)), ""]
     lines += ["## Predictions", "", "Predicted for an H100 from the kernels' code; floor: the bytes at 3.35 TB/s.", ""]
     lines += [*table(("case", "predicted", "floor", "measured", ""), predictions.compared(report)), ""]
-    for name, section in report["sections"].items():
-        lines += [f"## {name}", "", status_line(section), ""]
-        lines += section_tables(section)
-        notes = list(section.get("notes", []))
-        if not_run := section.get("not_run"):
-            notes.append(f"not run, out of time: {'; '.join(not_run)}")
-        lines += [f"- {note}" for note in notes]
-        if notes:
-            lines.append("")
+    for name, result in results.items():
+        lines += [
+            f"## {name}",
+            "",
+            f"{result.get('about', '')} {status_line(result)}".strip(),
+            "",
+            *tables_of(result),
+            *notes_of(result),
+        ]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def alone(name: str, result: dict, machine: dict, warning: list[str]) -> list[str]:
+    """A benchmark of the CPU."""
+    given = {key: value for key, value in result.get("settings", {}).items() if value not in ("", [])}
+    settings = " ".join(f"{key}={_in_words(value).replace(', ', ',')}" for key, value in given.items())
+    made = f"Made by `python -m benchmarks {name}`{f' ({settings})' if settings else ''}"
+    known = _facts({key: machine[key] for key in FACTS if machine.get(key) is not None})
+    where = ", ".join(filter(None, [result.get("date"), known]))
+    status = "" if result["status"] == "done" else f" {result['status']}."
+    lines = [result["about"], "", *warning, f"{made}{where and f': {where}'}.{status}", ""]
+    return [*lines, *tables_of(result), *notes_of(result)]
+
+
+def _facts(found: dict) -> str:
+    return ", ".join(f"{key.replace('_', ' ')} {_in_words(value)}" for key, value in found.items())
 
 
 def _in_words(value: object) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{k} {', '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in value.items())
-    return str(value)
+        return ", ".join(f"{key} {_in_words(one)}" for key, one in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def status_line(section: dict) -> str:
-    said = f"{section['status']}, {section.get('seconds', 0):.0f} s"
-    if section.get("not_run"):
-        said += f"; {len(section['not_run'])} not run, out of time"
-    dirty = " (with local changes)" if section.get("dirty") is True else ""
-    return said + f"; commit {section.get('commit', 'unknown')}{dirty}."
+def status_line(result: dict) -> str:
+    said = f"{result['status']}, {result.get('seconds', 0):.0f} s"
+    if result.get("not_run"):
+        said += f"; {len(result['not_run'])} not run, out of time"
+    dirty = " (with local changes)" if result.get("dirty") is True else ""
+    return said + f"; commit {result.get('commit', 'unknown')}{dirty}."
 
 
-def table(headings: tuple[str, ...], rows) -> list[str]:
+def notes_of(result: dict) -> list[str]:
+    notes = list(result.get("notes", []))
+    if not_run := result.get("not_run"):
+        notes.append(f"not run, out of time: {'; '.join(not_run)}")
+    return [*(f"- {note}" for note in notes), ""] if notes else []
+
+
+def table(headings: Sequence[str], rows) -> list[str]:
     clean = [[str(cell).replace("|", "/").replace("\n", " ") for cell in row] for row in rows]
-    return [f"| {' | '.join(headings)} |", "|" + " --- |" * len(headings), *(f"| {' | '.join(row)} |" for row in clean)]
+    columns = zip(*clean, strict=True) if clean else [()] * len(headings)
+    numbers = [any(column) and all(re.match(r"-?\d|-?$", cell) for cell in column) for column in columns]
+    line = "|" + "|".join(" ---: " if number else " --- " for number in numbers) + "|"
+    return [f"| {' | '.join(headings)} |", line, *(f"| {' | '.join(row)} |" for row in clean)]
 
 
-def section_tables(section: dict) -> list[str]:
-    """The contests of a section as one table, its other rows as tables by their columns."""
-    rows = section.get("rows", [])
+def tables_of(result: dict) -> list[str]:
+    """The contests as one table, rows of cells as tables by their columns, other rows in the tables that they name."""
+    rows = result.get("rows", [])
     lines: list[str] = []
     contests = [row for row in rows if "contestants" in row]
     if contests:
         headings = ("case", "contestant", "us", "GB/s", "copy", "TFLOP/s", "matmul", "over")
         lines += [*table(headings, [cells for row in contests for cells in contest_cells(row)]), ""]
-    for columns in dict.fromkeys(tuple(row["cells"]) for row in rows if "cells" in row):
-        group = [row for row in rows if tuple(row.get("cells", ())) == columns]
+    for columns in dict.fromkeys(tuple(row["cells"]) for row in rows if "case" in row and "cells" in row):
+        group = [row for row in rows if "case" in row and tuple(row.get("cells", ())) == columns]
         lines += [*table(("case", *columns), [(row["case"], *row["cells"].values()) for row in group]), ""]
+    for title, columns in result.get("tables", {}).items():
+        own = Table(columns, title)
+        shown = table([heading for heading, _ in columns], [own.cells(r) for r in rows if r.get("table") == title])
+        lines += [*([title, ""] if title else []), *shown, ""]
     return lines
 
 
-def contest_cells(row: dict):
+def contest_cells(row: dict) -> Iterator[tuple]:
     best = ours(row)
     for name, figures in row["contestants"].items():
         if "us" not in figures:
@@ -225,9 +299,9 @@ def contest_cells(row: dict):
 def summary(report: dict) -> str:
     """The short table that ends a run: a terminal's worth, since the end of the output is what is kept of it."""
     lines = [REHEARSAL] if report.get("rehearsal") else []
-    for name, section in report["sections"].items():
-        not_run = f"; {len(section['not_run'])} not run, out of time" if section.get("not_run") else ""
-        lines.append(f"{name:14}{section.get('seconds', 0):5.0f} s  {section['status'][:200]}{not_run}")
+    for name, result in report["benchmarks"].items():
+        not_run = f"; {len(result['not_run'])} not run, out of time" if result.get("not_run") else ""
+        lines.append(f"{name:14}{result.get('seconds', 0):5.0f} s  {result['status'][:200]}{not_run}")
     for name, measured, met in targets(report):
         lines.append(f"target: {name}: {measured}{'; ' + met if met else ''}")
     compared = predictions.compared(report)

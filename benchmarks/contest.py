@@ -1,10 +1,11 @@
-"""One section on its way, and the contest that most of them hold: every contestant right first, then timed."""
+"""One benchmark on its way, and the contest that a GPU's hold: every contestant right first, then timed in turn."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import environment, timing
-from .report import SETUP
+from .report import SETUP, Table
 
 RIGHT, UNCHECKED = "ok", "not compared"
 
@@ -28,29 +29,32 @@ class DeviceLost(Exception):
 
 @dataclasses.dataclass
 class Bench:
-    """What a section works with.
+    """What a benchmark works with.
 
     Attributes:
         tiny: a rehearsal: small shapes, few repeats, figures that mean nothing.
         deadline: of time.monotonic(), after which no further case is begun.
-        path: where the section's state is kept while it runs, None for nowhere.
-        without: contestants that broke the device before and are left out.
-        rows, notes: the section's results so far.
+        path: where its state is kept while it runs, None for nowhere.
+        without: contestants that broke the device and are left out, each with the case and what happened.
+        rows, notes: its results so far; tables: title to columns of the tables that rows name (see report.Table).
         not_run: cases and jobs that time was too short for.
         now: the case that it is at.
         machine: what it found out of the machine (see environment.machine).
+        figures: what a command of the package wrote, beside the rows made from it.
     """
 
-    device: torch.device
-    tiny: bool
-    deadline: float
+    device: torch.device = torch.device("cpu")
+    tiny: bool = False
+    deadline: float = math.inf
     path: Path | None = None
-    without: list[str] = dataclasses.field(default_factory=list)
+    without: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     rows: list[dict] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
+    tables: dict[str, list] = dataclasses.field(default_factory=dict)
     not_run: list[str] = dataclasses.field(default_factory=list)
     now: str = ""
     machine: dict = dataclasses.field(default_factory=dict)
+    figures: dict = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # Its own: a capture that fails may leave the default generator unusable.
@@ -62,7 +66,7 @@ class Bench:
 
     @property
     def logs(self) -> Path:
-        """The folder of the section's logs."""
+        """The folder of the benchmark's logs."""
         return self.path.parent if self.path is not None else environment.WORK
 
     @property
@@ -99,6 +103,13 @@ class Bench:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
+    def row(self, table: Table, **figures) -> None:
+        """A line of a table, from figures that its columns show; prints it."""
+        self.tables[table.title] = [list(column) for column in table.columns]
+        self.rows.append({"table": table.title, **figures})
+        self.save()
+        print(" | ".join(table.cells(figures)), flush=True)
+
     def add(self, row: dict) -> None:
         self.rows = [other for other in self.rows if other["case"] != row["case"]] + [row]
         self.save()
@@ -108,7 +119,7 @@ class Bench:
             self.notes.append(text)
 
     def state(self) -> dict:
-        kept = ("rows", "notes", "without", "not_run", "now", "machine")
+        kept = ("tables", "rows", "notes", "without", "not_run", "now", "machine", "figures")
         return {name: getattr(self, name) for name in kept}
 
     def save(self) -> None:
@@ -155,40 +166,54 @@ def contest(
 ) -> dict:
     """Runs the contestants of a case and keeps a row of it; returns the row."""
     row = {"case": case, "bytes": bytes_moved, "flops": flops, **facts, "contestants": {}}
-    for contestant in contestants:
-        if contestant.name in bench.without:
-            row["contestants"][contestant.name] = {"verdict": "left out: it broke the device in another case"}
-            continue
-        row["contestants"][contestant.name] = _run(bench, row, contestant, output_bytes)
-    bench.add(row)
-    return row
+    clocks: dict[str, timing.Clock] = {}
 
+    def guarded(name: str, work: Callable[[], None]) -> None:
+        """What keeps a contestant from going on becomes its verdict."""
+        try:
+            work()
+            return
+        except Unavailable as reason:
+            verdict = str(reason)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            verdict = "out of memory"
+        except Exception as error:
+            verdict = f"failed: {in_one_line(error)}"
+            if not alive(bench.device):  # the case is run again, in another process and without this one
+                bench.without[name] = [case, verdict]
+                bench.save()
+                raise DeviceLost(f"{name} in {case}: {in_one_line(error)}") from error
+        row["contestants"][name] = {"verdict": verdict}
+        clocks.pop(name, None)
 
-def _run(bench: Bench, row: dict, contestant: Contestant, output_bytes: int) -> dict:
-    try:
+    def ready(contestant: Contestant) -> None:
         calls = contestant.make()
         timing.poison(output_bytes, bench.device)
         out = calls[0]()
         bench.sync()
-        if contestant.check is not None and (wrong := contestant.check(out)):
-            return {"verdict": f"WRONG: {wrong}"}
+        wrong = contestant.check(out) if contestant.check is not None else None
         del out
-        taken = timing.measure(calls, bench.device, bench.seconds, contestant.graph)
-        bench.sync()
-    except Unavailable as reason:
-        return {"verdict": str(reason)}
-    except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        return {"verdict": "out of memory"}
-    except Exception as error:
-        verdict = f"failed: {in_one_line(error)}"
-        if not alive(bench.device):
+        verdict = f"WRONG: {wrong}" if wrong else RIGHT if contestant.check else UNCHECKED
+        row["contestants"][contestant.name] = {"verdict": verdict}
+        if not wrong:
+            clocks[contestant.name] = timing.prepare(calls, bench.device, contestant.graph)
+            bench.sync()
+
+    for contestant in contestants:
+        where, verdict = bench.without.get(contestant.name, (None, ""))
+        if where is not None:
+            verdict = verdict if where == case else "left out: it broke the device in another case"
             row["contestants"][contestant.name] = {"verdict": verdict}
-            bench.without.append(contestant.name)
-            bench.add(row)
-            raise DeviceLost(f"{contestant.name} in {row['case']}: {in_one_line(error)}") from error
-        return {"verdict": verdict}
-    return {"verdict": RIGHT if contestant.check else UNCHECKED, **dataclasses.asdict(taken)}
+        else:
+            guarded(contestant.name, lambda contestant=contestant: ready(contestant))
+    names = {id(clock): name for name, clock in clocks.items()}
+    for clock in timing.turns(clocks.values(), bench.seconds * len(clocks), 2 if bench.tiny else 5):
+        guarded(names[id(clock)], clock.take)
+    for name, clock in clocks.items():
+        row["contestants"][name] |= dataclasses.asdict(clock.timing())
+    bench.add(row)
+    return row
 
 
 def alive(device: torch.device) -> bool:

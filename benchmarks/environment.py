@@ -16,9 +16,9 @@ import shutil
 import subprocess
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-WORK = ROOT / "build" / "gpu"  # logs and what a section has so far; not kept by git
+WORK = ROOT / "build" / "benchmarks"  # logs and what a benchmark has so far; not kept by git
 PACKAGES = {  # what is imported, and the least version where one is asked for
     "torch": (2, 11),
     "triton": (3, 6),
@@ -90,7 +90,7 @@ def missing(gpu: bool = True) -> list[str]:
 
 
 def has_library() -> bool:
-    """Whether compiled ops lie in the tree; whether they serve here, the section `build` finds out."""
+    """Whether compiled ops lie in the tree; whether they serve here, the benchmark `build` finds out."""
     return any((ROOT / "simsd_kernels").glob("_C*.so"))
 
 
@@ -138,12 +138,18 @@ def commit(told: str | None = None) -> dict[str, object]:
 
 
 def machine(told_commit: str | None = None) -> dict[str, object]:
-    """GPU, driver, versions and build, as plain JSON types."""
+    """CPU, GPU, driver, versions and build, as plain JSON types."""
     import torch
 
+    from simsd_kernels import dispatch, info
+
+    cpu, no_library = info.collect()["cpu"], dispatch.load_library()
     described: dict[str, object] = {
         "date": today(),
         **commit(told_commit),
+        "cpu": cpu["name"],
+        "cores": cpu["cores"],
+        "instruction_set": torch.ops.simsd._cpu_capability() if no_library is None else "none",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda or "none (CPU build)",
@@ -164,6 +170,20 @@ def machine(told_commit: str | None = None) -> dict[str, object]:
             "l2_mib": round(getattr(properties, "L2_cache_size", 0) / 2**20, 1),
         }
     return described
+
+
+def own(seconds: float) -> dict[str, object]:
+    """What a process on the CPU has of the machine: its threads, the load beside it, how fast a product of 2048 x 2048
+    is, by the best in `seconds`."""
+    import torch
+
+    from . import timing
+
+    load, size = round(os.getloadavg()[0], 1), 2048
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    best = timing.measure({"product": [lambda: a @ b]}, torch.device("cpu"), seconds)["product"].best_us
+    rate = round(2 * size**3 / best / 1e3)
+    return {"threads": torch.get_num_threads(), "load_average": load, "matrix_product_gflops": rate}
 
 
 def _nvcc_release() -> str:

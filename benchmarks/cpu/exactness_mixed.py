@@ -1,4 +1,4 @@
-"""Mixed batches of benchmarks/exactness.py: one running engine for requests that differ in every setting.
+"""Mixed batches of exactness.py: one running engine for requests that differ in every setting.
 
 Requests are added between iterations, while others run; some are cancelled before they run, others on their way. Which
 settings a request has, when it comes and when it is cancelled is drawn at random from fixed seeds.
@@ -14,13 +14,13 @@ import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from exactness_settings import BUILT_IN, END, NEAR, UNLIKE, model, prompts
-
 from simsd import Engine, EngineConfig, GenerationConfig, LoadedModel, Metrics, Result, generate
 from simsd.config import DRAFTERS, REJECTED_TAILS, RULES, STRATEGIES
 from simsd.decode.rows import aligned
 from simsd.engine.loop import STOP_IDS
 from simsd.engine.pages import page_bytes
+
+from .exactness_settings import BUILT_IN, END, NEAR, UNLIKE, model, prompts
 
 MIXED = "mixed batches, requests come and go in a running engine"
 WAITING, RUNNING = 0.08, 0.1  # parts of the requests that are cancelled before they run, and on their way

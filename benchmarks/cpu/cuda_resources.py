@@ -1,6 +1,4 @@
-"""Reads from the compiled library what each CUDA kernel takes of each GPU, and tabulates it.
-
-    python benchmarks/cuda_resources.py [--output benchmarks/results/cuda_resources.md]
+"""Reads from the compiled library what each CUDA kernel takes of each GPU.
 
 Needs a library that was built with CUDA (SIMSD_BUILD_CUDA=1 SIMSD_CUDA_ARCHS unset) and no GPU. Registers and stack are
 ptxas's; spills are local loads and stores counted in the machine code; shared memory is what the host asks for
@@ -9,9 +7,7 @@ ptxas's; spills are local loads and stores counted in the machine code; shared m
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import datetime
 import json
 import os
 import pathlib
@@ -24,7 +20,10 @@ from triton.backends import nvidia
 
 import simsd_kernels
 
-HERE = pathlib.Path(__file__).resolve().parent
+from ..contest import Bench
+from ..environment import ROOT
+from ..report import Table
+
 TOOLS = pathlib.Path(nvidia.__file__).parent / "bin"
 TARGETS = (80, 90, 100, 120)
 SHARED_BYTES = 99 * 1024  # that a block may have on all of them: sm_120's (CUDA programming guide)
@@ -54,8 +53,8 @@ def measure(path: pathlib.Path, capability: int) -> dict[str, Resources]:
     with tempfile.TemporaryDirectory() as folder:
         found = {}
         for binary in extract(path, f"sm_{capability}", folder):
-            usage = _run("cuobjdump", "--dump-resource-usage", binary)
-            code = _instructions(_run("nvdisasm", "-c", binary))
+            usage = run_tool("cuobjdump", "--dump-resource-usage", binary)
+            code = _instructions(run_tool("nvdisasm", "-c", binary))
             for symbol, text in re.findall(r"Function (\S+):\n(.*)", usage):
                 numbers = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text))
                 instructions = code[symbol]
@@ -72,10 +71,10 @@ def measure(path: pathlib.Path, capability: int) -> dict[str, Resources]:
 
 def shared_memory() -> dict[str, int]:
     """Kernel to the bytes of shared memory that a block of it takes at most."""
-    build = [sys.executable, str(HERE.parent / "tests" / "emulation.py")]
+    build = [sys.executable, str(ROOT / "tests" / "emulation.py")]
     library = subprocess.run(build, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
     ran = subprocess.run(
-        [sys.executable, str(HERE / "cuda_shapes.py")],
+        [sys.executable, "-m", "benchmarks.cpu.cuda_shapes"], cwd=ROOT,
         env=os.environ | {"SIMSD_CUDA_EMULATION": library}, check=True, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     return json.loads(ran.stdout)
@@ -101,45 +100,32 @@ def _instructions(disassembly: str) -> dict[str, str]:
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
-def _run(tool: str, *arguments: object) -> str:
+def run_tool(tool: str, *arguments: object) -> str:
     return subprocess.run([TOOLS / tool, *map(str, arguments)], check=True, capture_output=True, text=True).stdout
 
 
-def table(results: dict[int, dict[str, Resources]], shared: dict[str, int], release: str) -> str:
-    lines = [
-        "# CUDA kernels, as compiled",
-        "",
-        f"{datetime.date.today()}, CUDA {release}. Made by `python benchmarks/cuda_resources.py`,",
-        "which needs no GPU and had none.",
-        "Each cell: registers per thread / tensor core instructions"
-        + (" (no kernel spills)." if not any(r.spills for part in results.values() for r in part.values()) else "."),
-        "Shared memory: KiB per block, at most.",
-        "",
-        "| kernel | " + " | ".join(f"sm_{capability}" for capability in results) + " | shared memory |",
-        "|---|" + "---|" * (len(results) + 1),
-    ]
-    for kernel in next(iter(results.values())):
-        cells = []
-        for part in results.values():
-            r = part[kernel]
-            extra = f" / {r.stack_bytes} B stack, {r.spills} spills" if r.stack_bytes or r.spills else ""
-            cells.append(f"{r.registers} / {r.matrix_instructions}{extra}")
-        lines.append(f"| `{kernel}` | " + " | ".join(cells) + f" | {shared[kernel] / 1024:.1f} |")
-    return "\n".join(lines) + "\n"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    default = HERE / "results" / "cuda_resources.md"
-    parser.add_argument("--output", type=pathlib.Path, default=default)
-    arguments = parser.parse_args()
+def run(bench: Bench) -> None:
     path = library()
     if path is None or not contents(path)[0]:
-        raise SystemExit("no CUDA kernels in the installed library: install with SIMSD_BUILD_CUDA=1 and a CUDA toolkit")
+        raise RuntimeError(
+            "no CUDA kernels in the installed library: install with SIMSD_BUILD_CUDA=1 and a CUDA toolkit"
+        )
     results = {capability: measure(path, capability) for capability in TARGETS}
-    arguments.output.write_text(table(results, shared_memory(), compiler(path)))
-    print(arguments.output.read_text())
+    tabulate(bench, results, shared_memory(), compiler(path))
 
 
-if __name__ == "__main__":
-    main()
+def tabulate(bench: Bench, results: dict[int, dict[str, Resources]], shared: dict[str, int], release: str) -> None:
+    bench.machine["compiler"] = f"CUDA {release}"
+    columns = [("kernel", "`{kernel}`")]
+    for capability in results:
+        form = f"{{sm_{capability}[registers]}} / {{sm_{capability}[matrix_instructions]}}{{sm_{capability}[more]}}"
+        columns.append((f"sm_{capability}", form))
+    table = Table([*columns, ("shared memory", "{shared:.1f}")])
+    for kernel in next(iter(results.values())):
+        cells = {f"sm_{capability}": shown(part[kernel]) for capability, part in results.items()}
+        bench.row(table, kernel=kernel, **cells, shared=shared[kernel] / 1024)
+
+
+def shown(r: Resources) -> dict:
+    more = f" / {r.stack_bytes} B stack, {r.spills} spills" if r.stack_bytes or r.spills else ""
+    return dataclasses.asdict(r) | {"more": more}

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from . import keeper
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 OUT_OF_TIME = keeper.OUT_OF_TIME
 
 
@@ -27,7 +27,7 @@ class Ran(NamedTuple):
 
 def environment() -> dict[str, str]:
     """This process's, with the repository first on PYTHONPATH, nothing buffered, no compilation in the background."""
-    folders = ("tests", "tests/ops", "benchmarks", ".", "python")  # tests first: some names are in benchmarks, too
+    folders = ("tests", "tests/ops", ".", "python")
     paths = [str(ROOT / folder) for folder in folders] + list(filter(None, [os.environ.get("PYTHONPATH")]))
     settings = {"PYTHONUNBUFFERED": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     return os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | settings

@@ -1,28 +1,21 @@
 """Compiles every Triton kernel for GPUs that need not be there and tabulates what each takes of one.
 
-    python benchmarks/triton_resources.py [--output benchmarks/results/triton_resources.md]
-
 Registers and stack are ptxas's, spills are local loads and stores counted in the machine code, shared memory is
 Triton's. Nothing here runs on a GPU: no figure says how fast a kernel is.
 """
 
 from __future__ import annotations
 
-import argparse
 import concurrent.futures
 import dataclasses
-import datetime
 import multiprocessing
-import os
 import pathlib
 import re
-import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator
 
 import torch
 import triton
-from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -39,7 +32,10 @@ from simsd_kernels.sort_by_expert import triton as sort
 from simsd_kernels.store_kv import triton as store
 from simsd_kernels.thin_linear import triton as thin
 
-TOOLS = pathlib.Path(nvidia.__file__).parent / "bin"
+from ..contest import Bench
+from ..report import Table
+from .cuda_resources import run_tool
+
 # Compute capability -> shared memory that one program may have, in bytes (CUDA programming guide, technical
 # specifications per compute capability).
 TARGETS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
@@ -201,16 +197,12 @@ def measure(variant: Variant, capability: int) -> Resources:
     with tempfile.TemporaryDirectory() as folder:
         binary = pathlib.Path(folder) / "kernel.cubin"
         binary.write_bytes(compiled.asm["cubin"])
-        usage = _run("cuobjdump", "--dump-resource-usage", binary)
-        code = _run("nvdisasm", "-c", binary)
+        usage = run_tool("cuobjdump", "--dump-resource-usage", binary)
+        code = run_tool("nvdisasm", "-c", binary)
     found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage))
     spills = len(re.findall(r"\b(?:LDL|STL)\b", code))
     stack = int(found["STACK"]) + int(found["LOCAL"])
     return Resources(int(found["REG"]), stack, spills, compiled.metadata.shared)
-
-
-def _run(tool: str, *arguments: object) -> str:
-    return subprocess.run([TOOLS / tool, *map(str, arguments)], check=True, capture_output=True, text=True).stdout
 
 
 def _measure_by_number(number: int, capability: int) -> Resources:
@@ -225,41 +217,23 @@ def measure_all(numbers: Iterable[int], workers: int = 2) -> dict[tuple[int, int
         return dict(zip(jobs, pool.map(_measure_by_number, *zip(*jobs, strict=True)), strict=True))
 
 
-def table(results: dict[tuple[int, int], Resources]) -> str:
+def run(bench: Bench, workers: int, kernels: str) -> None:
+    """`workers`: processes that compile; `kernels`: only those whose name contains this."""
     every = list(variants())
-    lines = [
-        "# Triton kernels, compiled ahead of time",
-        "",
-        f"{datetime.date.today()}, Triton {triton.__version__}. Made by `python benchmarks/triton_resources.py`,",
-        "which needs no GPU and had none.",
-        "Each cell: registers per thread / shared memory in KiB"
-        + (" (no kernel spills)." if not any(r.spills or r.stack_bytes for r in results.values()) else " / spills."),
-        "",
-        "| kernel | case | warps | " + " | ".join(f"sm_{capability}" for capability in TARGETS) + " |",
-        "|---|---|---|" + "---|" * len(TARGETS),
-    ]
-    for number in dict.fromkeys(number for number, _ in results):
-        cells = []
-        for capability in TARGETS:
-            r = results[number, capability]
-            spilled = f" / {r.spills} spills, {r.stack_bytes} B" if r.spills or r.stack_bytes else ""
-            cells.append(f"{r.registers} / {r.shared_bytes / 1024:.1f}{spilled}")
+    numbers = [number for number, variant in enumerate(every) if kernels in variant.kernel]
+    results = measure_all(numbers, workers)
+    bench.machine["compiler"] = f"Triton {triton.__version__}"
+    columns = [("kernel", "{kernel}"), ("case", "{case}"), ("warps", "{warps}")]
+    for capability in TARGETS:
+        form = f"{{sm_{capability}[registers]}} / {{sm_{capability}[shared_kib]:.1f}}{{sm_{capability}[more]}}"
+        columns.append((f"sm_{capability}", form))
+    for number in numbers:
         variant = every[number]
-        warps = variant.options.get("num_warps", 4)
-        lines.append(f"| {variant.kernel} | {variant.label} | {warps} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        cells = {f"sm_{capability}": shown(results[number, capability]) for capability in TARGETS}
+        about = {"kernel": variant.kernel, "case": variant.label, "warps": variant.options.get("num_warps", 4)}
+        bench.row(Table(columns), **about, **cells)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    default = pathlib.Path(__file__).parent / "results" / "triton_resources.md"
-    parser.add_argument("--output", type=pathlib.Path, default=default)
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
-    arguments = parser.parse_args()
-    results = measure_all(range(len(list(variants()))), arguments.workers)
-    arguments.output.write_text(table(results))
-    print(arguments.output.read_text())
-
-
-if __name__ == "__main__":
-    main()
+def shown(r: Resources) -> dict:
+    more = f" / {r.spills} spills, {r.stack_bytes} B" if r.spills or r.stack_bytes else ""
+    return dataclasses.asdict(r) | {"shared_kib": r.shared_bytes / 1024, "more": more}

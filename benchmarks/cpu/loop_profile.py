@@ -1,24 +1,20 @@
 """Where the time of an iteration goes outside the models' forwards.
 
-    python benchmarks/loop_profile.py [--batches 1,32] [--out benchmarks/results]
-
 Exact decoding of the built-in pair as in loop.py, under cProfile, which makes Python code slower, by two thirds or so,
 and compiled code not: shares, not times, are what it tells. The times without it are loop.py's.
 """
 
 from __future__ import annotations
 
-import argparse
 import cProfile
 import pathlib
 import pstats
 
-from loop import RESULTS, Contestant, batch_sizes
-from measured import made_by
-
 import simsd
-from simsd import tasks
-from simsd.figures import machine
+
+from ..contest import Bench
+from ..report import Table
+from .loop import Contestant, prompts_for
 
 FORWARD = ("loop.py", "forward")
 # What an iteration consists of: (file, function), with what it calls, and what of that belongs elsewhere.
@@ -67,11 +63,9 @@ class Times:
         )
 
 
-def profile(target: simsd.LoadedModel, draft: simsd.LoadedModel, batch: int) -> dict[str, float]:
-    """Microseconds per iteration of each part and of all outside forwards."""
-    each = max(2, -(-2 * batch // len(tasks.FAMILIES)))
-    prompts = [task.prompt for family in tasks.FAMILIES for task in tasks.held_out(family, each, 0)]
-    contestant = Contestant(target, draft, batch, prompts, "exact-auto")
+def profile(target: simsd.LoadedModel, draft: simsd.LoadedModel, batch: int, new: int) -> dict[str, float]:
+    """Microseconds per iteration of each part and of all outside forwards, for texts of `new` tokens at most."""
+    contestant = Contestant(target, draft, batch, prompts_for(batch), "exact-auto", new)
     contestant.run()  # the tuner learns
     profiler = cProfile.Profile()
     profiler.enable()
@@ -87,29 +81,13 @@ def profile(target: simsd.LoadedModel, draft: simsd.LoadedModel, batch: int) -> 
     return {part: 1e6 * taken / times.calls(iteration[0]) for part, taken in seconds.items()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batches", type=batch_sizes, default=[1, 32], help="such as 1,32")
-    parser.add_argument("--out", type=pathlib.Path, default=RESULTS, help="folder for loop_profile.md")
-    arguments = parser.parse_args()
+def run(bench: Bench, batches: list[int], max_new_tokens: int) -> None:
     target, draft = simsd.load("tiny-target"), simsd.load("tiny-draft")
-    tables = {batch: profile(target, draft, batch) for batch in arguments.batches}
-    lines = [
-        "An iteration of exact decoding (`drafter=auto`, the built-in pair) outside the models' forwards, under"
-        " cProfile: microseconds, and shares of their sum. Python code is slower so; loop.md has the times without.",
-        "",
-        made_by(__file__, machine(target)),
-        "",
-        "| part |" + "".join(f" batch {batch} | share |" for batch in tables),
-        "|---|" + "---:|---:|" * len(tables),
-    ]
-    for part in next(iter(tables.values())):
-        cells = (f" {t[part]:.0f} | {t[part] / t['all outside forwards']:.0%} |" for t in tables.values())
-        lines.append(f"| {part} |" + "".join(cells))
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    arguments.out.joinpath("loop_profile.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
-
-
-if __name__ == "__main__":
-    main()
+    found = {f"batch {batch}": profile(target, draft, batch, max_new_tokens) for batch in batches}
+    columns = [("part", "{part}")]
+    for name in found:
+        columns += [(name, f"{{us[{name}]:.0f}}"), ("share", f"{{share[{name}]:.0%}}")]
+    for part in next(iter(found.values())):
+        us = {name: taken[part] for name, taken in found.items()}
+        share = {name: taken[part] / taken["all outside forwards"] for name, taken in found.items()}
+        bench.row(Table(columns), part=part, us=us, share=share)

@@ -1,25 +1,16 @@
 """Which operations of a forward give a row other bits when other rows ride along, and what it costs to forbid it.
 
-    python benchmarks/batch_invariance.py [--threads 2] [--seconds 2] [--out benchmarks/results]
-
 Every operation runs on the same rows at several row counts and in several batches, once in a model as loaded
 ("torch linear") and once in the same model loaded with deterministic=True ("thin_linear"). Attention is also moved
-about in its cache, forwards are padded, and experts are crowded. Prints the tables and writes batch_invariance.json and
-batch_invariance.md with the date and the machine's description.
+about in its cache, forwards are padded, and experts are crowded.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import pathlib
-import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from attention_cpu import interleave, machine
-from rich.progress import track
 from torch import Tensor, nn
 from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
@@ -28,12 +19,17 @@ from simsd.models.loading import LoadedModel
 from simsd.models.sdar import SDARMoeConfig, SDARMoeForCausalLM
 from simsd_kernels import INF, Visibility, masked_attention, sample_logits
 
+from ..contest import Bench
+from ..report import Table
+from ..timing import measure
+
 KERNELS = ("torch linear", "thin_linear")
 ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 20, 64, 128, 512)
 COMPARED_WITH = 64  # rows
 BATCHES = [(lanes, rows) for lanes in (3, 8) for rows in (1, 3, 4, 5, 20)]  # compared with one lane of as many rows
 PREFIX = 300  # keys that every row of the attention checks sees
 COST_ROWS = (4, 16, 64, 128)
+COST_OF = ("ordinary", "deterministic")
 # Wider than one vector, and no whole number of them.
 ODD_WIDTH = 100
 
@@ -64,7 +60,7 @@ def mixture_of_experts() -> nn.Module:
     return SDARMoeForCausalLM(config).eval()
 
 
-def models() -> dict[str, dict[str, LoadedModel]]:
+def load(names: list[str]) -> dict[str, dict[str, LoadedModel]]:
     """Name -> linear kernel -> the model on it."""
     sources = {
         "tiny-target": ("tiny-target", "float32"),
@@ -78,6 +74,7 @@ def models() -> dict[str, dict[str, LoadedModel]]:
             for kernel in KERNELS
         }
         for name, (source, dtype) in sources.items()
+        if name in names
     }
 
 
@@ -177,7 +174,8 @@ def forward(model: nn.Module, tokens: Tensor) -> Tensor:
     return model(tokens, position_ids=torch.arange(tokens.shape[1])[None], use_cache=False, **clocks).logits
 
 
-def measure_operation(operation: Operation) -> dict:
+def measure_operation(operation: Operation) -> dict[str, list]:
+    """The row counts and batches that differ."""
     expected = operation(1, COMPARED_WITH)
     rows = [count for count in ROWS if not torch.equal(operation(1, count)[:COMPARED_WITH], expected[:count])]
     batches = [
@@ -185,7 +183,7 @@ def measure_operation(operation: Operation) -> dict:
         for lanes, count in BATCHES
         if not torch.equal(operation(lanes, count), operation(1, count))
     ]
-    return {"rows_that_differ": rows, "batches_that_differ": batches}
+    return {"rows": rows, "batches": batches}
 
 
 def attention_in_cache(start: int, copy: int = 0, capacity: int = 2048, lanes: int = 1, dtype=torch.float32) -> Tensor:
@@ -240,13 +238,15 @@ def measure_places() -> list[dict]:
     return found
 
 
-def measure_prefill(loaded: LoadedModel) -> list[dict]:
-    """A prompt alone against the same prompt in padded and ragged batches; block-causal, as a prefill is."""
-    found = []
+def measure_prefill(loaded: LoadedModel) -> dict[str, list[str]]:
+    """A prompt alone against the same prompt in padded and ragged batches, block-causal, as a prefill is: prompt to the
+    batches that differ."""
+    found: dict[str, list[str]] = {}
     for length in (4, 20, 300):
         prompt = random_tokens(loaded.vocab_size, length)
         alone = loaded.model(prompt[None], use_cache=False).logits[0]
         for side in ("right", "left"):
+            differ = found[f"{length} tokens, {side} padding"] = []
             for padding, lanes in ((1, 1), (3, 1), (16, 1), (64, 1), (5, 3), (16, 8)):
                 width = length + padding
                 tokens = random_tokens(loaded.vocab_size, lanes, width, seed=1)
@@ -255,13 +255,8 @@ def measure_prefill(loaded: LoadedModel) -> list[dict]:
                 tokens[-1, part], mask[-1] = prompt, 0
                 mask[-1, part] = 1
                 got = loaded.model(tokens, attention_mask=mask, use_cache=False).logits[-1, part]
-                found.append(
-                    {
-                        "check": f"{length} tokens, {side} padding",
-                        "case": f"{lanes} x {width}",
-                        "differs": not torch.equal(got, alone),
-                    }
-                )
+                if not torch.equal(got, alone):
+                    differ.append(f"{lanes} x {width}")
     return found
 
 
@@ -282,116 +277,77 @@ def measure_groups(loaded: LoadedModel) -> list[int]:
     return differ
 
 
-def measure_cost(ordinary: LoadedModel, deterministic: LoadedModel, seconds: float) -> list[dict]:
-    found = []
-    for rows in COST_ROWS:
-        tokens = random_tokens(ordinary.vocab_size, 1, rows)
-        calls = {
-            name: lambda model=loaded.model, tokens=tokens: model(tokens, use_cache=False)
-            for name, loaded in (("ordinary", ordinary), ("deterministic", deterministic))
-        }
-        taken = interleave(calls, seconds)
-        middle, best = ({name: 1e3 * of(times) for name, times in taken.items()} for of in (statistics.median, min))
-        ratios = [of["deterministic"] / of["ordinary"] for of in (middle, best)]
-        found.append({"rows": rows, "ms": middle, "best_ms": best, "ratio": ratios[0], "ratio_of_best": ratios[1]})
-    return found
-
-
 def listing(items: list) -> str:
     return ", ".join(map(str, items)) or "none"
 
 
-def table(headings: tuple[str, ...], rows: list[tuple]) -> list[str]:
-    lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
-    return [*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows), ""]
+OPERATIONS = Table(
+    [
+        *(("model", "{model}"), ("operation", "{operation}")),
+        *((f"{kernel}: {what}", f"{{{kernel}[{what}]}}") for kernel in KERNELS for what in ("rows", "batches")),
+    ],
+    f"Row counts (of {listing(list(ROWS))}) whose rows differ from the same rows among {COMPARED_WITH}, and batches"
+    f" (lanes x rows, of {listing([f'{lanes} x {rows}' for lanes, rows in BATCHES])}) whose last lane differs from"
+    " the same rows alone, in a model as loaded and in one loaded with `deterministic=True`.",
+)
+PLACES = Table(
+    [
+        *(("moved", "{check}"), ("dtype", "{dtype}"), ("places", "{places}"), ("that differ", "{differ}")),
+        ("largest share of outputs that change", "{largest_share_of_outputs:.0%}"),
+    ],
+    f"`masked_attention` of a block's 8 rows behind {PREFIX} keys, moved about in its cache; compared with the"
+    " block at slot 512, capacity 2048, alone. A split of the keys has 256 slots.",
+)
+PREFILLS = Table(
+    [("model", "{model}"), ("prompt", "{prompt}"), *((kernel, f"{{{kernel}}}") for kernel in KERNELS)],
+    "Prefill of one prompt, padded, alone (1 x) or beside longer ones; the batches that differ, by kernel. Padding"
+    " on the left moves keys into other splits; the decoding loop has none.",
+)
+GROUPS = Table(
+    [("kernel", "{kernel}"), ("sizes", "{sizes}")],
+    "Sizes (of 1 to 64 rows) of an expert's group at which a row differs from the row in a group of 64.",
+)
+COST = Table(
+    [
+        ("rows", "{rows}"),
+        *((f"{kernel} ms", f"{{ms[{name}]:.2f}}") for kernel, name in zip(KERNELS, COST_OF, strict=True)),
+        *(("ratio", "{ratio:.2f}"), ("ratio of best", "{ratio_of_best:.2f}")),
+    ],
+    "What `deterministic=True` costs a forward of tiny-target: medians, interleaved; lower is better.",
+)
 
 
-def markdown(report: dict) -> str:
-    facts = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in report["machine"].items())
-    lines = [
-        "Does a row's result change, in any bit, with the rows beside it?",
-        "",
-        f"Made by `python benchmarks/batch_invariance.py`: {facts}.",
-        "",
-        f"Row counts (of {listing(list(ROWS))}) whose rows differ from the same rows among {COMPARED_WITH}, and batches"
-        f" (lanes x rows, of {listing([f'{lanes} x {rows}' for lanes, rows in BATCHES])}) whose last lane differs from"
-        " the same rows alone, in a model as loaded and in one loaded with `deterministic=True`.",
-        "",
-    ]
-    headings = ("model", "operation", *(f"{kernel}: {what}" for kernel in KERNELS for what in ("rows", "batches")))
-    rows = []
-    for found in report["operations"]:
-        by_kernel = (found[kernel] for kernel in KERNELS)
-        cells = (listing(one[f"{what}_that_differ"]) for one in by_kernel for what in ("rows", "batches"))
-        rows.append((found["model"], found["operation"], *cells))
-    lines += table(headings, rows)
-
-    lines += [
-        f"`masked_attention` of a block's 8 rows behind {PREFIX} keys, moved about in its cache; compared with the"
-        " block at slot 512, capacity 2048, alone. A split of the keys has 256 slots.",
-        "",
-    ]
-    rows = []
-    for one in report["attention_places"]:
-        counts = one["places"], len(one["that_differ"])
-        rows.append((one["check"], one["dtype"], *counts, f"{one['largest_share_of_outputs']:.0%}"))
-    lines += table(("moved", "dtype", "places", "that differ", "largest share of outputs that change"), rows)
-
-    lines += [
-        "Prefill of one prompt, padded, alone (1 x) or beside longer ones; the batches that differ, by kernel. Padding"
-        " on the left moves keys into other splits; the decoding loop has none.",
-        "",
-    ]
-    checks: dict[tuple[str, str], dict[str, list[str]]] = {}
-    for one in report["prefill"]:
-        cell = checks.setdefault((one["model"], one["check"]), {kernel: [] for kernel in KERNELS})
-        cell[one["kernel"]] += [one["case"]] if one["differs"] else []
-    rows = [(*key, *(listing(cell[kernel]) for kernel in KERNELS)) for key, cell in checks.items()]
-    lines += table(("model", "prompt", *KERNELS), rows)
-
-    lines += ["Sizes (of 1 to 64 rows) of an expert's group at which a row differs from the row in a group of 64.", ""]
-    lines += table(("kernel", "sizes"), [(kernel, listing(sizes)) for kernel, sizes in report["expert_groups"].items()])
-
-    lines += ["What `deterministic=True` costs a forward of tiny-target: medians, interleaved; lower is better.", ""]
-    cost = [
-        (one["rows"], *(f"{value:.2f}" for value in (*one["ms"].values(), one["ratio"], one["ratio_of_best"])))
-        for one in report["cost"]
-    ]
-    lines += table(("rows", "torch linear ms", "thin_linear ms", "ratio", "ratio of best"), cost)
-    return "\n".join(lines).rstrip() + "\n"
+def run(bench: Bench, seconds: float, models: list[str]) -> None:
+    """`seconds`: of measuring per row count of the cost."""
+    look_into(bench, load(models), seconds)
 
 
 @torch.inference_mode()
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=2.0, help="measuring time per row count of the cost table")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results")
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    loaded = models()
-    report: dict = {"machine": machine(), "operations": [], "prefill": []}
-
-    pairs = [
-        (name, dict(zip(KERNELS, both, strict=True)))
-        for name, kernels in loaded.items()
-        for both in zip(*(operations(kernels[kernel]) for kernel in KERNELS), strict=True)
-    ]
-    for name, both in track(pairs, "operations", transient=True):
-        found = {kernel: measure_operation(operation) for kernel, operation in both.items()}
-        report["operations"].append({"model": name, "operation": both[KERNELS[0]].name, **found})
-    report["attention_places"] = measure_places()
-    for name, kernels in track(loaded.items(), "prefill", transient=True):
-        for kernel, model in kernels.items():
-            report["prefill"] += [{"model": name, "kernel": kernel, **one} for one in measure_prefill(model)]
-    report["expert_groups"] = {kernel: measure_groups(model) for kernel, model in loaded["random MoE"].items()}
-    report["cost"] = measure_cost(*loaded["tiny-target"].values(), given.seconds)
-
-    print(markdown(report))
-    given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / "batch_invariance.json").write_text(json.dumps(report, indent=2) + "\n")
-    (given.out / "batch_invariance.md").write_text(markdown(report))
-
-
-if __name__ == "__main__":
-    main()
+def look_into(bench: Bench, loaded: dict[str, dict[str, LoadedModel]], seconds: float) -> None:
+    for name, kernels in loaded.items():
+        for both in zip(*(operations(kernels[kernel]) for kernel in KERNELS), strict=True):
+            found = {kernel: measure_operation(one) for kernel, one in zip(KERNELS, both, strict=True)}
+            differing = {kernel: {what: listing(which) for what, which in one.items()} for kernel, one in found.items()}
+            bench.row(OPERATIONS, model=name, operation=both[0].name, **differing)
+    for one in measure_places():
+        bench.row(PLACES, **one, differ=len(one["that_differ"]))
+    for name, kernels in loaded.items():
+        found = {kernel: measure_prefill(model) for kernel, model in kernels.items()}
+        for prompt in found[KERNELS[0]]:
+            bench.row(
+                PREFILLS, model=name, prompt=prompt, **{kernel: listing(found[kernel][prompt]) for kernel in found}
+            )
+    for kernel, model in loaded["random MoE"].items():
+        bench.row(GROUPS, kernel=kernel, sizes=listing(measure_groups(model)))
+    ordinary, deterministic = loaded["tiny-target"].values()
+    for rows in COST_ROWS:
+        tokens = random_tokens(ordinary.vocab_size, 1, rows)
+        calls = {
+            name: [lambda model=one.model, tokens=tokens: model(tokens, use_cache=False)]
+            for name, one in zip(COST_OF, (ordinary, deterministic), strict=True)
+        }
+        taken = measure(calls, bench.device, seconds, least=10)
+        ms = {name: one.us / 1e3 for name, one in taken.items()}
+        best = {name: one.best_us / 1e3 for name, one in taken.items()}
+        ratio, ratio_of_best = (of["deterministic"] / of["ordinary"] for of in (ms, best))
+        bench.row(COST, rows=rows, ms=ms, best_ms=best, ratio=ratio, ratio_of_best=ratio_of_best)

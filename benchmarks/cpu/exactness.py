@@ -1,42 +1,41 @@
 """Exact decoding against native decoding, token for token: the proof of `verify="exact"`.
 
-    python benchmarks/exactness.py [--quick] [--threads 1] [--out benchmarks/results]
-
 Every prompt is decoded natively, alone, once per sampling setting, and exactly under every setting of
-benchmarks/exactness_settings.py. A comparison is one prompt under one setting: the tokens, the step map (which
-denoising step revealed each token) and the reason why the text ended must be the same. There is no retry and no
-allowance for near ties. Probabilities are compared bit for bit as well and counted on their own. A setting under which
-no drafted token was accepted proves nothing, nor does a crowded one in which nothing was shared or no request was
-driven out; it is flagged and not counted.
+exactness_settings.py. A comparison is one prompt under one setting: the tokens, the step map (which denoising step
+revealed each token) and the reason why the text ended must be the same. There is no retry and no allowance for near
+ties. Probabilities are compared bit for bit as well and counted on their own. A setting under which no drafted token
+was accepted proves nothing, nor does a crowded one in which nothing was shared or no request was driven out; it is
+flagged and not counted.
 
-In the mixed batches of benchmarks/exactness_mixed.py each request has settings of its own and joins a running engine. A
-comparison is one request; it may be one that is itself decoded natively, in the batch. Temporal requests among them are
-compared with the same request alone, and counted on their own.
+In the mixed batches of exactness_mixed.py each request has settings of its own and joins a running engine. A comparison
+is one request; it may be one that is itself decoded natively, in the batch. Temporal requests among them are compared
+with the same request alone, and counted on their own.
 
-Prints a line per setting and per difference, writes exactness.json and exactness.md, and exits with 1 on a difference.
-With --quick, a few prompts per setting, files are written only where --out says so.
+Fails on a difference. The quick selection is about 350 comparisons of 14,000: a few prompts per setting.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import pathlib
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
-import torch
-from attention_cpu import machine
-from exactness_mixed import Mix, decode_mix, mixes, temporal_alone
-from exactness_settings import UNPROMISED, Setting, model, prompts, settings
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from simsd import Decoder, GenerationConfig, Metrics, Result
 
-RESULTS = pathlib.Path(__file__).parent / "results"
+from ..contest import Bench
+from ..report import Table
+from .exactness_mixed import Mix, decode_mix, mixes, temporal_alone
+from .exactness_settings import UNPROMISED, Setting, model, prompts, settings
+
+SELECTIONS = ("full", "quick")
+COLUMNS = [
+    *(("setting", "{name}"), ("compared", "{comparisons}"), ("differ", "{differ}")),
+    *(("probabilities differ", "{probs_differ}"), ("accepted / drafted", "{accepted} / {drafted}")),
+    ("forwards", "{forwards_ratio:.2f}"),
+]
+DIFFERENCES = Table(
+    [(name, f"{{{name}}}") for name in ("setting", "prompt", "position", "what", "native", "exact")], "Differences:"
+)
 
 
 @dataclass(frozen=True)
@@ -127,12 +126,16 @@ class Outcome:
 
     def to_dict(self) -> dict:
         names = ("comparisons", "temporal", "probs_differ", "cancelled", "tokens", "drafted", "accepted", "with_drafts")
-        counts = {
-            name: getattr(self, name)
-            for name in (*names, "forwards", "native_forwards", "cached", "preemptions", "proves")
-        }
-        setting = {"group": self.setting.group, "setting": self.setting.name, "batch": self.setting.batch}
-        return setting | counts | {"differ": len(self.differences), "seconds": round(self.seconds, 2)}
+        more = ("forwards", "native_forwards", "cached", "preemptions", "proves")
+        counts = {name: getattr(self, name) for name in (*names, *more)}
+        name = self.setting.name + ("" if self.proves else " (proves nothing: not counted)")
+        name += f" ({self.cancelled} cancelled)" if self.cancelled else ""
+        name += f" ({self.temporal} temporal beside them)" if self.temporal else ""
+        if self.preemptions:
+            name += f" ({self.cached} prompt tokens shared, {self.preemptions} preemptions)"
+        setting = {"group": self.setting.group, "setting": self.setting.name, "name": name, "batch": self.setting.batch}
+        forwards = {"forwards_ratio": self.forwards / self.native_forwards} if self.native_forwards else {}
+        return setting | counts | forwards | {"differ": len(self.differences), "seconds": round(self.seconds, 2)}
 
 
 def difference(setting: str, number: int, native: Result, exact: Result, cancelled: bool) -> Difference | None:
@@ -186,12 +189,14 @@ def decode(decoder: Decoder, cancel: Iterable[int] = ()) -> list[Result]:
     return decoder.results()
 
 
-def run(setting: Setting | Mix, natives: Natives, see: Callable[[Difference | None], None] = lambda _: None) -> Outcome:
+def compare(
+    setting: Setting | Mix, natives: Natives, see: Callable[[Difference | None], None] = lambda _: None
+) -> Outcome:
     """Decodes and compares; `see` is called once per comparison."""
     began = time.perf_counter()
     outcome = Outcome(setting)
-    compare = run_mix if isinstance(setting, Mix) else run_setting
-    for found in compare(setting, natives, outcome):
+    compared = run_mix if isinstance(setting, Mix) else run_setting
+    for found in compared(setting, natives, outcome):
         see(found)
     outcome.seconds = time.perf_counter() - began
     return outcome
@@ -229,28 +234,13 @@ def every_setting(quick: bool = False) -> list[Setting | Mix]:
     return sorted([*settings(quick), *mixes(quick)], key=lambda setting: setting.group == UNPROMISED)
 
 
-def run_all(chosen: list[Setting | Mix], natives: Natives, console: Console) -> list[Outcome]:
-    """A progress bar on a terminal, else a line per setting; differences are printed on either."""
-    columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}")
+def compare_all(chosen: list[Setting | Mix], natives: Natives, report: Callable[[str], None] = print) -> list[Outcome]:
+    """Each setting and each difference is reported in a line."""
     outcomes = []
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=sum(len(setting.numbers) for setting in chosen))
-
-        def see(found: Difference | None) -> None:
-            progress.advance(task)
-            if found is not None:
-                write(console, str(found))
-
-        for n, setting in enumerate(chosen, 1):
-            progress.update(task, description=setting.name)
-            outcomes.append(run(setting, natives, see))
-            if not console.is_terminal:
-                write(console, f"{n}/{len(chosen)} {outcomes[-1]}")
+    for n, setting in enumerate(chosen, 1):
+        outcomes.append(compare(setting, natives, lambda found: found is not None and report(str(found))))
+        report(f"{n}/{len(chosen)} {outcomes[-1]}")
     return outcomes
-
-
-def write(console: Console, text: str) -> None:
-    console.print(text, soft_wrap=True, markup=False, highlight=False)
 
 
 def totals(outcomes: Iterable[Outcome]) -> dict[str, int]:
@@ -265,18 +255,6 @@ def totals(outcomes: Iterable[Outcome]) -> dict[str, int]:
         "settings": len(proving),
         "differ": sum(len(outcome.differences) for outcome in outcomes),
         "unproved": sum(outcome.comparisons for outcome in outcomes if not outcome.proves),
-    }
-
-
-def report(outcomes: list[Outcome], natives: Natives, description: dict) -> dict:
-    promised = [outcome for outcome in outcomes if outcome.setting.group != UNPROMISED]
-    return {
-        "machine": description,
-        "totals": totals(promised),
-        "totals_not_promised": totals(outcome for outcome in outcomes if outcome.setting.group == UNPROMISED),
-        "native_texts": natives.counts(),
-        "settings": [outcome.to_dict() for outcome in outcomes],
-        "differences": [vars(found) for outcome in outcomes for found in outcome.differences],
     }
 
 
@@ -295,85 +273,40 @@ def summary(sums: dict[str, int]) -> str:
     return text
 
 
-def markdown(full: dict) -> str:
-    facts = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in full["machine"].items())
-    lines = [
-        "Is exact decoding's text native decoding's, token for token?",
-        "",
-        f"Made by `python benchmarks/exactness.py`: {facts}.",
-        "",
-        summary(full["totals"])
-        + " They rest on {decoded:,} native texts, {distinct:,} of them distinct.".format(**full["native_texts"]),
-        "",
+def run(bench: Bench, selection: str, only: str) -> None:
+    """`only`: settings whose group or name contains this."""
+    if selection not in SELECTIONS:
+        raise ValueError(f"selection must be one of {', '.join(SELECTIONS)}, got {selection!r}")
+    natives = Natives()
+    chosen = [s for s in every_setting(selection == "quick") if only in s.group or only in s.name]
+    outcomes = compare_all(chosen, natives)
+    promised = totals(outcome for outcome in outcomes if outcome.setting.group != UNPROMISED)
+    others = totals(outcome for outcome in outcomes if outcome.setting.group == UNPROMISED)
+    bench.figures = {"totals": promised, "totals_not_promised": others, "native_texts": natives.counts()}
+    bench.note(
+        summary(promised)
+        + " They rest on {decoded:,} native texts, {distinct:,} of them distinct.".format(**natives.counts())
+    )
+    bench.note(
         "A comparison is one prompt under one setting: tokens, step map and the reason of its end, exact against native"
         " decoding of the prompt alone. No retries, no allowance for near ties. Forwards are the target's, prefill"
-        " excluded, in parts of native's.",
-        "",
+        " excluded, in parts of native's."
+    )
+    bench.note(
         "In mixed batches it is one request among others, each with settings of its own; one in ten is itself decoded"
-        " natively, there.",
-        "",
-    ]
-    groups = dict.fromkeys(one["group"] for one in full["settings"])
-    for group in groups:
-        lines += [f"## {group[0].upper()}{group[1:]}", ""]
-        if group == UNPROMISED:
-            lines += [
-                summary(full["totals_not_promised"])
-                + " Not part of the count above: as loaded, a row's logits need not be the same bits beside other rows"
-                " (experts run on as many rows as chose them; SiLU rounds the elements behind the last whole vectors"
-                " differently; a BLAS goes by the number of rows). The models above are loaded `deterministic`.",
-                "",
-            ]
-        lines += ["| setting | compared | differ | probabilities differ | accepted / drafted | forwards |"]
-        lines += ["|---|---|---|---|---|---|"]
-        for one in full["settings"]:
-            if one["group"] == group:
-                name = one["setting"] + ("" if one["proves"] else " (proves nothing: not counted)")
-                name += f" ({one['cancelled']} cancelled)" if one["cancelled"] else ""
-                name += f" ({one['temporal']} temporal beside them)" if one["temporal"] else ""
-                if one["preemptions"]:
-                    name += f" ({one['cached']} prompt tokens shared, {one['preemptions']} preemptions)"
-                counts = one["comparisons"], one["differ"], one["probs_differ"]
-                drafts = f"{one['accepted']} / {one['drafted']}", f"{one['forwards'] / one['native_forwards']:.2f}"
-                lines.append("| " + " | ".join(map(str, (name, *counts, *drafts))) + " |")
-        lines.append("")
-    if full["differences"]:
-        lines += [
-            "## Differences",
-            "",
-            "| setting | prompt | position | what | native | exact |",
-            "|---|---|---|---|---|---|",
-        ]
-        order = ("setting", "prompt", "position", "what", "native", "exact")
-        lines += ["| " + " | ".join(str(found[name]) for name in order) + " |" for found in full["differences"]]
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="about 350 comparisons instead of 14,000")
-    parser.add_argument("--threads", type=int, default=1, help="small models are fastest on one")
-    parser.add_argument("--only", default="", help="only settings whose group or name contains this; writes no files")
-    parser.add_argument("--out", type=pathlib.Path, help=f"folder to write to; {RESULTS} for a full run")
-    given = parser.parse_args(arguments)
-    torch.set_num_threads(given.threads)
-    console = Console()
-    chosen = [s for s in every_setting(given.quick) if given.only in s.group or given.only in s.name]
-    description = {} if given.quick or given.only else machine()
-    began = time.perf_counter()
-    natives = Natives()
-    full = report(run_all(chosen, natives, console), natives, description)
-    full["machine"] |= {"minutes": round((time.perf_counter() - began) / 60, 1)}
-    write(console, summary(full["totals"]))
-    if full["totals_not_promised"]["comparisons"]:
-        write(console, f"{UNPROMISED}: {summary(full['totals_not_promised'])}")
-    out = given.out or (None if given.quick or given.only else RESULTS)
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "exactness.json").write_text(json.dumps(full, indent=2) + "\n")
-        (out / "exactness.md").write_text(markdown(full))
-    return 1 if full["totals"]["differ"] else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        " natively, there."
+    )
+    if others["settings"] or others["unproved"]:
+        bench.note(
+            f"{UNPROMISED}: {summary(others)} Not part of the count above: as loaded, a row's logits need not be the"
+            " same bits beside other rows (experts run on as many rows as chose them; SiLU rounds the elements behind"
+            " the last whole vectors differently; a BLAS goes by the number of rows). The other models are loaded"
+            " `deterministic`."
+        )
+    for outcome in outcomes:
+        group = outcome.setting.group
+        bench.row(Table(COLUMNS, f"{group[0].upper()}{group[1:]}:"), **outcome.to_dict())
+    for found in (found for outcome in outcomes for found in outcome.differences):
+        bench.row(DIFFERENCES, **vars(found))
+    if promised["differ"]:
+        raise RuntimeError(f"{promised['differ']} texts differ")

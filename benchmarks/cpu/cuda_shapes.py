@@ -1,6 +1,6 @@
 """Shared memory that each CUDA kernel is launched with, at sizes of real models and at random ones, as JSON:
 
-    SIMSD_CUDA_EMULATION=$(python tests/emulation.py) python benchmarks/cuda_shapes.py
+    SIMSD_CUDA_EMULATION=$(python tests/emulation.py) python -m benchmarks.cpu.cuda_shapes
 
 Launches are noted and not run, so neither a GPU nor time is needed.
 """
@@ -19,7 +19,7 @@ import torch
 import simsd_kernels as kernels
 from simsd_kernels import dispatch
 
-TESTS = pathlib.Path(__file__).resolve().parents[1] / "tests"
+TESTS = pathlib.Path(__file__).resolve().parents[2] / "tests"
 sys.path[:0] = [str(TESTS), str(TESTS / "ops")]
 import plans  # noqa: E402
 from every_op import OPS  # noqa: E402

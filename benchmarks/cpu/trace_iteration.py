@@ -1,28 +1,22 @@
 """What one decoding iteration launches on a GPU, counted without a GPU.
 
-    python benchmarks/trace_iteration.py [--target 8B] [--draft 1.7B] [--batch 1] [--lookahead 2] [--states 16]
-
 `iterate` runs on fake CUDA tensors (shapes and dtypes, no data, no weights in memory) at the sizes of published SDAR
 models in bfloat16. Counted are kernel launches (of torch's ops and of ours), reads by the host, for which it would wait
-for the device, and uploads of data that the host made. Exits with 1 where the host reads or uploads anything, since a
-CUDA graph of such an iteration cannot be replayed. Prints a table by part and, last, one line of JSON.
+for the device, and uploads of data that the host made. Fails where the host reads or uploads anything, since a CUDA
+graph of such an iteration cannot be replayed.
 """
 
 from __future__ import annotations
 
-import argparse
 import collections
 import contextlib
 import dataclasses
 import inspect
-import json
 import pathlib
 import sys
 from collections.abc import Callable, Iterator
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -43,6 +37,11 @@ from simsd.models.runner import ModelRunner
 from simsd.models.weights import skeleton
 from simsd_kernels import dispatch
 
+from ..contest import Bench
+from ..report import Table
+
+TABLE = Table([("part", "{part}"), ("op", "{op}"), ("greedy", "{greedy}"), ("noise", "{noise}")])
+LAYERS = Table([("layer of a forward", "{layer}"), ("launches", "{launches}")], "Of one layer:")
 # Published SDAR models: hidden size, layers, heads of queries and of keys, width of the MLP.
 _DENSE = {
     "1.7B": (2048, 28, 16, 8, 6144),
@@ -380,64 +379,30 @@ def per_layer(target: str, batch: int, block_length: int, states: int) -> int:
     return counts[1] - counts[0]
 
 
-def table(traced: dict[str, Launches]) -> Table:
-    """Launches by part and op, a column for each trace."""
-    counts: dict[str, collections.Counter] = {name: collections.Counter() for name in traced}
+def counts(traced: dict[str, Launches]) -> dict[tuple[str, str], dict[str, int]]:
+    """(part, op) to launches in each trace; op "" is all of a part."""
+    found: dict[tuple[str, str], collections.Counter] = collections.defaultdict(collections.Counter)
     for name, launches in traced.items():
         for call in launches.calls:
-            for key in ((call.part, call.op), (call.part, ""), ("all", "")):
-                counts[name][key] += call.kernels
-    keys = {key for counter in counts.values() for key in counter}
-    out = Table("part", "op", *traced, title="Launches of one iteration")
-    for key in sorted(keys, key=lambda key: (ORDER.index(key[0]), key[1])):
-        whole = not key[1]
-        cells = (str(counter[key]) for counter in counts.values())
-        out.add_row(key[0] if whole else "", key[1], *cells, style="bold" if whole else None)
-    return out
+            for key in ((call.part, ""), (call.part, call.op), ("all", "")):
+                found[key][name] += call.kernels
+    order = sorted(found, key=lambda key: (ORDER.index(key[0]), key[1]))
+    return {key: {name: found[key][name] for name in traced} for key in order}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", choices=MODELS, default="8B")
-    parser.add_argument("--draft", choices=MODELS, default="1.7B")
-    parser.add_argument("--batch", type=int, default=1, help="slots")
-    parser.add_argument("--block-length", type=int, default=4)
-    parser.add_argument("--lookahead", type=int, default=2, help="drafted blocks")
-    parser.add_argument("--states", type=int, default=16, help="states of blocks that the target sees of a slot")
-    parser.add_argument("--out", type=pathlib.Path, help="a file that the last line goes to, too")
-    given = parser.parse_args()
-    sizes = given.batch, given.block_length, given.lookahead, given.states
-    try:
-        traced = {
-            name: trace(given.target, given.draft, exact_shape(*sizes, noise), given.batch, given.block_length)
-            for name, noise in (("greedy", False), ("noise", True))
-        }
-        layers = {
-            kind: per_layer(name, given.batch, given.block_length, given.states)
-            for kind, name in (("dense", "8B"), ("experts", "30B-A3B"))
-        }
-    except HostRead as read:
-        print(f"the host reads: {read}", file=sys.stderr)
-        print(json.dumps({"host_reads": 1, "place": str(read)}))
-        return 1
-    Console().print(table(traced))
-    uploads = [place for launches in traced.values() for place in launches.uploads]
-    for where in uploads:
-        print(f"the host uploads: {where}", file=sys.stderr)
-    found = {
-        "target": given.target,
-        "draft": given.draft,
-        **dict(zip(("batch", "block_length", "lookahead", "states"), sizes, strict=True)),
-        "launches": {name: launches.kernels for name, launches in traced.items()},
-        "per_layer": layers,
-        "host_reads": 0,
-        "uploads": max(len(launches.uploads) for launches in traced.values()),
+def run(bench: Bench, target: str, draft: str, batch: int, block_length: int, lookahead: int, states: int) -> None:
+    """`batch`: slots; `lookahead`: drafted blocks; `states`: of blocks that the target sees of a slot."""
+    if unknown := {target, draft} - set(MODELS):
+        raise ValueError(f"unknown model {', '.join(unknown)}: choose from {', '.join(MODELS)}")
+    traced = {
+        name: trace(target, draft, exact_shape(batch, block_length, lookahead, states, noise), batch, block_length)
+        for name, noise in (("greedy", False), ("noise", True))
     }
-    print(json.dumps(found))
-    if given.out is not None:
-        given.out.write_text(json.dumps(found) + "\n")
-    return int(bool(uploads))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    for (part, op), launches in counts(traced).items():
+        bench.row(TABLE, part=part, op=op, **launches)
+    for kind, name in (("dense", "8B"), ("experts", "30B-A3B")):
+        bench.row(LAYERS, layer=kind, launches=per_layer(name, batch, block_length, states))
+    uploads = [place for launches in traced.values() for place in launches.uploads]
+    bench.note(f"reads by the host: 0; uploads: {', '.join(uploads) or 0}")
+    if uploads:
+        raise RuntimeError(f"the host uploads: {', '.join(uploads)}")

@@ -1,33 +1,29 @@
 """An engine for hours, in short: thousands of requests that come, go and are cancelled over memory too small for all.
 
-    python benchmarks/soak.py [--requests 2000] [--slots 16] [--seed 0] [--target tiny-target] [--draft tiny-draft]
-
 Requests differ in length, in every setting and in how they are verified; many begin alike, some go on from another's
 text, some are cancelled while they wait or run. Twice on the way the engine sleeps. Each text (of a cancelled request:
 what there is of it) is compared with that of the same request alone in an engine that shares nothing: tokens, steps,
 probabilities and the reason of its end. At the end every page must be free, and the process no larger than after a
-quarter of the requests but for a few MiB. Prints what happened, and exits with 1 where anything was wrong.
+quarter of the requests but for a few MiB. Fails where anything was wrong.
 """
 
 from __future__ import annotations
 
-import argparse
 import collections
 import contextlib
 import ctypes
 import dataclasses
 import os
 import random
-import sys
-
-import torch
-from rich.console import Console
-from rich.progress import track
 
 from simsd import Engine, LoadedModel, Result, SamplingParams, load
 from simsd.config import DRAFTERS, REJECTED_TAILS, RULES, STRATEGIES
 from simsd.engine.pages import page_bytes
 
+from ..contest import Bench
+from ..report import Table
+
+TABLE = Table([(name, f"{{{name}}}") for name in ("what", "count")])
 PAGE = 16
 PAGES_PER_SLOT = 2  # of memory; requests need up to eight times as many
 GROWTH_MIB = 8  # that the process may grow by behind the first quarter
@@ -92,8 +88,20 @@ def resident_mib() -> float:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def soak(target: LoadedModel, draft: LoadedModel, requests: int, slots: int, seed: int, console: Console) -> list[str]:
-    """Runs it; returns what was wrong."""
+def run(bench: Bench, requests: int, slots: int, seed: int, target: str, draft: str) -> None:
+    counts, wrong = soak(load(target), load(draft), requests, slots, seed)
+    for what, count in counts.items():
+        bench.row(TABLE, what=what, count=count)
+    for found in wrong[:20]:
+        bench.note(found)
+    if wrong:
+        raise RuntimeError(f"{len(wrong)} wrong: {'; '.join(wrong)[:1000]}")
+
+
+def soak(
+    target: LoadedModel, draft: LoadedModel, requests: int, slots: int, seed: int
+) -> tuple[dict[str, float], list[str]]:
+    """Runs it; returns counts, and what was wrong."""
     draw, wrong = random.Random(seed), []
     longest = 16 * PAGE
     pages = page_bytes(target, PAGE) + page_bytes(draft, PAGE)
@@ -108,7 +116,6 @@ def soak(target: LoadedModel, draft: LoadedModel, requests: int, slots: int, see
     texts: collections.deque[list[int]] = collections.deque(maxlen=8)
     added = iterations = cached = idle = 0
     sizes: list[float] = []
-    progress = iter(track(range(requests), "soak", console=console, transient=True))
     while added < requests or engine.busy:
         while added < requests and draw.random() < 0.8 and engine.metrics().waiting < slots:
             new = job(draw, beginnings, list(texts), vocabulary)
@@ -139,7 +146,6 @@ def soak(target: LoadedModel, draft: LoadedModel, requests: int, slots: int, see
             results[update.index] = None
             if len(results) % max(requests // 40, 1) == 0:
                 sizes.append(resident_mib())
-            next(progress, None)
         for number in [number for number, when in leaves.items() if when <= iterations]:
             engine.cancel(number)
             del leaves[number]
@@ -157,33 +163,17 @@ def soak(target: LoadedModel, draft: LoadedModel, requests: int, slots: int, see
             wrong.append(f"no request was {name}: this proves nothing of it")
     if not cached:
         wrong.append("nothing was shared: this proves nothing of it")
-    console.print(
-        f"{requests} requests in {iterations} iterations of {slots} slots, {metrics.pages} pages of {PAGE} tokens: "
-        f"{metrics.finished}, {metrics.generated_tokens} tokens, {metrics.preemptions} preemptions, "
-        f"{cached} of {metrics.prompt_tokens} prompt tokens shared; {metrics.free_pages} pages free at the end, "
-        f"{metrics.cached_pages} of them kept; {grown:+.1f} MiB behind the first quarter; {len(wrong)} wrong",
-        soft_wrap=True,
-        markup=False,
-    )
-    return wrong
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=2000)
-    parser.add_argument("--slots", type=int, default=16)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--target", default="tiny-target")
-    parser.add_argument("--draft", default="tiny-draft")
-    given = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    console = Console()
-    models = load(given.target), load(given.draft)
-    wrong = soak(*models, given.requests, given.slots, given.seed, console)
-    for line in wrong[:20]:
-        console.print(line, soft_wrap=True, markup=False)
-    return 1 if wrong else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    counts = {
+        "requests": requests,
+        "iterations": iterations,
+        **{f"finished: {reason}": count for reason, count in metrics.finished.items()},
+        "tokens": metrics.generated_tokens,
+        "preemptions": metrics.preemptions,
+        "prompt tokens": metrics.prompt_tokens,
+        "of them shared": cached,
+        f"pages of {PAGE} tokens": metrics.pages,
+        "free at the end": metrics.free_pages,
+        "of them kept": metrics.cached_pages,
+        "MiB behind the first quarter": round(grown, 1),
+    }
+    return counts, wrong

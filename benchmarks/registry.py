@@ -1,0 +1,203 @@
+"""Every benchmark, declared once: what it compares and how, on which device, how it runs in full and in short.
+
+Nothing here imports torch: what there is, and what is wrong with a command, is told at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """
+    Attributes:
+        run: the function in this package, as "module:function"; called with a `contest.Bench` and the settings.
+        about: what it compares and how: the first line of its results.
+        settings: of a full run, by name; `threads` is torch's number of them, and is not passed on.
+        short: what a rehearsal has in the place of some; a GPU's benchmarks take theirs from `Bench.tiny`.
+        device: "cpu" or "gpu". seconds: of a GPU's run that it should have; on the CPU it takes what it takes.
+        asked: whether it runs only where it is named.
+    """
+
+    run: str
+    about: str
+    settings: dict = dataclasses.field(default_factory=dict)
+    short: dict = dataclasses.field(default_factory=dict)
+    device: str = "cpu"
+    seconds: float = float("inf")
+    asked: bool = False
+
+    def function(self) -> Callable:
+        module, _, name = self.run.partition(":")
+        return getattr(importlib.import_module(f"benchmarks.{module}"), name)
+
+
+def of_a_gpu(run: str, seconds: float, about: str) -> Benchmark:
+    return Benchmark(f"gpu.{run}", about, device="gpu", seconds=seconds)
+
+
+BENCHMARKS = {
+    "attention_cpu": Benchmark(
+        "cpu.attention_cpu:run",
+        "`masked_attention` against `scaled_dot_product_attention(..., attn_mask=dense, enable_gqa=True)`, 32 query and"
+        " 8 key/value heads of 128, interleaved in one process. Median (quartiles); ratio of medians and of best times,"
+        " higher is better.",
+        {"threads": 2, "seconds": 3.0},
+        {"seconds": 0.01},
+    ),
+    "graph_shapes": Benchmark(
+        "cpu.graph_shapes:run",
+        "Target forwards over native's at the same block length (mean of families), and the mean rows of one, prompts"
+        " left out. Chain: drafted states in the draft's own order. Graph: the most probable states in any order."
+        " Draft: draft forwards over native's target forwards, with the graph.",
+        {
+            "items": 10,
+            "families": ["arithmetic", "code", "facts", "choice"],
+            "block_lengths": [4, 8, 16],
+            "max_rows": [32, 64, 128],
+            "lookaheads": [1, 2],
+            "max_new_tokens": 96,
+        },
+        {"items": 1, "families": ["facts"], "block_lengths": [4], "max_rows": [32], "max_new_tokens": 8},
+    ),
+    "useless_draft": Benchmark(
+        "cpu.useless_draft:run",
+        "Exact decoding with a draft of random weights against native decoding: wall time, median of the ratios of"
+        " interleaved pairs and its 95% interval; batch 1.",
+        {"pairs": 25, "items": 2, "max_new_tokens": 96},
+        {"pairs": 1, "items": 1, "max_new_tokens": 8},
+    ),
+    "batch_invariance": Benchmark(
+        "cpu.batch_invariance:run",
+        "Does a row's result change, in any bit, with the rows beside it?",
+        {"threads": 2, "seconds": 2.0, "models": ["tiny-target", "tiny-draft", "tiny-target bfloat16", "random MoE"]},
+        {"seconds": 0.01, "models": ["tiny-target", "random MoE"]},
+    ),
+    "trace_iteration": Benchmark(
+        "cpu.trace_iteration:run",
+        "What one decoding iteration launches on a GPU, counted on fake tensors, without a GPU: kernels by part and op."
+        " Neither reads by the host nor uploads are allowed: a CUDA graph of it could not be replayed.",
+        {"target": "8B", "draft": "1.7B", "batch": 1, "block_length": 4, "lookahead": 2, "states": 16},
+        {"target": "1.7B", "lookahead": 1, "states": 4},
+    ),
+    "fused_layers": Benchmark(
+        "cpu.fused_layers:run",
+        "A native forward of tiny-target (rows / 4 sequences, each a block of 4 rows behind 120 tokens): milliseconds,"
+        " medians of contestants that took turns (in brackets the best forward).",
+        {"threads": 1, "seconds": 3.0, "rows": [4, 32, 132, 512], "dtypes": ["float32", "bfloat16", "float16"]},
+        {"seconds": 0.01, "rows": [4], "dtypes": ["float32"]},
+    ),
+    "loop": Benchmark(
+        "cpu.loop:run",
+        "Exact decoding (`drafter=auto`) beside native decoding, the built-in pair, interleaved. The interval is the"
+        " 95% interval of the median ratio.",
+        {"pairs": 15, "batches": [1, 8, 32, 64], "max_new_tokens": 96},
+        {"pairs": 1, "batches": [1], "max_new_tokens": 8},
+    ),
+    "loop_profile": Benchmark(
+        "cpu.loop_profile:run",
+        "An iteration of exact decoding (`drafter=auto`, the built-in pair) outside the models' forwards, under"
+        " cProfile: microseconds, and shares of their sum. Python code is slower so; `loop` has the times without.",
+        {"batches": [1, 32], "max_new_tokens": 96},
+        {"batches": [2], "max_new_tokens": 8},
+    ),
+    "exactness": Benchmark(
+        "cpu.exactness:run",
+        "Is exact decoding's text native decoding's, token for token?",
+        {"threads": 1, "selection": "full", "only": ""},
+        {"selection": "quick", "only": "T = 3: near draft, low"},
+    ),
+    "soak": Benchmark(
+        "cpu.soak:run",
+        "Requests that come, go and are cancelled over memory too small for all: every text against the same request's"
+        " alone, every page free at the end, the process no larger.",
+        {"threads": 1, "requests": 2000, "slots": 16, "seed": 0, "target": "tiny-target", "draft": "tiny-draft"},
+        {"requests": 80, "slots": 8},
+        asked=True,
+    ),
+    "audit": Benchmark(
+        "cpu.commands:audit",
+        "`simsd audit` on the built-in pair: what speculative decoding must leave as it is, and does.",
+        {"items": 5, "seeds": 3000, "max_new_tokens": 32},
+        {"items": 1, "seeds": 200, "max_new_tokens": 4},
+    ),
+    "tiny_pair": Benchmark(
+        "cpu.commands:bench",
+        "`simsd bench` of the built-in pair: every mode on the same prompts in the same run.",
+        {"items": 100, "batches": [1, 8], "modes": [], "temperature": 0.0},
+        {"items": 1, "batches": [1, 2]},
+    ),
+    "tiny_pair_t08": Benchmark(
+        "cpu.commands:bench",
+        "`simsd bench` of the built-in pair at temperature 0.8: modes on the same prompts in the same run.",
+        {
+            "items": 50,
+            "batches": [1],
+            "modes": ["native", "exact-model", "exact-self", "exact-auto"],
+            "temperature": 0.8,
+        },
+        {"items": 1},
+    ),
+    "busy": Benchmark(
+        "cpu.busy:run",
+        "What a machine that others use too costs: `simsd bench` on a quiet machine, then beside a busy process on"
+        " every core, in turn; medians.",
+        {"rounds": 3, "items": 5},
+        {"rounds": 1, "items": 1},
+        asked=True,
+    ),
+    "revisions": Benchmark(
+        "cpu.revisions:run",
+        "`simsd bench` of this checkout and of another one, in turn, each run a process of its own; medians, and the"
+        " 95% interval of the median ratio; batch 1.",
+        {"checkout": "", "rounds": 15, "items": 3},
+        {"rounds": 1, "items": 1, "checkout": "."},
+        asked=True,
+    ),
+    "cuda_resources": Benchmark(
+        "cpu.cuda_resources:run",
+        "What each CUDA kernel takes of each GPU, as compiled: registers per thread / tensor core instructions (and"
+        " stack and spills, where there are any); shared memory: KiB per block, at most. No GPU is needed.",
+        asked=True,
+    ),
+    "triton_resources": Benchmark(
+        "cpu.triton_resources:run",
+        "What each Triton kernel takes of each GPU, compiled ahead of time: registers per thread / shared memory in KiB"
+        " (and spills and stack, where there are any). No GPU is needed.",
+        {"workers": 2, "kernels": ""},
+        {"kernels": "silu_times"},
+        asked=True,
+    ),
+    # A GPU's, in the order of what must not be missed: first whether the kernels are right. What one leaves of its time
+    # is shared among those behind it, so that a build, which is rarely needed, takes nothing from the others.
+    "build": of_a_gpu("library:build", 110, "The device and the compiled library, built where that is needed."),
+    "test": of_a_gpu("correctness:test", 85, "The tests of every op on the CUDA kernels, and of decoding."),
+    "sanitize": of_a_gpu("correctness:sanitize", 30, "Every op on small arguments under compute-sanitizer."),
+    "ceilings": of_a_gpu("ceilings:run", 10, "The rates that all else is held against: a large copy and product."),
+    "verification": of_a_gpu("verification:run", 20, "The small ops of a decoding step beside their definitions."),
+    "attention": of_a_gpu("attention:run", 50, "masked_attention beside torch's and others' attention."),
+    "sampling": of_a_gpu("sampling:run", 25, "sample_logits beside torch's softmax, argmax and multinomial."),
+    "linear": of_a_gpu("linear:run", 20, "thin_linear and grouped_linear beside torch's products (cuBLAS)."),
+    "end_to_end": of_a_gpu("end_to_end:run", 50, "Decoding at chosen acceptance rates, models of SDAR's shapes."),
+    "store": of_a_gpu("stores:run", 10, "store_kv and qk_norm_rope_store beside the same by torch."),
+    "counters": of_a_gpu("counters:count", 15, "What the hardware's counters say of the main kernels (ncu)."),
+    "test_triton": of_a_gpu("correctness:test_triton", 25, "The tests of every op on the Triton kernels."),
+}
+KINDS = {
+    kind: [name for name, one in BENCHMARKS.items() if one.device == kind and not one.asked] for kind in ("cpu", "gpu")
+}
+
+# The two calls of a day with a rented GPU: seconds in all, and of each. First whether the kernels are right and how
+# fast they are; then decoding, the hardware's counters, and the Triton kernels.
+CALLS = {
+    1: (380.0, {
+        "build": 90, "test": 115, "sanitize": 60, "ceilings": 12, "verification": 25, "attention": 80, "sampling": 40,
+        "linear": 30,
+    }),
+    2: (300.0, {"build": 30, "end_to_end": 120, "store": 15, "counters": 35, "test_triton": 97}),
+}  # fmt: skip
+DEFAULT_BUDGET = 450.0
+REHEARSAL_BUDGETS = {1: 380.0, 2: 200.0}
