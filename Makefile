@@ -39,7 +39,7 @@ IN_PARALLEL := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 test: test-python test-interpreted test-emulated test-sanitized test-transformers
 
 test-python: $(VENV)/.installed-test
-	$(IN_PARALLEL) --dist loadfile tests --ignore tests/emulated --ignore tests/gpu
+	$(IN_PARALLEL) --dist loadfile tests --ignore tests/emulated --ignore tests/gpu benchmarks --benchmark-disable
 
 # Kernels under Triton's interpreter, and CUDA kernels run on the CPU, need processes of their own: which it is to be is
 # settled when the package is imported.
