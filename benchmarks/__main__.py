@@ -40,7 +40,7 @@ CLOSING_SECONDS = 3.0  # of the budget, for packing the logs and the table
 def main(arguments: list[str] | None = None) -> int:
     given = parse(arguments)
     if given.child == "check":
-        return runner.check(given.state, given.gpu, given.commit)
+        return runner.check(given.state, given.kind, given.commit)
     if given.child:
         return runner.child(given.child, given.state, given.until, given.rehearse, json.loads(given.settings))
     if given.list:
@@ -77,9 +77,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, help="seconds for all of a GPU's, start and end included")
     parser.add_argument("--commit", help="what the results name where there is no git")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, in short")
-    for hidden, kind in (("--child", str), ("--state", Path), ("--until", float), ("--settings", str)):
-        parser.add_argument(hidden, type=kind, help=argparse.SUPPRESS)
-    parser.add_argument("--gpu", action="store_true", help=argparse.SUPPRESS)
+    hidden = {"--child": str, "--state": Path, "--until": float, "--settings": str, "--kind": str}
+    for option, kind in hidden.items():
+        parser.add_argument(option, type=kind, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if given.names and (given.call or given.merge or given.list):
         parser.error("--call, --merge and --list take no names")
@@ -150,8 +150,8 @@ def run(plan: dict[str, float], budget: float, folder: Path, given: argparse.Nam
     logs = environment.WORK / f"logs_{'rehearsal_' if given.rehearse else ''}{part}"
     shutil.rmtree(logs, ignore_errors=True)
     logs.mkdir(parents=True)
-    gpu = not given.rehearse and not all(map(report.on_cpu, plan))
-    found = checked(logs, deadline, gpu, given.commit)
+    kind = "cpu" if all(map(report.on_cpu, plan)) else "rehearsal" if given.rehearse else "gpu"
+    found = checked(logs, deadline, kind, given.commit)
     if "machine" not in found:
         return complain(found["problem"])
     reports: dict[Path, dict] = {}
@@ -162,6 +162,10 @@ def run(plan: dict[str, float], budget: float, folder: Path, given: argparse.Nam
         if not report.on_cpu(name):
             found["machine"] = machine
         path = report.result_path(folder, name, machine, given.rehearse)
+        if report.on_cpu(name) and not result["rows"] and path.exists():
+            statuses.append(result["status"])
+            print(f"{name}: {result['status']}; the results that there were stay", flush=True)
+            return
         whole = report.merge(reports.get(path) or report.load(path), machine, name, result)
         reports[path] = whole | {"rehearsal": given.rehearse}
         report.save(path, reports[path])
@@ -182,6 +186,8 @@ def run(plan: dict[str, float], budget: float, folder: Path, given: argparse.Nam
             try:
                 print(f"{name}{'' if report.on_cpu(name) else f' ({seconds:.0f} s at most)'} ...", flush=True)
                 keep(name, runner.run_apart(name, seconds, logs, given.rehearse, settings[name]))
+                if report.on_cpu(name):  # the budget is a GPU's
+                    deadline += time.monotonic() - began
             except (KeyboardInterrupt, SystemExit):
                 if report.on_cpu(name):  # the results there were stay
                     statuses.append(runner.INTERRUPTED)
@@ -200,15 +206,15 @@ def run(plan: dict[str, float], budget: float, folder: Path, given: argparse.Nam
     return 0 if all(status.startswith("done") for status in statuses) and not wrong else 1
 
 
-def checked(logs: Path, deadline: float, gpu: bool, commit: str | None) -> dict:
+def checked(logs: Path, deadline: float, kind: str, commit: str | None) -> dict:
     """{"machine": what the run is made on}, or {"problem": why there can be none, in one line}."""
     state = logs / "check.json"
-    command = [sys.executable, "-m", "benchmarks", "--child", "check", "--state", str(state)]
-    command += ["--gpu"] * gpu + (["--commit", commit] if commit else [])
+    command = [sys.executable, "-m", "benchmarks", "--child", "check", "--state", str(state), "--kind", kind]
+    command += ["--commit", commit] if commit else []
     ran = processes.run(command, min(CHECK_SECONDS, deadline - time.monotonic()), logs / "check.log")
     found = runner.read(state)
     if "missing" in found:
-        what = "make gpu" if gpu else "a benchmark"
+        what = "make gpu" if kind == "gpu" else "a benchmark"
         return {"problem": f"{what} needs what this machine lacks: {'; '.join(found['missing'])}"}
     said = [line for line in ran.said.splitlines() if line.strip()] or ["nothing"]
     return found or {"problem": f"torch or its driver does not start here (exit status {ran.code}): {said[-1]}"}

@@ -29,6 +29,7 @@ PACKAGES = {  # what is imported, and the least version where one is asked for
     "pytest": None,
     "hypothesis": None,
 }
+UNNEEDED = {"gpu": (), "rehearsal": ("triton",), "cpu": ("triton", "pytest", "hypothesis")}  # of them, by what is run
 MINIMUM_CAPABILITY = (8, 0)
 
 
@@ -70,11 +71,12 @@ def _version(name: str) -> str | None:
         return "unknown"
 
 
-def missing(gpu: bool = True) -> list[str]:
-    """What keeps a run (without `gpu`: a rehearsal) from running here, a few words each; empty where nothing does."""
-    found = []
+def missing(kind: str = "gpu") -> list[str]:
+    """What keeps a GPU's benchmarks, a "rehearsal" of them, or the "cpu"'s from running here, a few words each; empty
+    where nothing does."""
+    found, gpu = [], kind == "gpu"
     for name, given in versions().items():
-        if name == "triton" and not gpu:
+        if name in UNNEEDED[kind]:
             continue
         least = PACKAGES[name]
         wanted = f"{name} >= {'.'.join(map(str, least))}" if least else name

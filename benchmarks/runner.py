@@ -126,9 +126,9 @@ def run_here(name: str, bench, settings: dict | None = None) -> None:
     registry.BENCHMARKS[name].function()(bench, **given)
 
 
-def check(state: Path, gpu: bool, commit: str | None) -> int:
+def check(state: Path, kind: str, commit: str | None) -> int:
     """In a process of its own, since importing torch or asking the driver may hang: what is missing, what is there."""
-    lacking = environment.missing(gpu)
+    lacking = environment.missing(kind)
     found = {"missing": lacking} if lacking else {"machine": environment.machine(commit)}
     state.write_text(json.dumps(found))
     return 0

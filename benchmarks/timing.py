@@ -85,10 +85,19 @@ def turns(clocks: Collection[Clock], seconds: float, least: int) -> Iterator[Clo
         yield from going
 
 
-def in_turn(runs: Mapping[str, Callable[[], T]], rounds: int) -> Iterator[dict[str, T]]:
-    """What each run returns, round by round, in changing order; one round before them is thrown away."""
+def in_turn(
+    runs: Mapping[str, Callable[[], T]], rounds: int, texts: Callable[[T], object] | None = None
+) -> Iterator[dict[str, T]]:
+    """What each run returns, round by round, in changing order; one round before them is thrown away.
+
+    Raises RuntimeError where the `texts` of what a round's runs return, of the first as well, are not all the same.
+    """
     for number in range(rounds + 1):
         found = {name: runs[name]() for name in list(runs)[:: 1 if number % 2 else -1]}
+        if texts is not None:
+            first, *others = map(texts, found.values())
+            if any(other != first for other in others):
+                raise RuntimeError("the texts differ: this is no measurement")
         if number:
             yield found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import os
@@ -102,15 +103,47 @@ def test_a_benchmark_that_fails_is_told_and_keeps_what_it_has(tmp_path):
     assert report.load(tmp_path / "rehearsal_revisions.json")["benchmarks"]["revisions"]["status"] == said
 
 
-def test_an_interrupted_run_on_the_cpu_leaves_the_results_that_there_were(tmp_path, monkeypatch):
+@pytest.fixture
+def in_place_of_runs(tmp_path, monkeypatch):
+    """in_place_of_runs(run_apart): what is run is that, and nothing is asked of the machine."""
+
+    def put(run_apart):
+        monkeypatch.setattr(runner, "run_apart", run_apart)
+        monkeypatch.setattr(command, "checked", lambda *_: {"machine": {"gpu": "X", "date": "2026-01-02"}})
+        monkeypatch.setattr(command.processes, "die_by_exception", lambda: None)
+        monkeypatch.setattr(environment, "WORK", tmp_path / "work")
+
+    return put
+
+
+def result_of(name, status="done"):
+    return {"about": "", "device": registry.BENCHMARKS[name].device, "rows": [], "status": status}
+
+
+def test_an_interrupted_run_on_the_cpu_leaves_the_results_that_there_were(tmp_path, in_place_of_runs):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runner, "run_apart", interrupted)
-    monkeypatch.setattr(command, "checked", lambda *_: {"machine": {}})
-    monkeypatch.setattr(command.processes, "die_by_exception", lambda: None)
-    assert command.main(["loop", "graph_shapes", "--out", str(tmp_path)]) == 1
-    assert not list(tmp_path.iterdir())
+    in_place_of_runs(interrupted)
+    assert command.main(["loop", "graph_shapes", "--out", str(tmp_path / "out")]) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_benchmark_that_fails_at_once_leaves_the_results_that_there_were(tmp_path, in_place_of_runs, capsys):
+    in_place_of_runs(lambda name, *_: result_of(name, "failed: no CUDA kernels"))
+    (tmp_path / "loop.json").write_text("{}")
+    assert command.main(["loop", "--out", str(tmp_path)]) == 1
+    assert "loop: failed: no CUDA kernels; the results that there were stay" in capsys.readouterr().out
+    assert (tmp_path / "loop.json").read_text() == "{}"
+
+
+def test_the_time_of_a_cpu_benchmark_is_not_taken_from_those_of_a_gpu(tmp_path, monkeypatch, in_place_of_runs):
+    clock, given = iter(range(0, 10**6, 100)), {}
+    monkeypatch.setattr(command.time, "monotonic", lambda: next(clock))
+    in_place_of_runs(lambda name, seconds, *_: given.update({name: seconds}) or result_of(name))
+    assert command.main(["linear", "loop", "--out", str(tmp_path), "--budget", "1000"]) == 0
+    assert list(given) == ["loop", "linear"] and given["loop"] == float("inf")
+    assert given["linear"] == 1000 - command.CLOSING_SECONDS - 200
 
 
 # What is refused
@@ -183,6 +216,14 @@ def test_runs_in_turn_change_their_order_and_the_first_round_does_not_count():
     runs = {name: lambda name=name: order.append(name) or len(order) for name in "ab"}
     assert list(timing.in_turn(runs, 2)) == [{"a": 3, "b": 4}, {"b": 5, "a": 6}]
     assert "".join(order) == "baabba"
+
+
+def test_texts_that_differ_are_found_in_the_round_that_does_not_count():
+    runs = {name: functools.partial(next, iter(texts)) for name, texts in {"a": "xyz", "b": "Xyz"}.items()}
+    with pytest.raises(RuntimeError, match="the texts differ"):
+        next(timing.in_turn(runs, 2, str.strip))
+    alike = {name: functools.partial(next, iter("xyz")) for name in "ab"}
+    assert len(list(timing.in_turn(alike, 2, str.strip))) == 2
 
 
 def test_the_time_beyond_forwards_is_what_the_bound_leaves_of_an_iteration():

@@ -100,6 +100,10 @@ def test_a_difference_fails_the_benchmark_and_is_in_its_tables(monkeypatch):
     with pytest.raises(RuntimeError, match="texts differ"):
         exactness.run(made, "quick", "T = 3: near draft, low")
     assert "Differences:" in report.tables_of(made.state())
+    monkeypatch.undo()
+    made = contest.Bench()
+    exactness.run(made, "quick", "T = 3: near draft, low")
+    assert "Differences:" not in report.tables_of(made.state()) and made.notes[0].startswith("2 comparisons")
     with pytest.raises(ValueError, match="selection must be one of full, quick, got 'all'"):
         exactness.run(made, "all", "")
 

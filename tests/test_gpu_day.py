@@ -41,7 +41,7 @@ PLAN = {name: registry.BENCHMARKS[name].seconds for name in registry.KINDS["gpu"
 # Time
 
 
-def test_budget_is_what_was_given_whatever_sections_run():
+def test_budget_is_what_was_given_whatever_is_run():
     assert parsed("gpu")[0] == 450
     assert parsed("linear", "--budget", "100") == (100, {"linear": registry.BENCHMARKS["linear"].seconds})
     assert runner.allotment("linear", {"linear": 25}, 100.0) == 100.0
@@ -122,6 +122,8 @@ def test_every_package_that_is_not_there_is_named(absent, monkeypatch):
     real = environment.importlib.util.find_spec
     monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: None if name == absent else real(name))
     assert any(words.startswith(absent) and "not installed" in words for words in environment.missing())
+    of_cpu = any(words.startswith(absent) for words in environment.missing("cpu"))
+    assert of_cpu is (absent not in ("triton", "pytest", "hypothesis"))
 
 
 def test_compiler_and_ninja_are_asked_for_only_where_a_build_is_needed(monkeypatch):
@@ -146,7 +148,7 @@ def test_build_is_for_the_gpu_that_torch_names(monkeypatch):
 
 
 def ask_of(monkeypatch, tmp_path, *answers):
-    """The section `build` with a library that answers so, and a build that is only noted."""
+    """The benchmark `build` with a library that answers so, and a build that is only noted."""
     built, left = [], list(answers)
     monkeypatch.setattr(library, "describe_device", lambda bench: None)
     monkeypatch.setattr(library, "ask", lambda bench: {"obstacle": left.pop(0), "kernels": {"gcc": "12"}})

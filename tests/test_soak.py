@@ -52,3 +52,13 @@ def test_a_lost_page_is_found(monkeypatch):
     monkeypatch.setattr(PagePool, "retire", forgetful)
     with pytest.raises(RuntimeError, match="are nobody's and not free"):
         short(slots=12)
+
+
+def test_an_engine_that_is_stuck_from_the_start_is_told_as_such(monkeypatch):
+    """No request has come to an end by then: there is no first quarter to compare the process's size with."""
+    monkeypatch.setattr(soak.Engine, "step", lambda self: [])
+    monkeypatch.setattr(soak, "STUCK", 20)
+    with pytest.raises(
+        RuntimeError, match="wrong: nothing has moved for 20 iterations; 0 of 80 requests came to an end"
+    ):
+        short()

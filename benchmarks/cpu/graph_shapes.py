@@ -161,7 +161,7 @@ def run(
     target, draft = simsd.load("tiny-target"), simsd.load("tiny-draft")
     chosen = variants(block_lengths, max_rows, lookaheads)
     report(bench, measure(target, draft, task_items(families, items), chosen, max_new_tokens))
-    bench.note("greedy, one token per step, one draft forward per block")
+    bench.note(f"{target.name} and {draft.name}, greedy, one token per step, one draft forward per block")
 
 
 def report(bench: Bench, records: list[dict]) -> None:

@@ -7,6 +7,7 @@ the engine does for it (admission, texts, updates), less that of the models' for
 from __future__ import annotations
 
 import functools
+import operator
 import statistics
 import time
 from dataclasses import asdict, dataclass
@@ -90,9 +91,7 @@ def run(bench: Bench, pairs: int, batches: list[int], max_new_tokens: int) -> No
         prompts = prompts_for(batch)
         engines = {mode: Contestant(target, draft, batch, prompts, mode, max_new_tokens) for mode in MODES}
         runs: dict[str, list[Run]] = {mode: [] for mode in MODES}
-        for pair in in_turn({mode: engine.run for mode, engine in engines.items()}, pairs):
-            if pair["native"][1] != pair["exact-auto"][1]:
-                raise RuntimeError("the texts differ: this is no measurement")
+        for pair in in_turn({mode: engine.run for mode, engine in engines.items()}, pairs, operator.itemgetter(1)):
             for mode, (done, _) in pair.items():
                 runs[mode].append(done)
         speeds = [[one.tokens_per_second for one in runs[mode]] for mode in MODES]
