@@ -104,6 +104,35 @@ BENCHMARKS = {
         {"batches": [1, 32], "max_new_tokens": 96},
         {"batches": [2], "max_new_tokens": 8},
     ),
+    "scale": Benchmark(
+        "cpu.scale:run",
+        "An iteration of an engine all of whose slots decode (exact, drafted for by the draft model), against slots and"
+        " against the tokens that each holds: milliseconds, medians, of a tiny random pair. Control ops: all that an"
+        " iteration does on the device besides forwards. Pages: of 64 tokens, in use by texts and owned by slots.",
+        {
+            "threads": 1,
+            "slots": [1, 4, 16, 64, 256],
+            "contexts": [128, 1024, 8192, 32768],
+            "at_context": 128,
+            "at_slots": 4,
+            "iterations": 30,
+        },
+        {"slots": [1, 2], "contexts": [64], "at_context": 16, "at_slots": 2, "iterations": 2},
+    ),
+    "scale_counted": Benchmark(
+        "cpu.scale:count",
+        "The same for models on a GPU, counted on fake tensors, without a GPU and without a clock: what the forwards of"
+        " an iteration launch, read and write (see cpu/scale.py), how long an H100 takes at least for that (3.35 TB/s)"
+        " and for the products (989 TFLOP/s), and what is held in memory.",
+        {
+            "target": "8B",
+            "draft": "1.7B",
+            "slots": [1, 8, 32, 64, 128, 256],
+            "contexts": [1024, 8192, 32768],
+            "states": 5,
+        },
+        {"target": "1.7B", "slots": [2], "contexts": [1024]},
+    ),
     "exactness": Benchmark(
         "cpu.exactness:run",
         "Is exact decoding's text native decoding's, token for token?",

@@ -50,6 +50,7 @@ _DENSE = {
 }
 _EXPERTS = {"30B-A3B": (2048, 48, 32, 4, 768)}  # of each of 128 experts, 8 for each token
 MODELS = (*_DENSE, *_EXPERTS)
+VOCABULARY = 151936
 MASK, ENDS, BANNED = 151669, (151645, 151643), 267  # ids of the vocabulary without a token, the mask's among them
 
 DEVICE = "cuda:0"  # with its number: else torch would ask for the current one
@@ -276,7 +277,7 @@ def fake_model(name: str, block_length: int, layers: int | None = None) -> Loade
     a FakeTensorMode. `layers`: other than it has."""
     hidden, own, heads, key_heads, width = (_DENSE | _EXPERTS)[name]
     settings = {
-        "vocab_size": 151936,
+        "vocab_size": VOCABULARY,
         "hidden_size": hidden,
         "num_hidden_layers": layers or own,
         "num_attention_heads": heads,
