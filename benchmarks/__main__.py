@@ -87,10 +87,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def listed() -> int:
+    lines = []
     for name, one in registry.BENCHMARKS.items():
         settings = " ".join(f"{key}={shown(value)}" for key, value in one.settings.items())
-        print(f"{name} ({one.device}{', only where named' if one.asked else ''}): {one.about}")
-        print(f"    {settings}\n" if settings else "")
+        lines += [f"{name} ({one.device}{', only where named' if one.asked else ''}): {one.about}"]
+        lines += [f"    {settings}"] * bool(settings) + [""]
+    print("\n".join(lines), end="")
     return 0
 
 
