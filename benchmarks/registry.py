@@ -121,9 +121,9 @@ BENCHMARKS = {
     ),
     "scale_counted": Benchmark(
         "cpu.scale:count",
-        "An iteration of SDAR-8B on a GPU, counted on fake tensors, without a GPU or a clock: what it launches; what its"
-        " forwards, one of the target and two of the draft, read and write (see cpu/scale.py); how long an H100 takes at"
-        " least for that (3.35 TB/s) and for their products (989 TFLOP/s); what is held in memory.",
+        "An iteration of SDAR-8B on a GPU, counted on fake tensors, without a GPU or a clock: what it launches; what"
+        " its forwards, one of the target and two of the draft, read and write (see cpu/scale.py); how long an H100"
+        " takes at least for that (3.35 TB/s) and for their products (989 TFLOP/s); what is held in memory.",
         {
             "target": "8B",
             "draft": "1.7B",
