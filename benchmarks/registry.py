@@ -143,7 +143,15 @@ BENCHMARKS = {
         "cpu.soak:run",
         "Requests that come, go and are cancelled over memory too small for all: every text against the same request's"
         " alone, every page free at the end, the process no larger.",
-        {"threads": 1, "requests": 2000, "slots": 16, "seed": 0, "target": "tiny-target", "draft": "tiny-draft"},
+        {
+            "threads": 1,
+            "requests": 2000,
+            "slots": 16,
+            "seed": 0,
+            "target": "tiny-target",
+            "draft": "tiny-draft",
+            "draft_device": "",
+        },
         {"requests": 80, "slots": 8},
         asked=True,
     ),

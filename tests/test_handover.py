@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.cpu import trace_iteration as tracing
 from simsd.decode.exchange import SELF_DRAFT, Commands
 from simsd.decode.handover import adopt, draft_for_itself
 from simsd.decode.iteration import Shape
 from simsd.decode.slots import Slots
 from simsd_kernels.advance_slots.api import NO_END
-from traces import tracing
 
 LENGTH, BLOCKS, VOCABULARY = 4, 4, 32
 DRAFTED = [[11, 12, 13, 14], [15, 16, 17, 18], [19, 20, 21, 22], [0, 0, 0, 0]]

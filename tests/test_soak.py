@@ -21,8 +21,9 @@ def short(**changes):
     return {row["what"]: row["count"] for row in made.rows}
 
 
-def test_texts_are_right_and_no_page_is_lost():
-    assert short()["free at the end"] == 16
+@pytest.mark.parametrize("draft_device", ["", "cpu"], ids=["in turn", "beside"])
+def test_texts_are_right_and_no_page_is_lost(draft_device):
+    assert short(draft_device=draft_device)["free at the end"] == 16
 
 
 def test_a_wrong_text_is_found(monkeypatch):

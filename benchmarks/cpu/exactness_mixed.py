@@ -49,6 +49,8 @@ ENGINES = (
     (None, {"max_batch": 8, "lookahead": 1, "max_rows": 64}),
     (NEAR, {"max_batch": 32, "lookahead": 4, "max_rows": 256}),
     (NEAR, {"max_batch": 6, "lookahead": 2, "page_size": 16}),
+    (NEAR, {"max_batch": 8, "lookahead": 2, "draft_device": "cpu"}),
+    (NEAR, {"max_batch": 6, "lookahead": 1, "page_size": 16, "draft_device": "cpu"}),
 )
 
 
@@ -85,6 +87,7 @@ class Mix:
     def name(self) -> str:
         length = f", block length {self.config.block_length}" if self.config.block_length else ""
         draft = f"draft {self.draft.rpartition('/')[2]}" if self.draft else "no draft model"
+        draft += " beside the target" if self.config.draft_device else ""
         rows = "" if self.config.max_rows is None else f", max_rows {self.config.max_rows}"
         return f"{self.target}{length}: {draft}, batch {self.batch}, lookahead {self.config.lookahead}{rows}"
 

@@ -71,7 +71,7 @@ def job(draw: random.Random, beginnings: list[list[int]], texts: list[list[int]]
 def differs(mine: Result, alone: Result) -> str | None:
     """What of a text is not as it is alone."""
     cancelled = mine.finish_reason == "cancelled"
-    for name in ("tokens", "step_map", "probs"):
+    for name in ("tokens", "step_map", "probs", "draw_logprobs"):
         ours, theirs = getattr(mine, name), getattr(alone, name)
         if ours != (theirs[: len(ours)] if cancelled else theirs):
             return f"{name}: {ours}, alone {theirs}"
@@ -88,8 +88,8 @@ def resident_mib() -> float:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def run(bench: Bench, requests: int, slots: int, seed: int, target: str, draft: str) -> None:
-    counts, wrong = soak(load(target), load(draft), requests, slots, seed)
+def run(bench: Bench, requests: int, slots: int, seed: int, target: str, draft: str, draft_device: str) -> None:
+    counts, wrong = soak(load(target), load(draft), requests, slots, seed, draft_device or None)
     for what, count in counts.items():
         bench.row(TABLE, what=what, count=count)
     for found in wrong[:20]:
@@ -99,14 +99,15 @@ def run(bench: Bench, requests: int, slots: int, seed: int, target: str, draft: 
 
 
 def soak(
-    target: LoadedModel, draft: LoadedModel, requests: int, slots: int, seed: int
+    target: LoadedModel, draft: LoadedModel, requests: int, slots: int, seed: int, draft_device: str | None = None
 ) -> tuple[dict[str, float], list[str]]:
     """Runs it; returns counts, and what was wrong."""
     draw, wrong = random.Random(seed), []
     longest = 16 * PAGE
     pages = page_bytes(target, PAGE) + page_bytes(draft, PAGE)
     settings = {"max_length": longest, "max_rows": 64, "page_size": PAGE, "prefill_rows": 96}
-    engine = Engine(target, draft, max_batch=slots, kv_memory=PAGES_PER_SLOT * slots * pages, **settings)
+    memory = PAGES_PER_SLOT * slots * pages
+    engine = Engine(target, draft, max_batch=slots, kv_memory=memory, draft_device=draft_device, **settings)
     alone = Engine(target, draft, max_batch=1, prefix_cache=False, **settings)
     vocabulary = sorted({*range(target.vocab_size)} - {*target.banned_ids, target.mask_token_id})
     beginnings = [[draw.choice(vocabulary) for _ in range(draw.randint(20, 120))] for _ in range(BEGINNINGS)]
