@@ -133,6 +133,14 @@ BENCHMARKS = {
         },
         {"target": "1.7B", "slots": [2], "contexts": [1024]},
     ),
+    "long_prompt": Benchmark(
+        "cpu.long_prompt:run",
+        "A prompt of 5,000 tokens comes while 8 requests decode natively, by `prefill_rows` (8192: in one piece):"
+        " milliseconds to its first tokens, and between two updates of one of the others meanwhile. A tiny model of"
+        " random weights; medians of runs.",
+        {"threads": 1, "slots": 8, "tokens": 5000, "prefill_rows": [128, 512, 2048, 8192], "repeats": 5},
+        {"slots": 2, "tokens": 200, "prefill_rows": [64], "repeats": 1},
+    ),
     "exactness": Benchmark(
         "cpu.exactness:run",
         "Is exact decoding's text native decoding's, token for token?",
