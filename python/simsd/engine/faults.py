@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Iterator
 from threading import RLock
+from types import TracebackType
 
 import torch
 
@@ -18,23 +17,27 @@ from simsd.errors import OutOfMemoryError, one_line
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
 
 
-@contextlib.contextmanager
-def counted_against(requests: list[Request], scheduler: Scheduler, lock: RLock, config: EngineConfig) -> Iterator[None]:
-    """An error inside counts against each of the requests, under the lock, and is raised; where memory did not suffice,
-    as one that names the settings which take less."""
-    handled = sys.exception()  # by the caller: no part of what may come
-    try:
-        yield
-    except Exception as error:
-        cause = _lack_of_memory(error, handled)
-        shown = error if cause is None else _explained(cause, config)
-        with lock:
-            for request in requests:
+class CountedAgainst:
+    """A context: an error inside counts against each of the requests, under the lock, and is raised; where memory did
+    not suffice, as one that names the settings which take less. (No generator: every iteration has several.)"""
+
+    def __init__(self, requests: list[Request], scheduler: Scheduler, lock: RLock, config: EngineConfig) -> None:
+        self.requests, self.scheduler, self.lock, self.config = requests, scheduler, lock, config
+
+    def __enter__(self) -> None:
+        self.handled = sys.exception()  # by the caller: no part of what may come
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if not isinstance(error, Exception):
+            return
+        cause = _lack_of_memory(error, self.handled)
+        shown = error if cause is None else _explained(cause, self.config)
+        with self.lock:
+            for request in self.requests:
                 request.stumble(one_line(shown))
-            scheduler.look_again()
-        if shown is error:
-            raise
-        raise shown from error
+            self.scheduler.look_again()
+        if shown is not error:
+            raise shown from error
 
 
 def _lack_of_memory(error: BaseException | None, handled: BaseException | None) -> BaseException | None:

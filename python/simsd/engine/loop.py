@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import threading
 import time
 
@@ -14,7 +13,7 @@ from simsd.config import EngineConfig
 from simsd.decode.exchange import SlotReport
 from simsd.decode.iteration import Parts
 from simsd.engine.batch import Batch
-from simsd.engine.faults import counted_against
+from simsd.engine.faults import CountedAgainst
 from simsd.engine.metrics import Meter, Metrics
 from simsd.engine.pages import PagePool, places_of
 from simsd.engine.prefixes import Prefix, PrefixCache
@@ -80,9 +79,9 @@ class Loop:
         self._unsettled = False  # an iteration began and did not end
         self._outdated = False  # keys and values in place are of other weights
 
-    def _concerning(self, requests: list[Request]) -> contextlib.AbstractContextManager[None]:
+    def _concerning(self, requests: list[Request]) -> CountedAgainst:
         """What requests take part in: an error counts against each of them."""
-        return counted_against(requests, self.scheduler, self.lock, self.config)
+        return CountedAgainst(requests, self.scheduler, self.lock, self.config)
 
     @undisturbed()
     def iterate(self) -> None:

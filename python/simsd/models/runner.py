@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -22,6 +23,8 @@ from simsd_kernels import masked_attention
 # A BLAS gives a row the same bits at every multiple of this many rows, on the CPUs where it was tried
 # (benchmarks/cpu/batch_invariance.py); below and between it may not.
 ROW_MULTIPLE = 4
+# Of a model's layers, as long as they live: listing them takes long.
+_weights_of: weakref.WeakKeyDictionary[FusedLayers | StockLayers, list[nn.Parameter]] = weakref.WeakKeyDictionary()
 
 
 class ModelRunner:
@@ -71,7 +74,7 @@ class ModelRunner:
         self.last_logits: Tensor | None = None
         self._most_logits = most_logits
         self.rows = 0
-        self._layers_of, self._ran, self._weights_of = layers, None, None
+        self._layers_of, self._ran = layers, None
         self._table = block_table
         parts = (slots, kv_slots) if block_table is None else (pages, block_table.page_size)
         self.cache = BlockCache(model.config, *parts, self.dtype, self.device)
@@ -171,10 +174,9 @@ class ModelRunner:
     def version(self) -> object:
         """Another one where modules or weights have changed; what is written to their `.data` is not noticed."""
         layers = self._layers_of(self.model.model)
-        if self._weights_of is not layers:  # listing them takes long
-            self._weights = list(self.model.model.parameters())
-            self._weights_of = layers
-        return None if isinstance(layers, StockLayers) else layers, sum(map(version_of, self._weights))
+        if layers not in _weights_of:
+            _weights_of[layers] = list(self.model.model.parameters())
+        return None if isinstance(layers, StockLayers) else layers, sum(map(version_of, _weights_of[layers]))
 
     def keep_logits(self, logits: Tensor) -> None:
         """Keeps the logits of a forward for the next iteration: where rows are packed themselves, else in memory of
