@@ -148,7 +148,7 @@ def plan_states(slots: Slots, commands: Commands, target: ModelRunner, shape: Sh
 def walk_states(slots: Slots, logits: Tensor, plan: kernels.Plan, shape: Shape) -> kernels.Walk:
     walked = serving("verify_graph", slots.device)(
         *(logits, plan.state_rows, plan.states, plan.state_revealed, plan.block),
-        *(slots.proposal(shape.lookahead).tokens, plan.draft_blocks_in_rows, slots.proposal_depth),
+        *(slots.draft_tokens[:, : shape.lookahead], plan.draft_blocks_in_rows, slots.proposal_depth),
         *(slots.start, slots.step, slots.step_map, slots.prob, slots.draw_logprob, slots.origin),
         *(slots.temperature, slots.schedule, slots.steps, slots.strategy, slots.threshold),
         *(slots.top_k if shape.filters[0] else None, slots.top_p if shape.filters[1] else None),

@@ -241,7 +241,7 @@ class Loop:
         scheduler, prefixes = self.scheduler, self.prefixes
         if not scheduler.waiting or scheduler.free_slot() is None:
             return
-        if self.batch is not None and self.batch.models_changed():
+        if not prefixes.is_empty and self.batch is not None and self.batch.models_changed():
             prefixes.forget()
         for request in tuple(scheduler.waiting):
             slot = scheduler.free_slot()

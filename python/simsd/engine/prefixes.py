@@ -58,6 +58,11 @@ class PrefixCache:
         self._idle: dict[Prefix, None] = {}
 
     @property
+    def is_empty(self) -> bool:
+        """Whether no text to come could share anything."""
+        return not self._root.following
+
+    @property
     def idle_pages(self) -> int:
         return len(self._idle) * self.unit // self._page_size
 
