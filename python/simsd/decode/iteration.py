@@ -98,10 +98,17 @@ def propose(
     parts: Parts = PARTS,
 ) -> Drafts | None:
     """Drafts what the commands ask for: into the slots' standing proposals; of a temporal shape, returns it."""
-    if shape.temporal is not None:
-        return parts.drafter(slots, commands, draft, shape)
     if shape.self_draft:
         drafting.from_last_logits(slots, commands, target, shape)
+    return draft_with_model(slots, commands, draft, shape, parts)
+
+
+def draft_with_model(
+    slots: Slots, commands: Commands, draft: ModelRunner | None, shape: Shape, parts: Parts = PARTS
+) -> Drafts | None:
+    """The draft model's part of `propose`."""
+    if shape.temporal is not None:
+        return parts.drafter(slots, commands, draft, shape)
     if shape.draft_blocks:
         parts.proposer(slots, commands, draft, shape)
     return None

@@ -49,7 +49,7 @@ class Batch:
             *(config.max_batch, block_length, capacity, drafted_blocks(config), stop_ids, self._banned, target.device)
         )
         kept = config.max_batch * places.states * block_length
-        beside = draft is not None and config.draft_device is not None
+        beside = config.draft_device is not None
         self._tables, *runners = places.runners(target, draft, parts.packed, kept, beside)
         self._worker = DraftWorker(self.slots, draft.device) if beside else None
         self.runner = Runner(self.slots, *runners, parts, self._worker)

@@ -30,7 +30,6 @@ from simsd.seeds import fresh_seed
 
 Model = LoadedModel | str | Path | nn.Module
 DEFAULT_LENGTH = 4096
-STOP_IDS = 8  # end tokens of a request that the device looks for, unless the first requests have more
 
 
 class Engine:
@@ -69,6 +68,8 @@ class Engine:
         if not isinstance(draft, LoadedModel | None):
             draft = load(draft) if isinstance(draft, nn.Module) else load(draft, device=drafts_on)
         target, draft = target.in_evaluation(), None if draft is None else draft.in_evaluation()
+        if draft is None:
+            config = dataclasses.replace(config, draft_device=None)  # nobody works there
         self.target, self.draft, self.config = target, draft, config
         self.block_length = length = block_length(target, draft, config)
         check_pair(target, draft, drafts_on)

@@ -51,7 +51,7 @@ class Loop:
         """`capacity`: tokens of the longest sequence, whole blocks."""
         self.target, self.draft, self.config, self.parts = target, draft, config, parts
         self.block_length, self.capacity = block_length, capacity
-        beside = draft is not None and config.draft_device is not None
+        beside = config.draft_device is not None
         history = history_of(target.model, None if draft is None else draft.model, target.device, beside)
         self.tuner = Tuner(config, block_length, config.max_batch, history)
         self.places = places_of(
@@ -74,7 +74,7 @@ class Loop:
         self.stop_ids: int | None = None  # end tokens that the device has room for, once that is settled
         self.asleep = False
         # Blocks that the draft is ahead of what the target may judge.
-        self._further = drafted_blocks(config) - config.lookahead if beside else 0
+        self._further = drafted_blocks(config) - config.lookahead
         self._done: list[int] = []  # requests whose last update is out
         self._unsettled = False  # an iteration began and did not end
         self._outdated = False  # keys and values in place are of other weights

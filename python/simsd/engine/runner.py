@@ -15,7 +15,7 @@ import torch
 
 from simsd.decode.exchange import Commands, Report, SlotReport
 from simsd.decode.handover import adopt, draft_for_itself
-from simsd.decode.iteration import PARTS, Parts, Shape, propose, verify
+from simsd.decode.iteration import PARTS, Parts, Shape, draft_with_model, propose, verify
 from simsd.decode.prefill import prefill
 from simsd.decode.slots import Slots
 from simsd.decode.temporal import Drafts
@@ -83,15 +83,12 @@ class Runner:
     def prefill_draft(self, members: list[int], blocks: int) -> None:
         """`prefill` of the draft model."""
         slots, worker = self.slots, self.worker
-        if worker is not None:
-            noise = slots.draft_logits is not None
-            worker.join()
-            worker.collect(noise)
-            adopt(slots, worker.drafted, noise)
-            worker.hand_over(slots, self._commands, noise)
-            slots = worker.slots
-            return worker.run(prefill, slots, self.draft, slots.draft_kv_len, members, blocks)
-        prefill(slots, self.draft, slots.draft_kv_len, members, blocks)
+        if worker is None:
+            return prefill(slots, self.draft, slots.draft_kv_len, members, blocks)
+        noise = slots.draft_logits is not None
+        worker.join()
+        self._swap(noise, partial(adopt, slots, worker.drafted, noise))
+        worker.run(prefill, worker.slots, self.draft, worker.slots.draft_kv_len, members, blocks)
 
     @torch.inference_mode()
     def flush(self) -> list[Outcome]:
@@ -145,9 +142,7 @@ class Runner:
         """What the draft has proposed comes in, and it goes on from the slots as they are then: meanwhile or, where it
         is judged as published, while the target waits."""
         slots, worker = self.slots, self.worker
-        worker.collect(shape.noise)
-        exchange()
-        worker.hand_over(slots, self._commands, shape.noise)
+        self._swap(shape.noise, exchange)
         if shape.temporal is None:
             return worker.begin(draft) if shape.draft_blocks else None
         drafts = worker.run(draft)
@@ -156,6 +151,12 @@ class Runner:
         slots.draft_kv_len.copy_(worker.drafted.draft_kv_len)
         slots.draft_forwards.copy_(worker.drafted.draft_forwards)
         return drafts and drafts.to(slots.device)
+
+    def _swap(self, noise: bool, exchange: Callable) -> None:
+        """What the draft has proposed comes in by `exchange`, and it has the slots as they are then."""
+        self.worker.collect(noise)
+        exchange()
+        self.worker.hand_over(self.slots, self._commands, noise)
 
     # The parts of an iteration, as they run or are captured.
 
@@ -167,12 +168,7 @@ class Runner:
     def _draft(self, shape: Shape) -> Drafts | None:
         if self.worker is None:
             return propose(self.slots, self._commands, self.target, self.draft, shape, self.parts)
-        beside = self.worker.slots, self.worker.commands, self.draft, shape
-        if shape.temporal is not None:
-            return self.parts.drafter(*beside)
-        if shape.draft_blocks:
-            self.parts.proposer(*beside)
-        return None
+        return draft_with_model(self.worker.slots, self.worker.commands, self.draft, shape, self.parts)
 
     def _verify(self, shape: Shape, drafts: Drafts | None) -> Report:
         report = self._reports[shape.lookahead]
