@@ -191,8 +191,9 @@ def run(plan: dict[str, float], budget: float, folder: Path, given: argparse.Nam
                 if report.on_cpu(name):  # the budget is a GPU's
                     deadline += time.monotonic() - began
             except (KeyboardInterrupt, SystemExit):
-                if report.on_cpu(name):  # the results there were stay
+                if report.on_cpu(name):
                     statuses.append(runner.INTERRUPTED)
+                    print(f"{name}: {runner.INTERRUPTED}; the results that there were stay", flush=True)
                     break
                 state, taken = logs / f"{name}.json", time.monotonic() - began
                 keep(name, runner.collected(name, state, runner.INTERRUPTED, taken, settings[name]))

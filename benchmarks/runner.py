@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 import traceback
@@ -102,6 +103,8 @@ def child(name: str, state: Path, until: float, rehearsal: bool, settings: dict)
     code, outcome = 0, {}
     try:
         run_here(name, bench, settings)
+    except KeyboardInterrupt:  # of the command's, which says so
+        code = 128 + signal.SIGINT
     except DeviceLost as lost:
         code, outcome = DEVICE_LOST, {"error": str(lost)}
     except Incomplete as incomplete:

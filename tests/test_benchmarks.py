@@ -120,6 +120,16 @@ def result_of(name, status="done"):
     return {"about": "", "device": registry.BENCHMARKS[name].device, "rows": [], "status": status}
 
 
+def test_an_interrupt_in_the_middle_of_a_benchmark_is_no_traceback(tmp_path, monkeypatch, capfd):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "run_here", interrupted)
+    state = tmp_path / "soak.json"
+    assert runner.child("soak", state, until=0.0, rehearsal=True, settings={}) == 130
+    assert runner.read(state)["rows"] == [] and "Traceback" not in "".join(capfd.readouterr())
+
+
 def test_an_interrupted_run_on_the_cpu_leaves_the_results_that_there_were(tmp_path, in_place_of_runs):
     def interrupted(*_):
         raise KeyboardInterrupt
