@@ -196,10 +196,10 @@ BENCHMARKS = {
     ),
     "revisions": Benchmark(
         "cpu.revisions:run",
-        "`simsd bench` of this checkout and of another one, in turn, each run a process of its own; medians, and the"
-        " 95% interval of the median ratio; batch 1.",
-        {"checkout": "", "rounds": 15, "items": 3},
-        {"rounds": 1, "items": 1, "checkout": "."},
+        "This checkout and another one, in turn: `simsd bench`, each run a process of its own, then batches; medians,"
+        " and the 95% interval of the median ratio.",
+        {"checkout": "", "rounds": 15, "items": 3, "batches": [1, 8, 32, 64], "turns": 31, "max_new_tokens": 64},
+        {"rounds": 1, "items": 1, "batches": [2], "turns": 1, "max_new_tokens": 8, "checkout": "."},
         asked=True,
     ),
     "cuda_resources": Benchmark(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import DynamicCache
@@ -136,6 +139,27 @@ def test_update_stores_a_layer_and_returns_views_of_its_slots():
     assert keys.data_ptr() == cache.keys[1].data_ptr()
     assert torch.equal(keys[:, :, :3], k) and torch.equal(values[:, :, :3], v)
     assert not cache.keys[0].any() and not cache.keys[1, :, :, 3:].any()
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+
+def test_room_that_nobody_uses_takes_no_memory():
+    before = resident_bytes()
+    cache = BlockCache(config(), batch_size=1, capacity=2**20)
+    assert cache.keys.nbytes == cache.values.nbytes == 2**28 and resident_bytes() - before < 2**26
+    assert not cache.keys[0, 0, :, -8:].any() and not cache.values[-1, 0, :, :8].any()
+    cache.prepare(torch.tensor([[2**20 - 1]], dtype=torch.int32))
+    keys, _ = cache.update(torch.ones(1, 2, 1, 16), torch.ones(1, 2, 1, 16), 1)
+    assert keys[0, :, -1].all() and not keys[0, :, -9:-1].any()
+
+
+def test_more_room_than_there_can_be_is_refused_with_its_size():
+    with pytest.raises(
+        MemoryError, match=r"^288,230,376,151,711,744 bytes for keys or values: Cannot allocate memory$"
+    ):
+        BlockCache(config(), batch_size=2**20, capacity=2**30)
 
 
 @pytest.mark.parametrize(

@@ -79,10 +79,13 @@ class Contestant:
         return Run(sum(map(len, texts)) / wall, 1e3 * self.seconds / iterations, 1e3 * outside / iterations), texts
 
 
+def prompts_each(batch: int) -> int:
+    """Prompts of each family: two for each of `batch`, at least two of each family."""
+    return max(2, -(-2 * batch // len(tasks.FAMILIES)))
+
+
 def prompts_for(batch: int) -> list:
-    """Two for each of `batch`, at least two of each family."""
-    each = max(2, -(-2 * batch // len(tasks.FAMILIES)))
-    return [task.prompt for family in tasks.FAMILIES for task in tasks.held_out(family, each, 0)]
+    return [task.prompt for family in tasks.FAMILIES for task in tasks.held_out(family, prompts_each(batch), 0)]
 
 
 def run(bench: Bench, pairs: int, batches: list[int], max_new_tokens: int) -> None:

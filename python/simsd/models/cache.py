@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import math
+import mmap
 
 import torch
 from torch import Tensor
@@ -46,8 +48,8 @@ class BlockCache(Cache):
     ):
         super().__init__(layers=[])
         shape = (config.num_hidden_layers, config.num_key_value_heads, batch_size, capacity, head_size(config))
-        self.keys = torch.zeros(shape, dtype=dtype, device=device).transpose(1, 2)
-        self.values = torch.zeros(shape, dtype=dtype, device=device).transpose(1, 2)
+        self.keys = _zeros(shape, dtype, torch.device(device)).transpose(1, 2)
+        self.values = _zeros(shape, dtype, torch.device(device)).transpose(1, 2)
         self.slots: Tensor | None = None
         # One tensor per layer, made once and not in every layer of every forward.
         self._by_sequence = self.keys.unbind(0), self.values.unbind(0)  # each [B, Hkv, capacity, D]
@@ -115,3 +117,16 @@ class BlockCache(Cache):
 
     def crop(self, *args, **kwargs) -> None:
         raise SimsdError("BlockCache has no crop: give the slots to forget birth INF in the next forward")
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """On the CPU in memory that the system gives where it is first touched: there is room for the longest of texts, and
+    most are short."""
+    size = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or size == 0:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    try:
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"{size:,} bytes for keys or values: {error.strerror}") from error
+    return torch.frombuffer(memory, dtype=dtype).view(shape)

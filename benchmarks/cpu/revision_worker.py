@@ -1,0 +1,31 @@
+"""Decodes for `revisions`, by whichever checkout comes first on the path: for each line of JSON, [mode, batch, prompts
+per family, tokens], the tokens per second of one call of `simsd.generate`, and the texts.
+
+Uses what every revision has; it belongs to none of them.
+"""
+
+import json
+import sys
+import time
+
+import simsd
+from simsd import tasks
+
+MODES = {"native": {"verify": "none"}, "exact-auto": {"verify": "exact", "drafter": "auto"}}
+
+
+def main() -> None:
+    target, draft = simsd.load("tiny-target"), simsd.load("tiny-draft")
+    for line in sys.stdin:
+        mode, batch, each, tokens = json.loads(line)
+        prompts = [task.prompt for family in tasks.FAMILIES for task in tasks.held_out(family, each, 0)]
+        settings = MODES[mode] | {"max_batch": batch, "max_new_tokens": tokens}
+        began = time.perf_counter()
+        results = simsd.generate(target, prompts, draft=draft, **settings)
+        seconds = time.perf_counter() - began
+        done = sum(len(result.tokens) for result in results)
+        print(json.dumps([done / seconds, [result.text for result in results]]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
