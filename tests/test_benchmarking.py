@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import simsd
-from simsd import benchmarking
+from simsd import benchmarking, tasks
 from simsd.benchmarking import MODES, BatchMeasurement, ForwardClock, Item, Measurement
 from stand_ins import random_sdar
 
@@ -207,7 +207,9 @@ def test_bad_choice_of_items_is_refused(families, count):
 def test_task_items_are_held_out_and_graded():
     items = benchmarking.task_items(["facts", "choice"], 3)
     assert [item.family for item in items] == ["facts"] * 3 + ["choice"] * 3
-    assert all(item.prompt == item.task.prompt for item in items)
+    (task,) = tasks.held_out("facts", 1)
+    assert items[0].prompt == task.prompt
+    assert items[0].is_correct(task.response) and not items[0].is_correct("The capital of France is Oslo.")
 
 
 # The clock

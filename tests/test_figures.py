@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import pytest
@@ -21,8 +22,9 @@ def result(tokens: list[int], text: str = "", **stats) -> Result:
 @pytest.fixture
 def measurements() -> list[Measurement]:
     """Two families; the second has three times the first's tokens, and "temporal" gets it wrong."""
-    easy, hard = (Item(family, task.prompt, task) for family in ("facts", "code") for task in tasks.held_out(family, 1))
-    right = easy.task.response, hard.task.response
+    chosen = [task for family in ("facts", "code") for task in tasks.held_out(family, 1)]
+    easy, hard = (Item(task.family, task.prompt, functools.partial(tasks.is_correct, task)) for task in chosen)
+    right = [task.response for task in chosen]
     drafted = [
         {"target_verify_forwards": 4, "draft_denoise_forwards": 10, "drafted": 10, "accepted": 9, "bonus": 1},
         {"target_verify_forwards": 24, "draft_denoise_forwards": 36, "drafted": 30, "accepted": 15, "bonus": 9},

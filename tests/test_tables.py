@@ -21,7 +21,7 @@ def report(families: int, *, batch: int | None = None, modes=tuple(MODES), tempe
     model = random_sdar()
     measured = []
     for name in ("facts", "choice")[:families]:
-        item = Item(name, "x", held_out(name, 1)[0])
+        item = Item(name, "x", lambda text: text == "right")
         native = Result([1] * 8, "", [], [], [], "length", [], Stats(new_tokens=8, target_denoise_forwards=8))
         stats = Stats(new_tokens=8, target_verify_forwards=4, draft_denoise_forwards=2, drafted=8, accepted=6)
         results = {mode: native if mode == "native" else dataclasses.replace(native, stats=stats) for mode in modes}

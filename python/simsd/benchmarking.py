@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -35,11 +36,11 @@ ROUNDS = 2  # decodings of a family per mode and batch size above 1, the second 
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One prompt; with a `task` its answer is graded."""
+    """One prompt. `is_correct`: whether a text answers it, where answers are graded."""
 
     family: str
     prompt: str | list[dict[str, str]]
-    task: tasks.Task | None = None
+    is_correct: Callable[[str], bool] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +70,11 @@ def task_items(families: Sequence[str], count: int, seed: int = 0) -> list[Item]
     _check_names("families", families, tasks.FAMILIES)
     if count < 1:
         raise SimsdError(f"items must be at least 1 per family, got {count}")
-    return [Item(family, task.prompt, task) for family in families for task in tasks.held_out(family, count, seed)]
+    return [
+        Item(family, task.prompt, functools.partial(tasks.is_correct, task))
+        for family in families
+        for task in tasks.held_out(family, count, seed)
+    ]
 
 
 def choose_modes(names: Sequence[str] | None, has_draft: bool) -> list[str]:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from simsd import tasks
 from simsd.benchmarking import MODES, NATIVE, BatchMeasurement, Measurement
 from simsd.config import GenerationConfig
 from simsd.engine.pair import block_length
@@ -155,8 +154,8 @@ def figures(mode: str, measurements: Sequence[Measurement]) -> Figures:
     seconds, native_seconds = (sum(m.seconds[name] for m in measurements) for name in (mode, NATIVE))
     target_forward, draft_forward = forward_seconds(measurements)
     bound_seconds = stats.target_forwards * target_forward + stats.draft_forwards * (draft_forward or 0.0)
-    graded = [m for m in measurements if m.item.task is not None]
-    right = sum(tasks.is_correct(m.item.task, m.results[mode].text or "") for m in graded)
+    graded = [m for m in measurements if m.item.is_correct is not None]
+    right = sum(m.item.is_correct(m.results[mode].text or "") for m in graded)
     same = sum(m.results[mode].tokens == m.results[NATIVE].tokens for m in measurements)
     forwards, native_forwards = (_ratio(s.target_forwards, s.new_tokens) for s in (stats, native))
     speed, bound = _ratio(stats.new_tokens, seconds), _ratio(stats.new_tokens, bound_seconds)
