@@ -12,7 +12,6 @@ from simsd import figures
 from simsd.benchmarking import MODES, BatchMeasurement, Item, Measurement
 from simsd.cli import tables
 from simsd.results import Result, Stats
-from simsd.tasks import held_out
 from stand_ins import random_sdar
 
 

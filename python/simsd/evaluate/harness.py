@@ -7,6 +7,7 @@ import dataclasses
 import time
 from typing import Any
 
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -24,6 +25,7 @@ from simsd.seeds import sample_seed
 
 # What tasks say of their requests, and what they call it.
 _OF_TASKS = {"max_new_tokens": "max_gen_toks", "stop": "until", "temperature": "temperature"}
+_THEIR_DEFAULT = "cuda:0"  # --device, where none is given, also on a machine without a GPU
 _MODELS = ("pretrained", "draft", "dtype", "device", "batch_size")
 _ENGINE = [field.name for field in dataclasses.fields(EngineConfig)]
 
@@ -61,9 +63,10 @@ class SimsdLM(TemplateLM):
         if settings.pop("trust_remote_code", False):
             raise SimsdError("trust_remote_code: no code of a checkpoint is ever run, so there is nothing to trust")
         engine, self.params = _configs(settings, batch_size)
-        target, draft_model = opt.load_models(
-            pretrained, opt.draft_name(pretrained, draft), dtype, device or "auto", engine.max_batch
-        )
+        if device is None or (device == _THEIR_DEFAULT and not torch.cuda.is_available()):
+            device = "auto"
+        draft = opt.draft_name(pretrained, draft)
+        target, draft_model = opt.load_models(pretrained, draft, dtype, device, engine.max_batch)
         if self.params.needs_draft_model and draft_model is None:
             raise SimsdError(
                 f"verify={self.params.verify!r}, drafter={self.params.drafter!r} needs a draft model: draft="
@@ -198,9 +201,7 @@ def _configs(settings: dict[str, Any], batch_size: int | str) -> tuple[EngineCon
     """The engine's and the requests' settings among the arguments of a model."""
     for name, theirs in _OF_TASKS.items():
         if name in settings:
-            raise SimsdError(
-                f"{name} is for tasks to say: leave it out, or override theirs by --gen_kwargs {theirs}="
-            )
+            raise SimsdError(f"{name} is for tasks to say: leave it out, or override theirs by --gen_kwargs {theirs}=")
     of_engine = {name: settings.pop(name) for name in _ENGINE if name in settings}
     if "max_batch" not in of_engine and batch_size != "auto":
         if not str(batch_size).isdecimal():
