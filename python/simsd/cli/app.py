@@ -12,6 +12,7 @@ import typer
 from simsd.cli import streams, threads
 from simsd.cli.audit import audit
 from simsd.cli.bench import bench
+from simsd.cli.evaluate import evaluate
 from simsd.cli.generate import generate
 from simsd.cli.info import info
 from simsd.cli.mask import mask
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 app.command()(generate)
 app.command()(bench)
+app.command()(evaluate)
 app.command()(audit)
 app.command()(models)
 app.command()(info)

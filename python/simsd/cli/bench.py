@@ -76,21 +76,20 @@ def bench(
     if config.max_new_tokens < 1:
         raise SimsdError("max_new_tokens must be at least 1: there is nothing to measure in 0 tokens")
     for file in (json_file, markdown_file):
-        if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
-            raise SimsdError(f"{file} cannot be written: it is a folder, or its folder does not exist")
+        check_writable(file)
     draft = opt.draft_name(target, draft)
     if prompts is not None and families is not None:
         raise SimsdError("--prompts replaces the task families: leave out --families")
-    batches = _batch_sizes(batch)
+    batches = batch_sizes(batch)
     own = None if prompts is None else read_prompts(prompts)  # before the models are loaded
 
     from simsd.benchmarking import Item, Measurement, choose_modes, compare, task_items
     from simsd.cli import tables
     from simsd.figures import summarise
 
-    chosen_modes = choose_modes(_names(modes), draft is not None)
+    chosen_modes = choose_modes(names(modes), draft is not None)
     if own is None:
-        chosen = task_items(_names(families) or _families(), items)
+        chosen = task_items(names(families) or _families(), items)
     else:
         chosen = [Item("prompts", prompt) for prompt in own]
     target_model, draft_model = opt.load_models(target, draft, dtype, device, max(batches))
@@ -99,7 +98,7 @@ def bench(
     interrupted = False
     try:
         comparison = compare(target_model, draft_model, chosen, config, chosen_modes, batches)
-        for measurement in _with_progress(comparison, chosen, batches):
+        for measurement in with_progress(comparison, chosen, batches):
             measured.append(measurement)
     except KeyboardInterrupt:
         interrupted = True
@@ -117,16 +116,23 @@ def bench(
     return INTERRUPTED if interrupted else 0
 
 
-def _names(value: str | None) -> list[str] | None:
+def check_writable(file: Path | None) -> None:
+    """Raises SimsdError where a file cannot be written."""
+    if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
+        raise SimsdError(f"{file} cannot be written: it is a folder, or its folder does not exist")
+
+
+def names(value: str | None) -> list[str] | None:
+    """What stands between commas."""
     return None if value is None else [name.strip() for name in value.split(",")]
 
 
-def _batch_sizes(value: str) -> list[int]:
+def batch_sizes(value: str) -> list[int]:
     """Ascending, 1 always in."""
-    names = _names(value)
-    if not all(name.isascii() and name.isdigit() and int(name) for name in names):
+    sizes = names(value)
+    if not all(size.isascii() and size.isdigit() and int(size) for size in sizes):
         raise SimsdError(f"--batch takes numbers >= 1 with commas in between, as in 1,8; got {value!r}")
-    return sorted({1, *map(int, names)})
+    return sorted({1, *map(int, sizes)})
 
 
 def _families() -> list[str]:
@@ -135,8 +141,11 @@ def _families() -> list[str]:
     return list(FAMILIES)
 
 
-def _with_progress(
-    measurements: Iterator[Measurement | BatchMeasurement], items: list[Item], batches: list[int]
+def with_progress(
+    measurements: Iterator[Measurement | BatchMeasurement],
+    items: list[Item],
+    batches: list[int],
+    command: str = "bench",
 ) -> Iterator[Measurement | BatchMeasurement]:
     """Passes measurements on; a bar on standard error, or a line per family where that is no terminal."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -162,7 +171,7 @@ def _with_progress(
             done += isinstance(measurement, Measurement)
             family, _ = count(measurement)
             if not left[family]:
-                console.print(f"bench: {family} done, {done} of {len(items)} items", soft_wrap=True)
+                console.print(f"{command}: {family} done, {done} of {len(items)} items", soft_wrap=True)
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:

@@ -35,6 +35,16 @@ def read_prompts(file: Path) -> list[Any]:
 def read_requests(file: Path) -> list[Request]:
     """Prompts of a file: a line each; in .jsonl files a string, or an object with "prompt" or "messages" and, if it
     likes, "id" per line."""
+    lines = [line for _, line in read_lines(file)]
+    if not lines:
+        raise SimsdError(f"{file} holds no prompts")
+    if file.suffix != ".jsonl":
+        return [Request(line) for line in lines]
+    return [_json_request(file, number, line) for number, line in enumerate(lines, start=1)]
+
+
+def read_lines(file: Path) -> list[tuple[int, str]]:
+    """The lines of a text file that are not blank, each with its number from 1 on."""
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -42,12 +52,13 @@ def read_requests(file: Path) -> list[Request]:
     except OSError as error:
         raise SimsdError(f"{file} cannot be read: {error.strerror}") from error
     # Not splitlines(): JSON strings may hold characters that it takes for line ends (U+2028, U+0085).
-    lines = [line for line in text.split("\n") if line.strip()]
-    if not lines:
-        raise SimsdError(f"{file} holds no prompts")
-    if file.suffix != ".jsonl":
-        return [Request(line) for line in lines]
-    return [_json_request(file, number, line) for number, line in enumerate(lines, start=1)]
+    return [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+
+
+def is_prompt(value: Any) -> bool:
+    """Whether it is a string or a chat."""
+    is_chat = isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value)
+    return isinstance(value, str) or bool(is_chat)
 
 
 def _json_request(file: Path, number: int, line: str) -> Request:
@@ -59,7 +70,6 @@ def _json_request(file: Path, number: int, line: str) -> Request:
     if isinstance(value, dict):
         given = {"id": value["id"]} if "id" in value else {}
         value = value.get("prompt", value.get("messages"))
-    is_chat = isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value)
-    if not isinstance(value, str) and not is_chat:
+    if not is_prompt(value):
         raise SimsdError(f'{file}, prompt {number}: expected a string, {{"prompt": "..."}} or {{"messages": [...]}}')
     return Request(value, given)
