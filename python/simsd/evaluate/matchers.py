@@ -66,10 +66,8 @@ def matcher(name: str, pattern: str | None = None) -> Matcher:
     if name not in NAMES:
         raise SimsdError(f"--match must be one of {', '.join(NAMES)}; got {name!r}")
     if (name == "regex") != (pattern is not None):
-        needed = (
-            "--match regex needs a --pattern" if pattern is None else f"--pattern goes with --match regex, not {name}"
-        )
-        raise SimsdError(f"{needed}, as in --match regex --pattern 'ANSWER: (\\w+)'")
+        given = f"--match {name} with {'no --pattern' if pattern is None else f'--pattern {pattern!r}'}"
+        raise SimsdError(f"a pattern goes with regex, as in --match regex --pattern 'ANSWER: (.*)'; got {given}")
     return PLAIN[name] if pattern is None else regex(pattern)
 
 
