@@ -8,11 +8,11 @@ import sys
 from simsd.cli import threads
 from simsd.errors import SimsdError, one_line
 
-MISTAKES = (SimsdError, ValueError, TypeError, OSError)  # those of lm-eval are ValueErrors and the like
+MISTAKES = (ValueError, TypeError, OSError)  # SimsdErrors are ValueErrors; what lm-eval raises for a mistake
 
 
 def main() -> int:
-    """Runs lm-eval on the process's arguments, with `--model simsd` where they name none; returns the exit code.
+    """Runs lm-eval on the process's arguments; returns the exit code.
 
     What a user can mend is one line and exit code 2, SIMSD_DEBUG=1 shows the traceback.
     """
@@ -30,7 +30,7 @@ def main() -> int:
     except MISTAKES as error:
         if os.environ.get("SIMSD_DEBUG", "0") not in ("", "0"):
             raise
-        return _report(f"{one_line(error)} (SIMSD_DEBUG=1 shows where)")
+        return _report(one_line(error) + ("" if isinstance(error, SimsdError) else " (SIMSD_DEBUG=1 shows where)"))
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from tqdm import tqdm
 from simsd.cli import options as opt
 from simsd.config import EngineConfig, SamplingParams, config_with
 from simsd.engine.engine import Engine
+from simsd.engine.pair import check_params
 from simsd.errors import SimsdError
 from simsd.evaluate.scoring import Scorer
 from simsd.results import Stats
@@ -36,7 +38,7 @@ class SimsdLM(TemplateLM):
 
     Args:
         pretrained: the target: "tiny-target", "tiny-draft", a checkpoint folder or a hub id.
-        draft: the same for the draft, or "none"; "tiny-draft" goes with "tiny-target".
+        draft: the same for the draft, or "none"; auto: "tiny-draft" for "tiny-target", else none.
         dtype: auto (as stored), float32, bfloat16 or float16.
         device: auto (cuda if there is one), cpu, cuda ...
         batch_size: requests at a time, or "auto" (8); `max_batch` by another name.
@@ -50,7 +52,7 @@ class SimsdLM(TemplateLM):
     def __init__(
         self,
         pretrained: str | None = None,
-        draft: str | None = None,
+        draft: str | None = "auto",
         dtype: str = "auto",
         device: str | None = None,
         batch_size: int | str = 1,
@@ -65,13 +67,14 @@ class SimsdLM(TemplateLM):
         engine, self.params = _configs(settings, batch_size)
         if device is None or (device == _THEIR_DEFAULT and not torch.cuda.is_available()):
             device = "auto"
-        draft = opt.draft_name(pretrained, draft)
+        # lm-eval reads "none" as None in some of its ways to take arguments.
+        draft = opt.draft_name(pretrained, None if draft == "auto" else draft or "none")
         target, draft_model = opt.load_models(pretrained, draft, dtype, device, engine.max_batch)
         if self.params.needs_draft_model and draft_model is None:
-            raise SimsdError(
-                f"verify={self.params.verify!r}, drafter={self.params.drafter!r} needs a draft model: draft="
-            )
+            asked = f"verify={self.params.verify},drafter={self.params.drafter}"
+            raise SimsdError(f"{asked} needs a draft model: name one, as in draft=tiny-draft")
         self.engine = Engine(target, draft_model if self.params.asks_draft_model else None, engine)
+        check_params(target, draft_model, self.params, self.engine.block_length)
         self.model, self.tokenizer = target, target.tokenizer.backend
         self.scorer = Scorer(target, self.engine.block_length)
         self.stats, self.seconds = Stats(), 0.0
@@ -120,29 +123,40 @@ class SimsdLM(TemplateLM):
         """
         asked = [request.args for request in requests]
         params = [self._params(kwargs) for _, kwargs in asked]
-        numbers, repeats = {}, collections.Counter()
-        for place, ((context, kwargs), chosen) in enumerate(zip(asked, params, strict=True)):
-            tokens, _ = maybe_truncate(self.tok_encode(context), chosen.max_new_tokens, self.max_length)
-            same = context, repr(kwargs)
-            if chosen.seed is not None:
-                chosen = dataclasses.replace(chosen, seed=sample_seed(chosen.seed, repeats[same]))
-            repeats[same] += 1
-            numbers[self.engine.add(tokens, chosen)] = place
         texts: list[str] = [""] * len(requests)
+        numbers: dict[int, int] = {}
         began = time.perf_counter()
-        with tqdm(total=len(requests), desc="Generating", disable=disable_tqdm) as progress:
-            for update in self.engine.stream():
-                if (result := update.result) is None:
-                    continue
-                if result.finish_reason == "failed":
-                    raise SimsdError(f"{self.model.name}: {result.error}; try dtype=float32, or check its weights")
-                self.stats += result.stats
-                place = numbers[update.index]
-                texts[place] = result.text
-                self.cache_hook.add_partial("generate_until", asked[place], result.text)
-                progress.update()
+        try:
+            for place, (tokens, chosen) in enumerate(self._prompts(asked, params)):
+                numbers[self.engine.add(tokens, chosen)] = place
+            with tqdm(total=len(requests), desc="Generating", disable=disable_tqdm) as progress:
+                for update in self.engine.stream():
+                    if (result := update.result) is None or (place := numbers.get(update.index)) is None:
+                        continue  # it goes on, or is what an error has cancelled
+                    if result.finish_reason == "failed":
+                        raise SimsdError(f"{self.model.name}: {result.error}; try dtype=float32, or check its weights")
+                    self.stats += result.stats
+                    texts[place] = result.text
+                    self.cache_hook.add_partial("generate_until", asked[place], result.text)
+                    progress.update()
+        except BaseException:
+            for number in numbers:
+                self.engine.cancel(number)
+            raise
         self.seconds += time.perf_counter() - began
         return texts
+
+    def _prompts(
+        self, asked: list[tuple[str, dict[str, Any]]], params: list[SamplingParams]
+    ) -> Iterator[tuple[list[int], SamplingParams]]:
+        """Token ids that fit, and settings with a seed for each repeat."""
+        repeats = collections.Counter()
+        for (context, kwargs), chosen in zip(asked, params, strict=True):
+            tokens, _ = maybe_truncate(self.tok_encode(context), chosen.max_new_tokens, self.max_length)
+            same = context, repr(kwargs)
+            seed = None if chosen.seed is None else sample_seed(chosen.seed, repeats[same])
+            repeats[same] += 1
+            yield tokens, dataclasses.replace(chosen, seed=seed)
 
     def _params(self, kwargs: dict[str, Any]) -> SamplingParams:
         """The settings of a request: the model's, and over them its task's."""
@@ -199,6 +213,8 @@ class SimsdLM(TemplateLM):
 
 def _configs(settings: dict[str, Any], batch_size: int | str) -> tuple[EngineConfig, SamplingParams]:
     """The engine's and the requests' settings among the arguments of a model."""
+    if "verify" in settings:
+        settings["verify"] = settings["verify"] or "none"
     for name, theirs in _OF_TASKS.items():
         if name in settings:
             raise SimsdError(f"{name} is for tasks to say: leave it out, or override theirs by --gen_kwargs {theirs}=")
