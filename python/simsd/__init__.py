@@ -83,9 +83,9 @@ def _version() -> str:
 
 
 def _command_is_starting() -> bool:
-    """Whether this import is the start of `simsd ...` or `python -m simsd ...`."""
+    """Whether this import is the start of `simsd ...`, `python -m simsd ...` or `python -m simsd.evaluate ...`."""
     program = sys.argv[0].replace("\\", "/").rpartition("/")[2] if sys.argv else ""
-    return program.removesuffix(".exe") == "simsd" or sys.orig_argv[1:3] == ["-m", "simsd"]
+    return program.removesuffix(".exe") == "simsd" or sys.orig_argv[1:3] in (["-m", "simsd"], ["-m", "simsd.evaluate"])
 
 
 # `import simsd` registers SDAR with transformers' Auto classes. The command line does without until it loads a model:

@@ -13,7 +13,7 @@ from simsd.models.loading import LoadedModel
 from simsd.models.runner import ModelRunner
 from simsd_kernels import INF
 
-MAX_ROWS = 2048  # of a forward
+MAX_ROWS, MAX_STATES = 2048, 256  # of a forward: what its layers and its logits take
 
 
 class Scorer:
@@ -32,13 +32,13 @@ class Scorer:
     All states of a block are rows of one forward, which see the committed blocks and their own state alone.
 
     Args:
-        model: whose probability it is.
+        model: whose probability it is; its weights may not change meanwhile.
         block_length: tokens per block; None: the model's own.
     """
 
     def __init__(self, model: LoadedModel, block_length: int | None = None) -> None:
         self.model, self.block_length = model, block_length or model.block_length
-        self._states_at_once = max(MAX_ROWS // self.block_length, 1)
+        self._states_at_once = max(min(MAX_ROWS // self.block_length, MAX_STATES), 1)
         self._banned = torch.tensor(model.banned_ids, device=model.device)
         self._runner: ModelRunner | None = None
         self._committed: list[int] = []  # whole blocks whose keys and values the runner has
