@@ -154,9 +154,14 @@ def test_a_file_that_is_not_there_is_a_one_line_error(run, assert_one_line_error
     assert_one_line_error(run("evaluate", "/no/such/file.jsonl"), "/no/such/file.jsonl")
 
 
-def test_a_chat_that_the_tokenizer_cannot_take_is_a_one_line_error(run, pair, write, assert_one_line_error):
-    chat = {"question": [{"role": "user", "content": "x"}], "answer": "y"}
-    assert_one_line_error(run("evaluate", write(chat), *pair), "no chat template")
+@pytest.mark.parametrize(
+    ("question", "part"),
+    [([{"role": "user", "content": "x"}], "no chat template"), ("a <|MASK|> b", "mask token")],
+    ids=["chat", "mask token"],
+)
+def test_a_question_that_the_model_cannot_take_is_named(run, pair, write, assert_one_line_error, question, part):
+    lines = (GOOD, {"question": question, "answer": "y"})
+    assert_one_line_error(run("evaluate", write(*lines), *pair), "own.jsonl, line 2: ", part)
 
 
 # Tokens per forward along the text

@@ -21,6 +21,7 @@ from simsd.evaluate.positions import spans
 
 if TYPE_CHECKING:
     from simsd.benchmarking import BatchMeasurement, Measurement
+    from simsd.models.loading import LoadedModel
 
 INTERRUPTED = 130
 
@@ -105,6 +106,7 @@ def evaluate(
 
     chosen_modes = choose_modes(names(modes), draft is not None)
     target_model, draft_model = opt.load_models(target, draft, dtype, device, max(batches))
+    _check_prompts(file, questions, target_model)
     items = [
         Item(question.group, question.prompt, functools.partial(_is_right, is_right, question.answers))
         for question in questions
@@ -148,6 +150,15 @@ def evaluate(
     notes += _cut(single, config.max_new_tokens)
     tables.show(report, streams.output(), "; ".join(notes) or None)  # last: its reader may leave
     return INTERRUPTED if interrupted else 0
+
+
+def _check_prompts(file: Path, questions: Sequence[Question], target: LoadedModel) -> None:
+    """Raises SimsdError where the target cannot take a question, with its line."""
+    for question in questions:
+        try:
+            target.encode_prompt(question.prompt)
+        except SimsdError as error:
+            raise SimsdError(f"{file}, line {question.line}: {error}") from None
 
 
 def _is_right(matches: matchers.Matcher, answers: Sequence[str], text: str) -> bool:
