@@ -17,6 +17,7 @@ from simsd.cli.generate import generate
 from simsd.cli.info import info
 from simsd.cli.mask import mask
 from simsd.cli.models import models
+from simsd.cli.serve import serve
 from simsd.errors import SimsdError
 
 USER_ERRORS = (ValueError, TypeError, RuntimeError, OSError, NotImplementedError, ImportError)
@@ -36,6 +37,7 @@ app.command()(audit)
 app.command()(models)
 app.command()(info)
 app.command()(mask)
+app.command()(serve)
 
 
 def _print_version(wanted: bool) -> None:

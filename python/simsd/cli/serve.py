@@ -1,0 +1,125 @@
+"""`simsd serve`: an OpenAI-compatible server."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from simsd.cli import options as opt
+from simsd.config import EngineConfig
+from simsd.errors import SimsdError
+
+if TYPE_CHECKING:
+    from simsd.engine.engine import Engine
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+DEFAULTS = EngineConfig()
+
+
+def _server(name: str, help: str, **more):
+    return typer.Option(f"--{name}", help=help, rich_help_panel="Server", **more)
+
+
+def _engine(name: str, help: str):
+    return typer.Option(f"--{name}", help=help, rich_help_panel="Engine")
+
+
+def serve(
+    model: Annotated[str, typer.Argument(help="Built-in name, checkpoint folder or hub id.")] = opt.TARGET,
+    draft: opt.Draft = None,
+    dtype: opt.Dtype = "auto",
+    device: opt.Device = "auto",
+    host: Annotated[str, _server("host", "Address to listen on; the default is for this machine alone.")] = "127.0.0.1",
+    port: Annotated[int, _server("port", "0: a free one, which is printed.", min=0, max=65535)] = 8000,
+    name: Annotated[str | None, _server("served-model-name", "Name that clients ask for; MODEL if not given.")] = None,
+    api_key: Annotated[
+        str | None, _server("api-key", "Key that clients must send.", envvar="SIMSD_API_KEY", show_envvar=True)
+    ] = None,
+    max_queue: Annotated[int, _server("max-queue", "Requests that may wait; more are refused (429).", min=0)] = 256,
+    max_body: Annotated[float, _server("max-body", "MiB that a request may have.", min=0.001)] = 4.0,
+    timeout: Annotated[float, _server("timeout", "Seconds that a request may take.", min=0.001)] = 600.0,
+    grace: Annotated[float, _server("grace", "Seconds that requests have to end when the server stops.", min=0)] = 30.0,
+    origin: Annotated[
+        list[str] | None, _server("allow-origin", "Web origin that may ask (CORS), or *; may be given more than once.")
+    ] = None,
+    max_batch: Annotated[int, _engine("max-batch", "Requests to decode at a time.")] = 32,
+    max_length: Annotated[
+        int | None, _engine("max-length", "Tokens of the longest sequence; 4096, or the model's if that is less.")
+    ] = None,
+    kv_memory: Annotated[
+        int | None, _engine("kv-memory", "Bytes for keys and values; what max-batch sequences take if not given.")
+    ] = None,
+    block_length: opt.BlockLength = None,
+    lookahead: opt.Lookahead = DEFAULTS.lookahead,
+    max_rows: opt.MaxRows = None,
+) -> None:
+    """Serve a model by OpenAI's API: chat, completions, streaming.
+
+    Ctrl-C or SIGTERM: takes no more requests, lets those on their way end (--grace), and exits.
+    """
+    try:
+        from simsd.serve.app import build_app
+        from simsd.serve.gate import MIB, Settings
+        from simsd.serve.run import listen, run, url_of
+        from simsd.serve.service import Service
+    except ImportError as error:
+        raise SimsdError(f'simsd serve needs pip install "simsd-kernels[serve]": {error}') from None
+    config = EngineConfig(
+        max_queue=max_queue,
+        max_batch=max_batch,
+        max_length=max_length,
+        kv_memory=kv_memory,
+        block_length=block_length,
+        lookahead=lookahead,
+        max_rows=max_rows,
+    )
+    if api_key == "":
+        raise SimsdError("--api-key is empty: give one, or leave the option out")
+    bound = listen(host, port)  # before a model is loaded for nothing
+    engine = _engine_of(model, draft, dtype, device, config)
+    settings = Settings(
+        name=name or model,
+        api_key=api_key,
+        max_body_bytes=int(max_body * MIB),
+        timeout=timeout,
+        allow_origins=tuple(origin or ()),
+    )
+    service = Service(engine)
+    if host not in LOOPBACK and api_key is None:
+        print(f"anybody who reaches {host} may ask: --api-key asks for a key", file=sys.stderr)
+
+    def ready() -> None:
+        print(f"serving {settings.name} at {url_of(bound)}/v1 (Ctrl-C stops)", flush=True)
+
+    run(build_app(service, settings), service, bound, grace, ready)
+
+
+def _engine_of(model: str, draft: str | None, dtype: str, device: str, config: EngineConfig) -> Engine:
+    """Loaded and warm; says what it is at."""
+    draft = opt.draft_name(model, draft)
+    with _Step(f"loading {model}" + (f" and {draft}" if draft else "")):
+        target_model, draft_model = opt.load_models(model, draft, dtype, device, config.max_batch)
+    with _Step("warming up"):
+        from simsd.engine.engine import Engine
+
+        engine = Engine(target_model, draft_model, config)
+        engine.generate([[]], max_new_tokens=2 * engine.block_length, end_token_ids=())
+    return engine
+
+
+class _Step:
+    """A line on standard error: what goes on, and how long it took."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+
+    def __enter__(self) -> None:
+        print(f"{self._what} ...", end=" ", file=sys.stderr, flush=True)
+        self._began = time.perf_counter()
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        took = f"{time.perf_counter() - self._began:.1f} s" if kind is None else "failed"
+        print(took, file=sys.stderr, flush=True)
