@@ -26,8 +26,9 @@ from simsd.serve.exposition import registry_of
 from simsd.serve.gate import NOTES, Gate, Settings
 from simsd.serve.protocol import ChatRequest, CompletionRequest, TokenizeRequest
 from simsd.serve.requests import encode_chat, encode_prompts, read
-from simsd.serve.service import MAX_FAILED, Running, Service, Stopped
+from simsd.serve.service import MAX_FAILED, Draining, Running, Service, Stopped
 
+LATER = {"Retry-After": "1"}  # seconds, for those who are refused because of others
 _ERROR = {
     "type": "object",
     "required": ["error"],
@@ -64,11 +65,11 @@ def build_app(service: Service, settings: Settings) -> FastAPI:
         await service.close()
 
     app = FastAPI(title="simsd", version=simsd.__version__, lifespan=lifespan)
+    app.add_middleware(Gate, settings=settings)
     if settings.allow_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=settings.allow_origins, allow_methods=["*"], allow_headers=["*"]
         )
-    app.add_middleware(Gate, service=service, settings=settings)
     _answer_errors(app)
     _add_generation(app, service, settings)
     _add_information(app, service, settings)
@@ -157,9 +158,11 @@ async def _generate(
     try:
         running = service.submit(ask.choices, settings.timeout)
     except QueueFull as error:
-        raise APIError(429, str(error), code="queue_full", headers={"Retry-After": str(settings.retry_after)}) from None
+        raise APIError(429, str(error), code="queue_full", headers=LATER) from None
     except SimsdError as error:
         raise APIError(400, str(error)) from None
+    except Draining:
+        raise APIError(503, "the server is stopping: ask again later", headers=LATER) from None
     except Stopped as error:
         raise _stopped(error) from None
     notes |= {"choices": len(ask.choices), "prompt_tokens": sum(map(len, ask.prompts))}

@@ -12,7 +12,6 @@ import time
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from simsd.serve.errors import APIError
-from simsd.serve.service import Service
 
 log = logging.getLogger("simsd.serve")
 MIB = 2**20
@@ -28,7 +27,6 @@ class Settings:
         name: the served model's. api_key: that clients must send as a bearer token, None for none.
         max_body_bytes: of a request. timeout: seconds after which a request ends with what it has, and that a body
             may take to arrive, or a part of an answer to be taken.
-        retry_after: seconds, told to those who are refused because of others.
         allow_origins: of web pages that may ask ("*" for all).
     """
 
@@ -36,15 +34,14 @@ class Settings:
     api_key: str | None = None
     max_body_bytes: int = 4 * MIB
     timeout: float = 600.0
-    retry_after: int = 1
     allow_origins: tuple[str, ...] = ()
 
 
 class Gate:
-    """ASGI middleware. The body is read here, bounded in size and time, and what follows gets it in one piece."""
+    """ASGI middleware. The body is read here, bounded in size and time; what follows gets it in one piece."""
 
-    def __init__(self, app: ASGIApp, service: Service, settings: Settings) -> None:
-        self._app, self._service, self._settings = app, service, settings
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self._app, self._settings = app, settings
         self._key = None if settings.api_key is None else settings.api_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -58,7 +55,8 @@ class Gate:
             if message["type"] == "http.response.start":
                 status = message["status"]
             try:
-                await asyncio.wait_for(send(message), self._settings.timeout)
+                async with asyncio.timeout(self._settings.timeout):
+                    await send(message)
             except TimeoutError:
                 raise ConnectionError("the client takes nothing") from None
 
@@ -72,6 +70,13 @@ class Gate:
             await self._app(scope, _in_one_piece(body, receive), watched)
         except ConnectionError as error:
             notes["left"] = error
+        except Exception as error:
+            log.exception("a bug in the server: %s", type(error).__name__)
+            if status:
+                raise  # the client notices that the answer is not complete
+            await APIError(500, f"a bug in the server: {type(error).__name__}; see its log").response()(
+                scope, receive, watched
+            )
         finally:
             log.info("%s", _line(scope, status, time.perf_counter() - began, notes))
 
@@ -84,8 +89,6 @@ class Gate:
                 what = "wrong API key" if given else "no API key"
                 message = f"{what}: send the server's as the header 'Authorization: Bearer KEY'"
                 raise APIError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
-        if self._service.draining and scope["path"] not in OPEN_PATHS:
-            raise APIError(503, "the server is stopping: ask another one, or later", headers={"Connection": "close"})
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self._settings.max_body_bytes:
             raise self._too_large()

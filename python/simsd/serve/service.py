@@ -25,6 +25,10 @@ class Stopped(Exception):
     """The engine's thread has ended, and why."""
 
 
+class Draining(Exception):
+    """The server is about to stop, and takes nothing new."""
+
+
 class Running:
     """The choices of one request on their way. Iterate for (choice, update) until all are done; as a context it
     cancels what is not done on leaving."""
@@ -99,10 +103,12 @@ class Service:
             choices: token ids and settings of each. deadline: seconds, see `Engine.add`.
 
         Raises:
-            SimsdError, QueueFull: what `Engine.add` raises. Stopped: the engine's thread has ended.
+            SimsdError, QueueFull: what `Engine.add` raises. Stopped: the engine's thread has ended. Draining.
         """
         if self.error is not None:
             raise Stopped(self.error)
+        if self.draining:
+            raise Draining
         running = Running(self)
         try:
             for tokens, params in choices:
