@@ -20,12 +20,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
 COUNT = [{"role": "user", "content": "Tom has 12 apples. Tom buys 5 more. How many apples does Tom have now?"}]
 CHATS = [FRANCE, COUNT, [{"role": "user", "content": "Compute 3 + 4."}]]
-ENDLESS = {"max_tokens": 1500, "extra_body": {"ignore_eos": True}}
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    with serving(tmp_path_factory.mktemp("server"), "--max-batch", "8") as running:
+    with serving(tmp_path_factory.mktemp("server"), "--max-batch", "8", "--max-length", "1000") as running:
         yield running
 
 
@@ -137,10 +136,10 @@ def test_completions_take_text_ids_and_lists_without_a_chat_template(client, mod
     for prompt in (text, ids, [text], [ids]):
         (choice,) = client.completions.create(model="tiny-target", prompt=prompt, max_tokens=20).choices
         assert choice.text == expected and choice.finish_reason == "stop"
-    answer = client.completions.create(model="tiny-target", prompt=[text, "Compute"], max_tokens=20, n=2)
+    answer = client.completions.create(model="tiny-target", prompt=[ids, [325, 267]], max_tokens=20, n=2)
     assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
     assert [choice.text == expected for choice in answer.choices[:2]] == [True, True]
-    assert answer.usage.prompt_tokens == len(ids) + 1
+    assert answer.usage.prompt_tokens == len(ids) + 2
 
 
 def test_stop_strings_and_tokens_end_the_text(client, models):
@@ -162,7 +161,7 @@ def test_lengths(client):
         answer = create(**given, **{name: 3})
         assert (answer.choices[0].finish_reason, answer.usage.completion_tokens) == ("length", 3)
     to_the_end = create(**given, extra_body={"ignore_eos": True})
-    assert to_the_end.usage.total_tokens == 2048 and to_the_end.choices[0].ended_by == "length"
+    assert to_the_end.usage.total_tokens == 1000 and to_the_end.choices[0].ended_by == "length"
 
 
 def test_chat_logprobs_are_those_of_the_reveal_whole_and_streamed(client, models):
@@ -280,7 +279,7 @@ REFUSED = {
     "more steps than a block has": ({"extra_body": {"steps": 5}}, "steps"),
     "temporal settings of exact": ({"extra_body": {"accept": "mrs"}}, "accept"),
     "an id out of the vocabulary": ({"extra_body": {"stop_token_ids": [99999]}}, "stop_token_ids"),
-    "a length over the model's": ({"max_tokens": 2048}, "max_tokens"),
+    "a length over the model's": ({"max_tokens": 1000}, "max_tokens"),
     "two lengths": ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
     "stream options without a stream": ({"stream_options": {"include_usage": True}}, "stream_options"),
     "no messages": ({"messages": []}, "messages"),
@@ -288,7 +287,7 @@ REFUSED = {
     "a message without content": ({"messages": [{"role": "user"}]}, "messages.0.content"),
     "a picture": ({"messages": IMAGE}, "messages.0.content"),
     "the mask token": ({"messages": [{"role": "user", "content": "<|MASK|>"}]}, "messages"),
-    "a prompt over the model's length": ({"messages": [{"role": "user", "content": "hello " * 3000}]}, "messages"),
+    "a prompt over the model's length": ({"messages": [{"role": "user", "content": "hello " * 1000}]}, "messages"),
 }
 
 
@@ -316,10 +315,10 @@ def test_another_model_and_unknown_paths_are_404(client, server):
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        (b"", "JSON object"),
+        (b"", "JSON"),
         (b"{", "not JSON"),
         (b"[1]", "JSON object"),
-        (b"\xff\xfe", "parsing the body"),
+        (b"\xff\xfe", "not JSON"),
         (b"[" * 100_000, "parsing the body"),
         (b'{"prompt": "\\ud800"}', "prompt"),
         (b'{"prompt": "hello", "\\ud800": 1}', "unknown field"),
@@ -330,7 +329,7 @@ def test_another_model_and_unknown_paths_are_404(client, server):
         (b'{"prompt": [[]]}', "prompt"),
         (b'{"prompt": [1, "a"]}', "prompt"),
         (b'{"prompt": [-1]}', "token id -1"),
-        (b'{"prompt": [true]}', "prompt"),
+        (b'{"prompt": [true]}', "prompt: Input should be a valid string; or: Input should be a valid integer"),
         (b"{}", "prompt is missing"),
     ],
     ids=lambda value: repr(value)[:40],
@@ -345,7 +344,7 @@ def test_malformed_bodies_are_400_in_openai_s_shape(server, body, message):
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 def test_a_client_that_leaves_frees_its_slot(server, stream):
-    body = {"messages": FRANCE, "max_tokens": 2000, "ignore_eos": True, "stream": stream, "n": 8}
+    body = {"messages": FRANCE, "max_tokens": 900, "ignore_eos": True, "stream": stream, "n": 8}
     before = server.metric('requests_finished_total{reason="cancelled"}') if _cancelled(server) else 0
     timeout = httpx.Timeout(60, read=60 if stream else 0.7)
     with httpx.Client(timeout=timeout) as client:
@@ -365,11 +364,11 @@ def _cancelled(server) -> bool:
 
 def test_models_tokens_health_and_metrics(server, client, models):
     (model,) = client.models.list()
-    assert (model.id, model.max_model_len, model.block_length) == ("tiny-target", 2048, 4)
+    assert (model.id, model.max_model_len, model.block_length) == ("tiny-target", 1000, 4)
     assert client.models.retrieve("tiny-target") == model
     ids = models[0].encode_prompt(FRANCE)
     by_chat = httpx.post(f"{server.url}/tokenize", json={"model": "tiny-target", "messages": FRANCE})
-    assert by_chat.json() == {"count": len(ids), "max_model_len": 2048, "tokens": ids}
+    assert by_chat.json() == {"count": len(ids), "max_model_len": 1000, "tokens": ids}
     by_text = httpx.post(f"{server.url}/tokenize", json={"prompt": "What is the capital of France?"})
     assert by_text.json()["tokens"] == ids[1:-2]  # without the turn around it
     for body in ({}, {"prompt": "a", "messages": FRANCE}):
@@ -383,7 +382,7 @@ def test_models_tokens_health_and_metrics(server, client, models):
 
 def test_a_line_of_the_log_for_each_request(server, client):
     client.chat.completions.create(model="tiny-target", messages=FRANCE, max_tokens=5)
-    httpx.get(f"{server.url}/no\n%0Asuch%20path")
+    httpx.get(f"{server.url}/no%0Asuch%20path")
     lines = server.log.read_text().splitlines()
     pattern = r'127\.0\.0\.1 POST /v1/chat/completions 200 [\d.]+s choices="1" prompt_tokens="10" new_tokens="5"$'
     assert re.search(pattern, lines[-2]), lines[-2]

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -25,7 +25,7 @@ from simsd.serve.errors import APIError
 from simsd.serve.exposition import registry_of
 from simsd.serve.gate import NOTES, Gate, Settings
 from simsd.serve.protocol import ChatRequest, CompletionRequest, TokenizeRequest
-from simsd.serve.requests import encode_chat, encode_prompts, read
+from simsd.serve.requests import encode_chat, encode_prompts, read, refusal
 from simsd.serve.service import MAX_FAILED, Draining, Running, Service, Stopped
 
 LATER = {"Retry-After": "1"}  # seconds, for those who are refused because of others
@@ -160,7 +160,7 @@ async def _generate(
     except QueueFull as error:
         raise APIError(429, str(error), code="queue_full", headers=LATER) from None
     except SimsdError as error:
-        raise APIError(400, str(error)) from None
+        raise refusal(error) from None
     except Draining:
         raise APIError(503, "the server is stopping: ask again later", headers=LATER) from None
     except Stopped as error:
@@ -260,7 +260,7 @@ def _answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def wrong_body(request: Request, error: RequestValidationError) -> JSONResponse:
-        return answer(request, _explained(error.errors()[0]))
+        return answer(request, _explained(error.errors()))
 
     @app.exception_handler(HTTPException)
     async def other(request: Request, error: HTTPException) -> JSONResponse:
@@ -269,20 +269,29 @@ def _answer_errors(app: FastAPI) -> None:
 
 
 _TYPES = frozenset(("str", "int", "float", "bool", "body"))
+_OBJECT = "send a JSON object, with Content-Type: application/json"
 
 
-def _explained(error: dict) -> APIError:
-    """What is wrong with a body, by the first of pydantic's errors."""
-    # Of a union pydantic names the alternative as well: that is no field of the body.
-    path = [str(part) for part in error["loc"] if str(part) not in _TYPES and "[" not in str(part)]
-    if error["type"] == "json_invalid":
-        return APIError(400, f"the body is not JSON: {error['ctx']['error']} at character {error['loc'][-1]}")
-    if error["type"] == protocol.UNSUPPORTED:
-        field = ".".join([*path, error["ctx"]["field"]])
-        return APIError(400, error["msg"], param=field, code=protocol.UNSUPPORTED)
-    if error["type"] == "missing":
-        return APIError(400, f"{'.'.join(path) or 'the body'} is missing", param=".".join(path) or None)
+def _explained(errors: Sequence[dict]) -> APIError:
+    """What is wrong with a body, by pydantic's errors: the first one and, of a value that may have several forms, what
+    is wrong with it in each."""
+    first, path = errors[0], _path(errors[0])
+    field = ".".join(path)
+    if first["type"] == "json_invalid":
+        return APIError(400, f"the body is not JSON: {first['ctx']['error']} at character {first['loc'][-1]}")
+    if first["type"] == protocol.UNSUPPORTED:
+        return APIError(400, first["msg"], param=".".join([*path, first["ctx"]["field"]]), code=protocol.UNSUPPORTED)
+    if first["type"] == "missing":
+        message = f"{field} is missing" if path else f"the body is missing: {_OBJECT}"
+        return APIError(400, message, param=field or None)
     if not path:
-        return APIError(400, "the body must be a JSON object, sent with Content-Type: application/json")
-    message = f"{'.'.join(path)}: {error['msg']}, got {error['input']!r:.80}"
-    return APIError(400, message, param=".".join(path))
+        return APIError(400, f"the body is no JSON object: {_OBJECT}")
+    reasons = dict.fromkeys(error["msg"] for error in errors if _path(error)[:1] == path[:1])
+    reason = "; or: ".join([*reasons][:3])
+    return APIError(400, f"{field}: {reason}; got {protocol.printable(repr(first['input'])):.80}", param=field)
+
+
+def _path(error: dict) -> list[str]:
+    """The field that it is about. pydantic names the alternative of a union as well: that is no field of the body."""
+    parts = map(str, error["loc"])
+    return [protocol.printable(part) for part in parts if part not in _TYPES and "[" not in part]

@@ -29,13 +29,7 @@ class APIError(Exception):
 
     def body(self) -> dict:
         kind = _KINDS.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        message, param = (_printable(text) for text in (self.message, self.param))
-        return {"error": {"message": message, "type": kind, "param": param, "code": self.code}}
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:
         return JSONResponse(self.body(), self.status, self.headers)
-
-
-def _printable(text: str | None) -> str | None:
-    """What a client sent may hold halves of characters, which UTF-8 has no bytes for."""
-    return None if text is None else text.encode("utf-8", "replace").decode("utf-8")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from simsd.config import DRAFTERS, REJECTED_TAILS, RULES, STRATEGIES, VERIFIERS
@@ -56,6 +56,20 @@ _IGNORED = frozenset(
 )
 
 
+def printable(text: str) -> str:
+    """With question marks for halves of characters, which JSON can name and UTF-8 has no bytes for."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _whole_characters(text: str) -> str:
+    if printable(text) != text:
+        raise PydanticCustomError("half_character", "Input holds half of a surrogate pair, which is no character")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_whole_characters)]
+
+
 class Body(BaseModel):
     """A JSON object whose fields are known; types are not converted."""
 
@@ -72,7 +86,9 @@ class Body(BaseModel):
             if name in cls.model_fields:
                 kept[name] = value
             elif value is not None and name not in _IGNORED and not _is_neutral(name, value):
-                raise PydanticCustomError(UNSUPPORTED, "{reason}", {"field": name, "reason": _refusal(name, value)})
+                raise PydanticCustomError(
+                    UNSUPPORTED, "{reason}", {"field": printable(name), "reason": _refusal(name, value)}
+                )
         return kept
 
 
@@ -84,19 +100,19 @@ def _is_neutral(name: str, value: Any) -> bool:
 
 def _refusal(name: str, value: Any) -> str:
     if name not in _NEUTRAL:
-        return f"unknown field {name!r:.80}: leave it out"
+        return f"unknown field {printable(name)!r:.80}: leave it out"
     neutral = " or ".join(map(repr, _NEUTRAL[name]))
-    return f"{name} is not supported: leave it out (or send {neutral}), got {value!r:.80}"
+    return f"{name} is not supported: leave it out (or send {neutral}), got {printable(repr(value)):.80}"
 
 
 class Part(Body):
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[Part], Field(min_length=1)]
+    content: Text | Annotated[list[Part], Field(min_length=1)]
 
     def turn(self) -> dict[str, str]:
         """As chat templates know it."""
@@ -115,14 +131,14 @@ TokenIds = Annotated[list[int], Field(min_length=1)]
 class Sampling(Body):
     """What chat and completions share. What is left out is as `simsd.SamplingParams` has it: greedy, exact."""
 
-    model: str | None = Field(None, description="The served model's name; None: whichever is served.")
+    model: Text | None = Field(None, description="The served model's name; None: whichever is served.")
     max_tokens: int | None = Field(None, ge=0, description="None: as many as there is room for.")
     temperature: float | None = Field(None, ge=0, allow_inf_nan=False)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1, description="0 and -1: all.")
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
     n: int | None = Field(None, ge=1, le=MAX_N)
-    stop: str | Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
+    stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS)] | None = None
     stop_token_ids: list[int] | None = Field(None, description="Further end tokens.")
     ignore_eos: bool | None = Field(None, description="Whether the model's own end tokens do not end the text.")
     stream: bool | None = None
@@ -155,8 +171,8 @@ class CompletionRequest(Sampling):
     """Of POST /v1/completions. A prompt is text as it is, without a chat template, or token ids; or a list of them."""
 
     prompt: (
-        str
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+        Text
+        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
         | TokenIds
         | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
     )
@@ -167,6 +183,6 @@ class CompletionRequest(Sampling):
 class TokenizeRequest(Body):
     """Of POST /tokenize: `prompt` as completions take it, or `messages` as chat does."""
 
-    model: str | None = None
-    prompt: str | None = None
+    model: Text | None = None
+    prompt: Text | None = None
     messages: Annotated[list[Message], Field(min_length=1)] | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 from simsd.config import GenerationConfig, SamplingParams
 from simsd.errors import SimsdError
@@ -123,7 +124,13 @@ def choices_of(body: Sampling, prompts: list[list[int]], service: Service) -> li
             for i, seed in enumerate(seeds)
         ]
     except SimsdError as error:
-        raise APIError(400, str(error), param=str(error).partition(" ")[0].partition("=")[0]) from None
+        raise refusal(error) from None
+
+
+def refusal(error: SimsdError) -> APIError:
+    """Of a setting: messages of those begin with its name."""
+    name = re.split(r"\W", str(error), maxsplit=1)[0]
+    return APIError(400, str(error), param=name if name in Sampling.model_fields else None)
 
 
 def end_tokens(body: Sampling, service: Service) -> tuple[int, ...]:
