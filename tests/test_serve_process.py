@@ -156,19 +156,6 @@ def test_pages_of_named_origins_may_ask(strict):
     assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (401, "http://page")
 
 
-def test_a_reader_that_takes_nothing_holds_up_nobody_and_no_slot(strict):
-    port = int(strict.url.rpartition(":")[2])
-    body = json.dumps({"messages": FRANCE, "ignore_eos": True, "max_tokens": 200, "stream": True}).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
-    with socket.socket() as connection:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
-        connection.connect(("127.0.0.1", port))
-        connection.sendall(head.encode() + "Authorization: Bearer säcret\r\n\r\n".encode() + body)
-        client = httpx.Client(headers=KEY, timeout=PATIENCE)
-        short = {"messages": FRANCE, "max_tokens": 8}
-        eventually(lambda: client.post(f"{strict.url}/v1/chat/completions", json=short).status_code == 200)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

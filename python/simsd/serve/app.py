@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
@@ -47,12 +47,12 @@ _ERROR = {
 }
 
 
-def _errors(*statuses: int) -> dict[int, dict]:
-    content = {"application/json": {"schema": _ERROR}}
-    return {status: {"description": "An error.", "content": content} for status in statuses}
-
-
-_REFUSED = _errors(400, 401, 404, 408, 413, 422, 429, 500, 503)
+_IN_JSON = {"application/json": {"schema": _ERROR}}
+_REFUSED = {status: {"description": "An error.", "content": _IN_JSON} for status in ("4XX", "5XX")}
+_GENERATED = {
+    200: {"description": "As OpenAI's API has it; a stream of events.", "content": {"text/event-stream": {}}},
+    **_REFUSED,
+}
 
 
 def build_app(service: Service, settings: Settings) -> FastAPI:
@@ -77,11 +77,11 @@ def build_app(service: Service, settings: Settings) -> FastAPI:
 
 
 def _add_generation(app: FastAPI, service: Service, settings: Settings) -> None:
-    @app.post("/v1/chat/completions", responses=_REFUSED)
+    @app.post("/v1/chat/completions", responses=_GENERATED)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         return await _generate(body, request, service, settings)
 
-    @app.post("/v1/completions", responses=_REFUSED)
+    @app.post("/v1/completions", responses=_GENERATED)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         return await _generate(body, request, service, settings)
 
@@ -108,16 +108,16 @@ def _add_information(app: FastAPI, service: Service, settings: Settings) -> None
         "block_length": engine.block_length,
     }
 
-    @app.get("/v1/models", responses=_errors(401))
+    @app.get("/v1/models", responses=_REFUSED)
     async def models() -> dict:
         return {"object": "list", "data": [model]}
 
-    @app.get("/v1/models/{name:path}", responses=_errors(401, 404))
+    @app.get("/v1/models/{name:path}", responses=_REFUSED)
     async def one_model(name: str) -> dict:
         _check_model(name, settings)
         return model
 
-    @app.get("/health", responses=_errors(503))
+    @app.get("/health", responses=_REFUSED)
     async def health() -> JSONResponse:
         failing = service.failed >= MAX_FAILED
         state = "stopped" if service.error else "failing" if failing else "draining" if service.draining else "ok"
@@ -125,7 +125,7 @@ def _add_information(app: FastAPI, service: Service, settings: Settings) -> None
         told = {"status": state, "reproducible": reproducible(service), "error": error}
         return JSONResponse(told, 200 if state == "ok" else 503)
 
-    @app.get("/metrics", responses=_errors(401))
+    @app.get("/metrics", response_class=PlainTextResponse, responses=_REFUSED)
     async def metrics() -> Response:
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 

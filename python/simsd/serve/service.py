@@ -75,12 +75,8 @@ class Service:
             raise SimsdError(f"{engine.target.name} has no tokenizer: a server needs one, put it beside the weights")
         self.engine = engine
         self.draining, self.error, self.failed = False, None, 0
-        self.encoder = ThreadPoolExecutor(1, "simsd-encoder")
         self._waiting: dict[int, tuple[Running, int]] = {}  # by the engine's number
         self._work = threading.Event()
-        self._idle = asyncio.Event()
-        self._closing = False
-        self._thread = threading.Thread(target=self._drive, name="simsd-engine", daemon=True)
 
     @property
     def max_model_len(self) -> int:
@@ -92,8 +88,12 @@ class Service:
         return min(engine.capacity, room, *positions) // length * length
 
     def start(self) -> None:
-        self._loop = asyncio.get_running_loop()
+        """Begins to drive, for the running event loop; also again, behind `close`."""
+        self._loop, self._idle = asyncio.get_running_loop(), asyncio.Event()
         self._idle.set()
+        self.draining = self._closing = False
+        self.encoder = ThreadPoolExecutor(1, "simsd-encoder")
+        self._thread = threading.Thread(target=self._drive, name="simsd-engine", daemon=True)
         self._thread.start()
 
     def submit(self, choices: Sequence[Choice], deadline: float | None = None) -> Running:
