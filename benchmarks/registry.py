@@ -163,6 +163,15 @@ BENCHMARKS = {
         {"requests": 80, "slots": 8},
         asked=True,
     ),
+    "serve": Benchmark(
+        "cpu.serve:run",
+        "`simsd serve` of the built-in pair in a process of its own, and clients that stream on loopback: half of the"
+        " requests are left at random, some readers are slow, some bodies malformed, SIGTERM at the end. Every text"
+        " against the same request's alone. Server and clients share the machine's cores.",
+        {"threads": 1, "clients": 64, "seconds": 180.0, "slots": 32, "seed": 0},
+        {"clients": 8, "seconds": 4.0, "slots": 4},
+        asked=True,
+    ),
     "audit": Benchmark(
         "cpu.commands:audit",
         "`simsd audit` on the built-in pair: what speculative decoding must leave as it is, and does.",
