@@ -165,6 +165,8 @@ def test_pages_of_named_origins_may_ask(strict):
         (("--api-key", ""), "--api-key is empty"),
         (("--max-batch", "0"), "max_batch must be"),
         (("--max-queue", "-1"), "max-queue"),
+        (("--grace", "inf"), "--grace must be a finite number, got inf"),
+        (("--timeout", "nan"), "timeout"),
         (("--draft", "nowhere"), "nowhere"),
         (("--block-length", "99"), "block_length must be"),
     ],

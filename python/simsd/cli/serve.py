@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from typing import TYPE_CHECKING, Annotated
@@ -76,6 +77,9 @@ def serve(
         lookahead=lookahead,
         max_rows=max_rows,
     )
+    for option, value in (("max-body", max_body), ("timeout", timeout), ("grace", grace)):
+        if not math.isfinite(value):
+            raise SimsdError(f"--{option} must be a finite number, got {value}")
     if api_key == "":
         raise SimsdError("--api-key is empty: give one, or leave the option out")
     bound = listen(host, port)  # before a model is loaded for nothing
