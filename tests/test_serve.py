@@ -384,7 +384,7 @@ def test_a_line_of_the_log_for_each_request(server, client):
     client.chat.completions.create(model="tiny-target", messages=FRANCE, max_tokens=5)
     httpx.get(f"{server.url}/no%0Asuch%20path")
     lines = server.log.read_text().splitlines()
-    pattern = r'127\.0\.0\.1 POST /v1/chat/completions 200 [\d.]+s choices="1" prompt_tokens="10" new_tokens="5"$'
+    pattern = r"127\.0\.0\.1 POST /v1/chat/completions 200 [\d.]+s choices=1 prompt_tokens=10 new_tokens=5$"
     assert re.search(pattern, lines[-2]), lines[-2]
     assert "404" in lines[-1] and "such path" in lines[-1]
 

@@ -25,6 +25,7 @@ def short(**changes) -> dict:
 def test_under_load_texts_are_right_and_nothing_is_lost():
     figures = short()
     assert figures["wrong or lost"] == 0
+    assert figures["requests begun before SIGTERM"] == figures["of them to their end"] > 6
     assert figures["requests left by their clients"] > 0 and figures["requests to their end"] > 0
 
 

@@ -54,8 +54,10 @@ class Job:
 
 @dataclasses.dataclass
 class Seen:
-    """What clients saw. `first_texts`: seconds from a request to its first committed text."""
+    """What clients saw. `begun`: streams that the server began. `first_texts`: seconds from a request to its first
+    committed text."""
 
+    begun: int = 0
     done: int = 0
     left: int = 0
     refused: int = 0
@@ -108,12 +110,14 @@ async def metric(client: httpx.AsyncClient, name: str) -> float:
 
 
 async def texts_of(client: httpx.AsyncClient, job: Job, seen: Seen) -> AsyncIterator[str]:
-    """The parts of its text; what is counted of a stream that comes to its end is added to `seen`."""
+    """The parts of its text, behind "" as soon as the server begins to answer."""
     began, first, ended = time.perf_counter(), None, False
     body = job.body | {"stream": True, "stream_options": {"include_usage": True}}
     async with client.stream("POST", "/v1/chat/completions", json=body) as answer:
         if answer.status_code != 200:
             raise RuntimeError(f"{answer.status_code}: {(await answer.aread()).decode()}")
+        seen.begun += 1
+        yield ""
         async for line in answer.aiter_lines():
             if not line.startswith("data: {"):
                 ended = ended or line == "data: [DONE]"
@@ -137,7 +141,7 @@ async def texts_of(client: httpx.AsyncClient, job: Job, seen: Seen) -> AsyncIter
 async def ask(
     client: httpx.AsyncClient, job: Job, seen: Seen, leave_after: int | None = None, slow: bool = False
 ) -> None:
-    """`leave_after`: parts of the text after which the client leaves, None: it stays."""
+    """`leave_after`: parts after which the client leaves, None: it stays."""
     text, parts, left = "", 0, False
     async with contextlib.aclosing(texts_of(client, job, seen)) as stream:
         async for part in stream:
@@ -164,7 +168,7 @@ async def one_client(
             seen.refused += 1
             if answer.status_code != 400:
                 seen.wrong.append(f"a malformed body was answered with {answer.status_code}")
-        leave_after = draw.randint(1, 12) if draw.random() < leaving else None
+        leave_after = draw.randint(1, 4) if draw.random() < leaving else None
         try:
             await ask(client, draw.choice(jobs), seen, leave_after, slow=number % SLOW_READERS == 0)
         except (httpx.HTTPError, RuntimeError) as error:
@@ -205,20 +209,23 @@ async def under_load(
 
 
 async def terminated(client: httpx.AsyncClient, process: subprocess.Popen, jobs: list[Job], clients: int) -> Seen:
-    """SIGTERM while every client streams: what has begun comes to its end."""
-    seen = Seen()
-    streams = [asyncio.create_task(ask(client, jobs[i % len(jobs)], seen)) for i in range(clients)]
+    """SIGTERM while clients stream: what has begun comes to its end, and what comes later is refused."""
+    each = [Seen() for _ in range(clients)]
+    streams = [asyncio.create_task(ask(client, jobs[i % len(jobs)], seen)) for i, seen in enumerate(each)]
     until = time.monotonic() + PATIENCE
-    while len(seen.first_texts) < max(clients // 4, 1) and time.monotonic() < until:
-        await asyncio.sleep(0.01)
+    while sum(seen.begun for seen in each) <= clients * 3 // 4 and time.monotonic() < until:
+        await asyncio.sleep(0.001)
     process.send_signal(signal.SIGTERM)
-    for outcome in await asyncio.gather(*streams, return_exceptions=True):
-        if isinstance(outcome, Exception) and not isinstance(outcome, httpx.ConnectError):
-            seen.wrong.append(f"a request was lost by SIGTERM: {type(outcome).__name__}: {outcome}")
+    outcomes = await asyncio.gather(*streams, return_exceptions=True)
     code = await asyncio.to_thread(process.wait, PATIENCE)
+    last = Seen(begun=sum(seen.begun for seen in each), done=sum(seen.done for seen in each))
+    for seen, outcome in zip(each, outcomes, strict=True):
+        last.wrong += seen.wrong
+        if seen.begun and isinstance(outcome, Exception):
+            last.wrong.append(f"a request was lost by SIGTERM: {type(outcome).__name__}: {outcome}")
     if code:
-        seen.wrong.append(f"the server ended with exit code {code}")
-    return seen
+        last.wrong.append(f"the server ended with exit code {code}")
+    return last
 
 
 async def measure(
@@ -247,7 +254,8 @@ async def measure(
         "requests to their end": seen.done,
         "requests left by their clients": seen.left,
         "malformed requests, refused": seen.refused,
-        "requests on their way at SIGTERM, to their end": last.done,
+        "requests begun before SIGTERM": last.begun,
+        "of them to their end": last.done,
         "wrong or lost": len(wrong),
         "tokens/s, one request by one": round(one_by_one, 1),
         "tokens/s, all clients": round(speed, 1),

@@ -64,7 +64,7 @@ def build_app(service: Service, settings: Settings) -> FastAPI:
         yield
         await service.close()
 
-    app = FastAPI(title="simsd", version=simsd.__version__, lifespan=lifespan)
+    app = FastAPI(title="simsd", version=simsd.__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(Gate, settings=settings)
     if settings.allow_origins:
         app.add_middleware(

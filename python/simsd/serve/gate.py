@@ -129,6 +129,6 @@ def _line(scope: Scope, status: int, seconds: float, notes: dict) -> str:
     outcome = "left" if "left" in notes else str(status)
     # Paths and messages come from clients: on one line, whatever they hold.
     path = json.dumps(scope["path"], ensure_ascii=True)[1:-1]
-    details = "".join(f" {name}={json.dumps(str(value))}" for name, value in notes.items())
+    details = "".join(f" {name}={json.dumps(value, default=str)}" for name, value in notes.items())
     client = scope.get("client")
     return f"{client[0] if client else '-'} {scope['method']} {path} {outcome} {seconds:.3f}s{details}"

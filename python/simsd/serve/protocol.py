@@ -14,7 +14,7 @@ from pydantic_core import PydanticCustomError
 from simsd.config import DRAFTERS, REJECTED_TAILS, RULES, STRATEGIES, VERIFIERS
 
 MAX_N = 128  # samples per prompt
-MAX_PROMPTS = 512  # of one body
+MAX_CHOICES = 512  # of one body: prompts times samples
 MAX_STOPS = 16
 MAX_TOP_LOGPROBS = 20
 UNSUPPORTED = "unsupported_parameter"
@@ -172,9 +172,9 @@ class CompletionRequest(Sampling):
 
     prompt: (
         Text
-        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[Text], Field(min_length=1, max_length=MAX_CHOICES)]
         | TokenIds
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_CHOICES)]
     )
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)

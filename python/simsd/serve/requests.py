@@ -8,7 +8,7 @@ import re
 from simsd.config import GenerationConfig, SamplingParams
 from simsd.errors import SimsdError
 from simsd.serve.errors import APIError
-from simsd.serve.protocol import MAX_N, ChatRequest, CompletionRequest, Message, Sampling, TokenizeRequest
+from simsd.serve.protocol import MAX_CHOICES, ChatRequest, CompletionRequest, Message, Sampling, TokenizeRequest
 from simsd.serve.service import Choice, Service
 
 # Fields that are settings of the same name.
@@ -105,9 +105,12 @@ def echoes(body: CompletionRequest, prompts: list[list[int]], service: Service) 
 
 
 def choices_of(body: Sampling, prompts: list[list[int]], service: Service) -> list[Choice]:
-    n = body.n or 1
-    if n * len(prompts) > MAX_N and n > 1:
-        raise APIError(400, f"n={n} of {len(prompts)} prompts: {MAX_N} choices at most in one request", param="n")
+    n, config = body.n or 1, service.engine.config
+    # More would find no place in the queue, whenever they come.
+    most = MAX_CHOICES if config.max_queue is None else min(MAX_CHOICES, config.max_queue + config.max_batch)
+    if n * len(prompts) > most:
+        message = f"n={n} of {len(prompts)} prompts: this server takes {most} texts at most in one request"
+        raise APIError(400, message, param="n" if n > 1 else "prompt")
     settings = {name: value for name in _SETTINGS if (value := getattr(body, name)) is not None}
     if body.top_k is not None:
         settings["top_k"] = max(body.top_k, 0)
