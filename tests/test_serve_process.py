@@ -17,7 +17,7 @@ from server_process import PATIENCE, eventually, serving
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
-LONG = {"messages": FRANCE, "max_tokens": 300, "ignore_eos": True}
+LONG = {"messages": FRANCE, "max_tokens": 160, "ignore_eos": True}
 
 
 def events_of(url: str, body: dict, started: list) -> list[dict]:
@@ -43,7 +43,7 @@ def ended_by(events: list[dict]) -> str:
 
 @pytest.fixture(scope="module")
 def expected() -> str:
-    settings = {"max_new_tokens": 300, "end_token_ids": ()}
+    settings = {"max_new_tokens": 160, "end_token_ids": ()}
     return simsd.generate("tiny-target", [FRANCE], "tiny-draft", **settings)[0].text
 
 
