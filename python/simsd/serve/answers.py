@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from simsd.engine.request import Update
 from simsd.models.tokenizer import Tokenizer
 from simsd.results import Result
 from simsd.serve.errors import APIError
-from simsd.serve.logprobs import chat_logprobs, completion_logprobs
+from simsd.serve.logprobs import Candidates, chat_logprobs, completion_logprobs
 from simsd.serve.requests import Ask
 
 # What ended a text, in OpenAI's words; `ended_by` of a choice has ours. What was cut short is "length" there.
@@ -122,23 +122,29 @@ class Answer:
         return [None if token is None else self.tokenizer.decode([token]) for token in update.provisional]
 
     def _logprobs(self, choice: int, update: Update) -> dict:
-        others = [()] * len(update.tokens)
-        return self._shaped(choice, update.tokens, update.logprobs, others)
+        return self._shaped(choice, update.tokens, update.logprobs)
 
     def _whole_logprobs(self, choice: int, result: Result) -> dict:
-        if not self.ask.echoes[self.ask.prompt_of(choice)]:
-            return self._shaped(choice, result.tokens, result.logprobs, [()] * len(result.tokens))
-        before = self._of_prompt(choice)
-        behind = self._shaped(choice, result.tokens, result.logprobs, [()] * len(result.tokens))
-        return {name: before[name] + behind[name] for name in before}
+        echo = self.ask.echoes[self.ask.prompt_of(choice)]
+        before = self._of_prompt(choice) if echo else {}
+        behind = self._shaped(choice, result.tokens, result.logprobs)
+        return {name: before[name] + behind[name] for name in behind} if echo else behind
 
     def _of_prompt(self, choice: int) -> dict:
         prompt = self.ask.prompts[self.ask.prompt_of(choice)]
-        return self._shaped(choice, prompt, [None] * len(prompt), [()] * len(prompt))
+        return self._shaped(choice, prompt, [None] * len(prompt))
 
-    def _shaped(self, choice: int, tokens: list[int], logprobs: list, others: list) -> dict:
+    def _shaped(
+        self,
+        choice: int,
+        tokens: Sequence[int],
+        logprobs: Sequence[float | None],
+        candidates: Sequence[Candidates] = (),
+    ) -> dict:
+        """`candidates`: the most probable tokens at each place, best first; none, where nobody counted them."""
+        most = [others[: self.ask.top_logprobs] for others in candidates or [()] * len(tokens)]
         if self.ask.chat:
-            return chat_logprobs(self.tokenizer, tokens, logprobs, others)
-        shaped = completion_logprobs(self.tokenizer, tokens, logprobs, others, self._characters[choice])
+            return chat_logprobs(self.tokenizer, tokens, logprobs, most)
+        shaped = completion_logprobs(self.tokenizer, tokens, logprobs, most, self._characters[choice])
         self._characters[choice] += sum(map(len, shaped["tokens"]))
         return shaped

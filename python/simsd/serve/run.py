@@ -62,6 +62,9 @@ def run(app: FastAPI, service: Service, bound: socket.socket, grace: float, read
 
     Args:
         ready: called once requests are taken.
+
+    Raises:
+        SimsdError: it could not start.
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
@@ -79,4 +82,7 @@ def run(app: FastAPI, service: Service, bound: socket.socket, grace: float, read
     # uvicorn raises the signals that ended it once more when it is done; here they are the way to stop, no failure.
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, signal.SIG_IGN)
-    _Server(config, service, grace, ready).run(sockets=[bound])
+    server = _Server(config, service, grace, ready)
+    server.run(sockets=[bound])
+    if not server.started:
+        raise SimsdError("the server could not start: see above")
