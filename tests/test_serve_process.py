@@ -6,6 +6,7 @@ import asyncio
 import concurrent.futures
 import json
 import socket
+import sys
 
 import httpx
 import openai
@@ -184,3 +185,8 @@ def test_a_port_that_is_taken_is_told_before_a_model_is_loaded(run):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         code, out, err = run("serve", "tiny-target", "--port", taken.getsockname()[1])
     assert (code, out) == (2, "") and "Address already in use" in err and err.count("\n") == 1
+
+
+def test_without_the_extra_it_says_what_to_install(run, monkeypatch, assert_one_line_error):
+    monkeypatch.setitem(sys.modules, "simsd.serve.app", None)
+    assert_one_line_error(run("serve"), 'simsd serve needs pip install "simsd-kernels[serve]"')

@@ -21,12 +21,13 @@ class Answer:
     """One request's answer as it comes in: give it every (choice, update).
 
     Attributes:
-        results: by choice, as far as they are done.
+        results: by choice, as far as they are done. new_tokens: of all choices so far.
     """
 
     def __init__(self, ask: Ask, tokenizer: Tokenizer, model: str) -> None:
         self.ask, self.tokenizer = ask, tokenizer
         self.results: list[Result | None] = [None] * len(ask.choices)
+        self.new_tokens = 0
         kind = "chat.completion" if ask.chat else "text_completion"
         self._head = {
             "id": f"{'chatcmpl' if ask.chat else 'cmpl'}-{uuid.uuid4().hex}",
@@ -40,6 +41,7 @@ class Answer:
 
     def take(self, choice: int, update: Update) -> None:
         """Raises APIError where the choice has failed."""
+        self.new_tokens += len(update.tokens)
         if update.result is None:
             return
         if update.result.finish_reason == "failed":
@@ -76,22 +78,15 @@ class Answer:
         return self._head | {"choices": choices, "usage": self.usage()}
 
     def usage(self) -> dict:
-        """Tokens of the prompts, once each, and of all choices, an end token included."""
-        prompt = sum(map(len, self.ask.prompts))
-        done = [result for result in self.results if result is not None]
-        new = sum(len(result.tokens) for result in done)
-        firsts = [r for i, r in enumerate(self.results) if r is not None and i % self._samples == 0]
-        cached = sum(result.stats.cached_tokens for result in firsts)
+        """Of an answer that is complete: tokens of the prompts, once each, and of all choices, end tokens included."""
+        prompt, samples = sum(map(len, self.ask.prompts)), len(self.ask.choices) // len(self.ask.prompts)
+        cached = sum(result.stats.cached_tokens for result in self.results[::samples])
         return {
             "prompt_tokens": prompt,
-            "completion_tokens": new,
-            "total_tokens": prompt + new,
+            "completion_tokens": self.new_tokens,
+            "total_tokens": prompt + self.new_tokens,
             "prompt_tokens_details": {"cached_tokens": cached},
         }
-
-    @property
-    def _samples(self) -> int:
-        return len(self.ask.choices) // len(self.ask.prompts)
 
     def _first(self, choice: int) -> Iterator[dict]:
         if self.ask.chat:
@@ -100,10 +95,8 @@ class Answer:
             yield self._chunk(choice, echo, logprobs=self._of_prompt(choice) if self.ask.logprobs else None)
 
     def _chunk(self, choice: int, text: str, **more: object) -> dict:
-        made = {"index": choice, "delta": {"content": text} if text else {}} if self.ask.chat else {"index": choice}
-        if not self.ask.chat:
-            made["text"] = text
-        made |= {"logprobs": None, "finish_reason": None} | more
+        content = {"delta": {"content": text} if text else {}} if self.ask.chat else {"text": text}
+        made = {"index": choice} | content | {"logprobs": None, "finish_reason": None} | more
         chunk = self._head | {"choices": [made]}
         return chunk | {"usage": None} if self.ask.include_usage else chunk
 

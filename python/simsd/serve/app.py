@@ -172,7 +172,7 @@ async def _generate(
     async def whole() -> Response:
         async for choice, update in running:
             answer.take(choice, update)
-        notes["new_tokens"] = answer.usage()["completion_tokens"]
+            notes["new_tokens"] = answer.new_tokens
         return JSONResponse(answer.whole())
 
     with running:
@@ -239,7 +239,7 @@ class _Events(Response):
             yield _event(told.body())
             return
         finally:
-            self._notes["new_tokens"] = answer.usage()["completion_tokens"]
+            self._notes["new_tokens"] = answer.new_tokens
         yield b"data: [DONE]\n\n"
 
 
