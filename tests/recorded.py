@@ -36,16 +36,18 @@ class Batch:
         count: int,
         capacity: int,
         packed: bool = False,
+        top_logprobs: int = 0,
     ) -> None:
         length, lookahead = target.block_length, max(1, *(shape.lookahead for shape in shapes))
         self.shapes = shapes
         self.slots = Slots(
-            *(count, length, aligned(capacity, length), lookahead, STOP_IDS, target.banned_ids, target.device)
+            *(count, length, aligned(capacity, length), lookahead, STOP_IDS, target.banned_ids, target.device),
+            top_logprobs=top_logprobs,
         )
         if any(shape.noise for shape in shapes):
             self.slots.allow_noise(target.vocab_size, target.dtype)
         self.commands = Commands(count, target.device)
-        self.report = Report.allocate(count, lookahead, length, target.device)
+        self.report = Report.allocate(count, lookahead, length, target.device, top_logprobs=top_logprobs)
         places = places_of(
             *(target, draft),
             slots=count,
@@ -186,4 +188,5 @@ def _commit(occupant: Request, blocks: list[Block], length: int) -> None:
             origins = [ORIGINS[origin] for origin in block.origins[new]]
             logprobs = None if block.logprobs is None else block.logprobs[new]
             columns = (column[new] for column in (block.tokens, block.steps, block.probs, block.draw_logprobs))
-            occupant.commit(*columns, origins, logprobs)
+            tops = None if block.tops is None else block.tops[new]
+            occupant.commit(*columns, origins, logprobs, tops)

@@ -324,7 +324,13 @@ def counted() -> Iterator[Launches]:
 
 
 def trace(
-    target: str, draft: str | None, shape: Shape, batch: int = 1, block_length: int = 4, layers: int | None = None
+    target: str,
+    draft: str | None,
+    shape: Shape,
+    batch: int = 1,
+    block_length: int = 4,
+    layers: int | None = None,
+    top_logprobs: int = 0,
 ) -> Launches:
     """What one iteration launches; `layers` in place of the models' own numbers of them.
 
@@ -334,7 +340,7 @@ def trace(
         models = [name and fake_model(name, block_length, layers) for name in (target, draft)]
         banned = range(models[0].vocab_size - BANNED, models[0].vocab_size)
         lookahead = max(shape.lookahead, 1)
-        slots = Slots(batch, block_length, CAPACITY, lookahead, STOP_IDS, banned, torch.device(DEVICE))
+        slots = Slots(batch, block_length, CAPACITY, lookahead, STOP_IDS, banned, torch.device(DEVICE), top_logprobs)
         if shape.noise:
             slots.allow_noise(models[0].vocab_size, models[0].dtype)
         places = places_of(
@@ -348,7 +354,8 @@ def trace(
         )
         _, *runners = places.runners(*models)
         commands = Commands(batch, slots.device)
-        report = Report.allocate(batch, lookahead, block_length, slots.device).of(shape.lookahead)
+        report = Report.allocate(batch, lookahead, block_length, slots.device, top_logprobs=top_logprobs)
+        report = report.of(shape.lookahead)
         logits = torch.empty(shape.logits_rows, models[0].vocab_size, dtype=models[0].dtype, device=slots.device)
         runners[0].keep_logits(logits)
         for _ in range(2):  # the second: tables are made in the first

@@ -17,6 +17,7 @@ RULES = ("match", "mrs")
 REJECTED_TAILS = ("truncate", "truncate_no_bonus", "target_argmax", "target_argmax_all", "draft_argmax")
 MAX_BLOCK_LENGTH = 64  # a revealed set is one int64 bitmask
 MAX_LOOKAHEAD = 16
+MAX_TOP_LOGPROBS = 20
 INT32_MAX = 2**31 - 1
 # Logits divided by it stay finite in float32: those of float16 models (65504 at most) and far beyond.
 MIN_TEMPERATURE = 1e-30
@@ -197,6 +198,8 @@ class EngineConfig:
         draft_device: where the draft model works beside the target, on what this may ask next while it verifies: a
             device of the target's kind ("cuda:1"), or the target's own, on a stream ("cuda:0") or a thread ("cpu") of
             its own. None: on the target's device, in its turn. Texts of exact verification do not depend on it.
+        top_logprobs: ids, 0 to 20, that `Result.top_logprobs` tells of each token: the most probable ones under the
+            target at the state at which the token was revealed.
     """
 
     block_length: int | None = None
@@ -210,6 +213,7 @@ class EngineConfig:
     page_size: int = 64
     prefix_cache: bool = True
     draft_device: str | None = None
+    top_logprobs: int = 0
 
     def __post_init__(self) -> None:
         _plain_values(self)
@@ -224,6 +228,7 @@ class EngineConfig:
             integer("max_queue", self.max_queue, 0)
         if self.kv_memory is not None:
             integer("kv_memory", self.kv_memory, 1)
+        integer("top_logprobs", self.top_logprobs, 0, MAX_TOP_LOGPROBS)
         integer("page_size", self.page_size, 16, 256)
         if self.page_size & (self.page_size - 1):
             raise SimsdError(f"page_size must be 16, 32, 64, 128 or 256, got {self.page_size}")

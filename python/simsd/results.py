@@ -10,7 +10,8 @@ from simsd.config import MAX_BLOCK_LENGTH
 from simsd.errors import SimsdError
 from simsd.values import is_integer
 
-_ADDED = ("draw_logprobs", "cut_tokens", "cut_step_map", "cut_draw_logprobs")  # since results were first written
+# Fields since results were first written.
+_ADDED = ("draw_logprobs", "cut_tokens", "cut_step_map", "cut_draw_logprobs", "top_logprobs")
 _DERIVED = ("target_forwards", "draft_forwards", "acceptance", "tokens_per_second")
 
 
@@ -91,6 +92,10 @@ class Result:
             certain. In "temporal" of what the rule finally drew from: the target's distribution as verified for
             "drafted", "bonus" and "undrafted", but 0 for what an argmax put there ("undrafted" under "mrs", a token in
             a gated end token's place); a "tail" token has the draft's where it is the draft's, else as "undrafted".
+        top_logprobs: for each token the `EngineConfig.top_logprobs` ids that were most probable when it was revealed,
+            and their log-probabilities, of the same distribution and precision as `logprobs`: (id, log-probability),
+            best first, equals by the lower id; the token itself is among them only if it is one of the best. Empty
+            where they were not asked for.
         cut_tokens, cut_step_map, cut_draw_logprobs: the same of the last block behind the text's end, where the block
             was decided as a whole: what the text was drawn under, and the rest of the trajectory.
         origins: for each token how it came. Exact and native: "denoised" (revealed on the block's current state) or
@@ -120,6 +125,7 @@ class Result:
     cut_draw_logprobs: list[float] = dataclasses.field(default_factory=list)
     seed: int = 0
     error: str | None = None
+    top_logprobs: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
 
     def revealed_sets(self, block_length: int) -> list[int]:
         """For each of `tokens`, then of `cut_tokens`, the set of positions of its block that were revealed when it was
@@ -147,12 +153,13 @@ class Result:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Result:
-        """What `to_dict` gave, also by way of JSON and by versions before `draw_logprobs`, which is empty then. Raises
-        SimsdError where a key is missing or unknown."""
+        """What `to_dict` gave, also by way of JSON and by versions that lacked some fields, which are empty then.
+        Raises SimsdError where a key is missing or unknown."""
         if isinstance(values, Mapping):
             values = dict.fromkeys(_ADDED, ()) | values
         fields = _fields(cls, values)
         fields |= {name: list(fields[name]) for name in _ADDED}
+        fields["top_logprobs"] = [[tuple(pair) for pair in ranked] for ranked in fields["top_logprobs"]]
         return cls(**fields | {"stats": Stats.from_dict(fields["stats"])})
 
 

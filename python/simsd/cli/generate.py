@@ -71,6 +71,7 @@ def generate(
         list[str] | None,
         typer.Option("--stop", help="End the text before this string; may be given more than once."),
     ] = None,
+    top_logprobs: opt.TopLogprobs = opt.DEFAULTS.top_logprobs,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per text.")] = False,
     stream: Annotated[
         bool, typer.Option("--stream", help="Print text as it comes, the unfinished block dim on a terminal.")
@@ -91,6 +92,8 @@ def generate(
         raise SimsdError("--json prints one object at the end: leave out --stream and --show-steps")
     if alone and (prompts is not None or n > 1):
         raise SimsdError("--stream and --show-steps show one text: leave out --prompts and -n")
+    if config.top_logprobs and not as_json and prompts is None:
+        raise SimsdError("--top-logprobs are told in JSON: add --json")
     if output is not None and prompts is None:
         raise SimsdError("--output goes with --prompts: the text of one prompt is standard output, as in > FILE")
     if prompts is not None and prompt is not None:

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from simsd.cli import threads
-from simsd.config import DRAFTERS, MAX_LOOKAHEAD, REJECTED_TAILS, RULES, STRATEGIES, VERIFIERS, GenerationConfig
+from simsd.config import (
+    DRAFTERS,
+    MAX_LOOKAHEAD,
+    MAX_TOP_LOGPROBS,
+    REJECTED_TAILS,
+    RULES,
+    STRATEGIES,
+    VERIFIERS,
+    GenerationConfig,
+)
 from simsd.errors import SimsdError
 
 if TYPE_CHECKING:
@@ -97,6 +106,10 @@ Temperature = Annotated[float, _draw("temperature", "0 is greedy.")]
 TopK = Annotated[int, _draw("top-k", "Ids to draw from; 0: all.")]
 TopP = Annotated[float, _draw("top-p", "Probability mass to draw from; 1: all.")]
 Seed = Annotated[int, _draw("seed", "Seed of the noise.")]
+TopLogprobs = Annotated[
+    int,
+    _draw("top-logprobs", f"With --json: most probable ids to tell of each token, 0 to {MAX_TOP_LOGPROBS}."),
+]
 
 
 def config_from(values: dict[str, Any]) -> GenerationConfig:

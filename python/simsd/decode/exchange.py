@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from simsd.decode.fields import Fields
+from simsd.decode.tops import Tops
 
 NO_DRAFT, SELF_DRAFT, MODEL_DRAFT = 0, 1, 2  # who proposes the current block: `mode`
 # How a token came, by its number in reports: the first three are exact's (see `verify_graph`), the others temporal's.
@@ -51,7 +53,8 @@ class Commands:
 
 class Block(NamedTuple):
     """A finished block: L tokens, steps, probabilities, log-probabilities of the draws and origins. Of a temporal
-    iteration as much of the current one as is committed, with logarithms of the probabilities (else None)."""
+    iteration as much of the current one as is committed, with logarithms of the probabilities (else None). tops: for
+    each token the ids and margins of `Tops`, None unless they are asked for."""
 
     tokens: list[int]
     steps: list[int]
@@ -59,6 +62,7 @@ class Block(NamedTuple):
     draw_logprobs: list[float]
     origins: list[int]
     logprobs: list[float] | None = None
+    tops: list[list[tuple[int, float]]] | None = None
 
 
 class SlotReport(NamedTuple):
@@ -88,6 +92,7 @@ class SlotReport(NamedTuple):
 
 class Report:
     """What one iteration did: int32 [B, 16 + 5 (K + 2) L], written by `advance_slots` (see there for the columns).
+    Behind that are the logarithms of a temporal iteration, and `Tops` of N ids a token.
 
     Attributes:
         finished, draft_lag, draft_forwards: columns, [B].
@@ -96,8 +101,9 @@ class Report:
     HEADER, COLUMNS = 16, 5
     FINISHED, LAG, FORWARDS = 2, 14, 15
 
-    def __init__(self, buffer: Tensor, lookahead: int, length: int) -> None:
-        """`buffer`: at least as many columns and L more; those of K = `lookahead` drafted blocks are used."""
+    def __init__(self, buffer: Tensor, lookahead: int, length: int, top_logprobs: int = 0) -> None:
+        """`buffer`: at least as many columns and L + 2 N (K + 2) L more; those of K = `lookahead` drafted blocks are
+        used."""
         self._whole, self._length, self._text = buffer, length, (lookahead + 2) * length
         self.buffer = buffer[:, : self.HEADER + self.COLUMNS * self._text]
         self.finished, self.draft_lag, self.draft_forwards = (
@@ -105,18 +111,33 @@ class Report:
         )
         first = self.HEADER + 2 * self._text
         self._floats = self.buffer[:, first : first + 2 * self._text].view(torch.float32)
-        self._logprob = buffer[:, -length:].view(torch.float32)
+        behind = self.HEADER + self.COLUMNS * self._text
+        self._logprob = buffer[:, behind : behind + length].view(torch.float32)
+        self._tops: Tops | None = None
+        if top_logprobs:
+            behind, count = behind + length, self._text * top_logprobs
+            ids, margin = (buffer[:, first : first + count] for first in (behind, behind + count))
+            self._tops = Tops(*(x.unflatten(1, (-1, top_logprobs)) for x in (ids, margin.view(torch.float32))))
+        self._top_logprobs = top_logprobs
 
     @classmethod
     def allocate(
-        cls, slots: int, lookahead: int, length: int, device: torch.device | str, pinned: bool = False
+        cls,
+        slots: int,
+        lookahead: int,
+        length: int,
+        device: torch.device | str,
+        pinned: bool = False,
+        top_logprobs: int = 0,
     ) -> Report:
-        shape = (slots, cls.HEADER + cls.COLUMNS * (lookahead + 2) * length + length)
-        return cls(torch.zeros(shape, dtype=torch.int32, device=device, pin_memory=pinned), lookahead, length)
+        text = (lookahead + 2) * length
+        shape = (slots, cls.HEADER + cls.COLUMNS * text + length + 2 * top_logprobs * text)
+        buffer = torch.zeros(shape, dtype=torch.int32, device=device, pin_memory=pinned)
+        return cls(buffer, lookahead, length, top_logprobs)
 
     def of(self, lookahead: int) -> Report:
         """The same memory for another K, not larger than the largest."""
-        return Report(self._whole, lookahead, self._length)
+        return Report(self._whole, lookahead, self._length, self._top_logprobs)
 
     def copy(self, other: Report) -> None:
         self._whole.copy_(other._whole, non_blocking=True)
@@ -151,6 +172,12 @@ class Report:
             self.buffer[:, first : first + self._length] = column
         self._logprob.copy_(logprob)
 
+    def write_tops(self, tops: Tops) -> None:
+        """[B, blocks, L, N] of the first blocks, or [B, L, N] of the first one."""
+        for mine, new in zip(self._tops, tops, strict=True):
+            new = new.view(len(new), -1, new.shape[-1])
+            mine[:, : new.shape[1]] = new
+
     def read(self, partly: bool = False) -> Iterator[tuple[int, SlotReport]]:
         """(slot, its report) of each slot that took part; of a report in the host's memory.
 
@@ -159,6 +186,7 @@ class Report:
         length, text = self._length, self._text
         floats = self._floats.tolist()
         logprobs = self._logprob.tolist() if partly else None
+        tops = None if self._tops is None else [x.tolist() for x in self._tops]
         for slot, row in enumerate(self.buffer.tolist()):
             if not row[1]:
                 continue
@@ -168,10 +196,17 @@ class Report:
             revealed = (row[10] & 0xFFFFFFFF) | (row[11] & 0xFFFFFFFF) << 32
             if partly:
                 stop = length if finished else revealed.bit_count()
-                blocks = [Block(*(column[:stop] for column in (*columns, logprobs[slot])))]
+                spans = [slice(0, stop)]
             else:
                 spans = [slice(k * length, (k + 1) * length) for k in range(finished)]
-                blocks = [Block(*(column[span] for column in columns)) for span in spans]
+            blocks = [
+                Block(
+                    *(column[span] for column in columns),
+                    logprobs=logprobs[slot][span] if partly else None,
+                    tops=None if tops is None else _pairs(*(x[slot][span] for x in tops)),
+                )
+                for span in spans
+            ]
             now = tokens[finished * length : (finished + 1) * length]
             provisional = [token if revealed >> i & 1 else None for i, token in enumerate(now)]
             yield (
@@ -181,3 +216,9 @@ class Report:
                     *(row[12], row[13], row[14], row[15]),
                 ),
             )
+
+
+def _pairs(ids: list[list[int]], margins: list[list[float]]) -> list[list[tuple[int, float]]]:
+    """Of each token; an id that is never generated, where fewer are than were asked for, is left out."""
+    rows = zip(ids, margins, strict=True)
+    return [[pair for pair in zip(*row, strict=True) if math.isfinite(pair[1])] for row in rows]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import simsd_kernels as kernels
 from simsd.decode import draft as drafting
+from simsd.decode import tops as topping
 from simsd.decode.draft import run_plan
 from simsd.decode.exchange import Commands, Report
 from simsd.decode.rows import STRIDE
@@ -129,7 +130,13 @@ def verify(
     plan = plan_states(slots, commands, target, shape)
     logits = parts.forward(target, plan, slots, shape)
     walk = walk_states(slots, logits, plan, shape)
+    tops = None
+    if slots.top_logprobs:
+        tops = topping.of_walk(slots, logits, plan, walk, shape.allowed_ids, target.packed)
     advance(slots, walk, plan, shape, report)
+    if tops is not None:
+        report.write_tops(tops)
+        topping.keep(slots, tops, report.finished)
     if shape.keeps_logits:
         target.keep_logits(logits)
         # Where a slot sat out, its rows are those of other logits.

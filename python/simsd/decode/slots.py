@@ -84,6 +84,8 @@ class Slots:
             has ended the text.
         draft_logits: [B, K, L, V], what proposals are drawn from; None until `allow_noise`.
         draft_forwards: int32, forwards of the draft model that the sequence took part in.
+        top_ids int32, top_margin float32 [B, L, N]: `Tops` of what is revealed of the current block; None where N, the
+            `top_logprobs` ids that are told of each token, is 0.
     """
 
     def __init__(
@@ -95,11 +97,12 @@ class Slots:
         stop_ids: int,
         banned_ids: Sequence[int] | None,
         device: torch.device,
+        top_logprobs: int = 0,
     ) -> None:
         """`capacity`: positions of the longest sequence, whole blocks. `banned_ids`: never generated, see `banned`;
         None: `ban` comes later."""
         self.count, self.length, self.capacity, self.lookahead = count, length, capacity, lookahead
-        self.device = device
+        self.device, self.top_logprobs = device, top_logprobs
         self._banned_ids: dict[tuple[int, ...], Tensor] = {}
         if banned_ids is not None:
             self.ban(banned_ids)
@@ -114,6 +117,12 @@ class Slots:
         )
         self.draft_sharpness = torch.zeros(proposal[:2], dtype=torch.float32, device=device)
         self.draft_logits: Tensor | None = None
+        self.top_ids: Tensor | None = None
+        self.top_margin: Tensor | None = None
+        if top_logprobs:
+            tops = (count, length, top_logprobs)
+            self.top_ids = torch.zeros(tops, dtype=torch.int32, device=device)
+            self.top_margin = torch.zeros(tops, dtype=torch.float32, device=device)
         self.index = torch.arange(count, device=device)
         self.offsets = torch.arange(length, dtype=torch.int32, device=device)
         self.nothing = torch.zeros(count, dtype=torch.int32, device=device)
@@ -173,7 +182,7 @@ class Slots:
         self._fields.write_row(slot, values | settings)
 
     def twin(self, device: torch.device) -> Slots:
-        """Free slots of the same sizes."""
+        """Free slots of the same sizes for a draft, which knows nothing of `top_logprobs`."""
         sizes = self.count, self.length, self.capacity, self.lookahead, self.stop_ids.shape[1]
         return Slots(*sizes, None, device)
 

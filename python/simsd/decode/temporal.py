@@ -15,6 +15,7 @@ from simsd.decode.draft import SEQUENTIAL, denoise, state_logits
 from simsd.decode.exchange import BONUS, DRAFTED, TAIL, UNDRAFTED, Commands, Report
 from simsd.decode.rows import key_lifetimes, pending_rows, temporal_rows
 from simsd.decode.slots import Slots
+from simsd.decode.tops import of_block
 from simsd.models.attention import unchecked
 from simsd.models.runner import ModelRunner
 from simsd_kernels import noise
@@ -133,6 +134,8 @@ def judge(
     )
     verdict = settle(slots, shape, logits, drafts, known, *judged)
     _commit(slots, drafts, verdict, known, accepted, report)
+    if slots.top_logprobs:
+        report.write_tops(of_block(slots, logits, verdict.tokens.clamp(min=0), shape.allowed_ids))
 
 
 def _plan(slots: Slots, target: ModelRunner, drafts: Drafts, known: Tensor, shape: Shape) -> TemporalPlan:

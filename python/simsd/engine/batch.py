@@ -46,7 +46,8 @@ class Batch:
         self.target, self.draft, self.config, self.places = target, draft, config, places
         self.block_length, self._banned = block_length, target.banned_ids
         self.slots = Slots(
-            *(config.max_batch, block_length, capacity, drafted_blocks(config), stop_ids, self._banned, target.device)
+            *(config.max_batch, block_length, capacity, drafted_blocks(config), stop_ids, self._banned, target.device),
+            top_logprobs=min(config.top_logprobs, target.vocab_size),
         )
         kept = config.max_batch * places.states * block_length
         beside = config.draft_device is not None

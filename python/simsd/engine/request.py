@@ -73,6 +73,7 @@ class Request:
         self.probs: list[float] = []
         self.logprobs: list[float] = []
         self.draw_logprobs: list[float] = []
+        self.top_logprobs: list[list[tuple[int, float]]] = []  # of each token; of none where they are not asked for
         self.behind: list[tuple[int, int, float]] = []
         self.block_length = 1  # of the model, once an iteration has brought tokens
         self.origins: list[str] = []
@@ -137,7 +138,8 @@ class Request:
                 origins = [ORIGINS[origin] for origin in block.origins[known:]]
                 self.stats.bonus += origins.count("bonus")
                 new = (column[known:] for column in (block.tokens, block.steps, block.probs, block.draw_logprobs))
-                self.commit(*new, origins, None if block.logprobs is None else block.logprobs[known:])
+                logprobs, tops = (x and x[known:] for x in (block.logprobs, block.tops))
+                self.commit(*new, origins, logprobs, tops)
         self.provisional = report.provisional[len(self.tokens) % block_length :]
 
     def stumble(self, error: str) -> None:
@@ -178,10 +180,11 @@ class Request:
         draw_logprobs: Seq[float],
         origins: Seq[str],
         logprobs: Seq[float] | None = None,
+        tops: Seq[Seq[tuple[int, float]]] | None = None,
     ) -> None:
         """Appends what was decided, as far as it belongs to the answer (up to an end token or the limit).
 
-        `logprobs`: None: the logarithms of `probs`.
+        `logprobs`: None: the logarithms of `probs`. `tops`: ids and how far each one's logarithm is above the token's.
         """
         keep = min(len(tokens), self.limit - len(self.tokens))
         end = next((i for i, token in enumerate(tokens[:keep]) if token in self.end_ids), None)
@@ -191,7 +194,11 @@ class Request:
         # Tokens come last: an interrupt in between leaves no token without the rest.
         self.steps += steps[:keep]
         self.probs += probs[:keep]
-        self.logprobs += [math.log(prob) for prob in probs[:keep]] if logprobs is None else logprobs[:keep]
+        logprobs = [math.log(prob) for prob in probs[:keep]] if logprobs is None else logprobs[:keep]
+        self.logprobs += logprobs
+        if tops is not None:
+            for own, ranked in zip(logprobs, tops, strict=False):
+                self.top_logprobs.append([(token, min(own + margin, 0.0)) for token, margin in ranked])
         self.draw_logprobs += draw_logprobs[:keep]
         self.origins += origins[:keep]
         self.tokens += tokens[:keep]
@@ -225,7 +232,8 @@ class Request:
         cut = zip(self.new[count:], self.steps[count:], self.draw_logprobs[count:], strict=False)
         self.behind = [*cut, *self.behind]
         del self.tokens[len(self.prompt) + count :]
-        for column in (self.steps, self.probs, self.logprobs, self.draw_logprobs, self.origins):
+        columns = self.steps, self.probs, self.logprobs, self.draw_logprobs, self.top_logprobs, self.origins
+        for column in columns:
             del column[count:]
 
     def settle(self) -> None:
@@ -291,6 +299,7 @@ class Request:
             stats=self.stats,
             logprobs=self.logprobs[: len(new)],
             draw_logprobs=self.draw_logprobs[: len(new)],
+            top_logprobs=self.top_logprobs[: len(new)],
             cut_tokens=[token for token, _, _ in cut],
             cut_step_map=[step for _, step, _ in cut],
             cut_draw_logprobs=[logprob for _, _, logprob in cut],

@@ -58,7 +58,7 @@ class Runner:
         self.static = not target.packed
         self.launched = 0
         self._commands = Commands(slots.count, slots.device)
-        report = Report.allocate(slots.count, slots.lookahead, slots.length, slots.device)
+        report = _report_of(slots, slots.device)
         self._report, self._reports = report, [report.of(blocks) for blocks in range(slots.lookahead + 1)]
         self._graphs: dict[Shape, _Captured] = {}  # the one used last at the end
         self._late: collections.deque[_Launched] = collections.deque()
@@ -257,6 +257,11 @@ def _graph_of(pool: Any, stream: torch.cuda.Stream | None, part: Callable, *argu
     return graph, returned
 
 
+def _report_of(slots: Slots, device: torch.device | str, pinned: bool = False) -> Report:
+    sizes = slots.count, slots.lookahead, slots.length
+    return Report.allocate(*sizes, device, pinned, slots.top_logprobs)
+
+
 @dataclasses.dataclass
 class _Captured:
     """exchange: None where the draft works in the target's turn. drafted, drafts: as the draft leaves them and as the
@@ -279,7 +284,7 @@ class _Pinned:
 
     def __init__(self, slots: Slots) -> None:
         self.commands = Commands(slots.count, "cpu", pinned=True)
-        self.report = Report.allocate(slots.count, slots.lookahead, slots.length, "cpu", pinned=True)
+        self.report = _report_of(slots, "cpu", pinned=True)
         self.copied, self.reported = torch.cuda.Event(), torch.cuda.Event()
 
 
