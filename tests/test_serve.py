@@ -24,7 +24,9 @@ CHATS = [FRANCE, COUNT, [{"role": "user", "content": "Compute 3 + 4."}]]
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    with serving(tmp_path_factory.mktemp("server"), "--max-batch", "8", "--max-length", "1000") as running:
+    with serving(
+        tmp_path_factory.mktemp("server"), "--max-batch", "8", "--max-length", "1000", "--top-logprobs", "3"
+    ) as running:
         yield running
 
 
@@ -194,6 +196,24 @@ def test_completion_logprobs_and_echo(client, models):
     assert [offset for part in seen for offset in part.text_offset] == echoed.logprobs.text_offset
 
 
+def test_top_logprobs_are_the_most_probable_tokens_of_the_reveal(client, models):
+    """Fewer than the server has room for, whole and streamed, of a chat and of completions."""
+    ids, settings = models[0].encode_prompt(FRANCE), {"temperature": 2.0, "seed": 3}
+    expected = generated(models, [ids], max_new_tokens=24, top_logprobs=2, **settings)[0].top_logprobs
+    assert expected[0][0][1] > expected[0][1][1]
+    text = models[0].tokenizer.decode
+    chat = {"model": "tiny-target", "messages": FRANCE, "max_tokens": 24, "logprobs": True, "top_logprobs": 2}
+    whole = client.chat.completions.create(**chat, **settings).choices[0].logprobs.content
+    stream = client.chat.completions.create(**chat, **settings, stream=True)
+    parts = [entry for c in stream for choice in c.choices if choice.logprobs for entry in choice.logprobs.content]
+    for entries in (whole, parts):
+        told = [[(other.token, other.logprob) for other in entry.top_logprobs] for entry in entries]
+        assert told == [[(text([id], skip_special_tokens=False), p) for id, p in best] for best in expected]
+    given = {"model": "tiny-target", "prompt": ids, "max_tokens": 24, "logprobs": 2}
+    shown = client.completions.create(**given, **settings).choices[0].logprobs
+    assert [set(best.values()) for best in shown.top_logprobs] == [{p for _, p in best} for best in expected]
+
+
 def test_a_stream_s_usage_and_chunks(client):
     given = {"model": "tiny-target", "messages": FRANCE, "n": 2, "stream": True}
     *chunks, last = client.chat.completions.create(**given, stream_options={"include_usage": True})
@@ -266,7 +286,8 @@ REFUSED = {
     "JSON mode": ({"response_format": {"type": "json_object"}}, "response_format"),
     "an unknown field": ({"extra_body": {"guided_regex": "a+"}}, "guided_regex"),
     "another block length": ({"extra_body": {"block_length": 8}}, "block_length"),
-    "more top_logprobs": ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    "more top_logprobs than OpenAI has": ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    "more top_logprobs than the server's": ({"logprobs": True, "top_logprobs": 4}, "top_logprobs"),
     "top_logprobs alone": ({"top_logprobs": 1}, "top_logprobs"),
     "no samples": ({"n": 0}, "n"),
     "too many samples": ({"n": 129}, "n"),

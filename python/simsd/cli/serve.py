@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from simsd.cli import options as opt
-from simsd.config import EngineConfig
+from simsd.config import MAX_TOP_LOGPROBS, EngineConfig
 from simsd.errors import SimsdError
 
 if TYPE_CHECKING:
@@ -56,6 +56,9 @@ def serve(
     block_length: opt.BlockLength = None,
     lookahead: opt.Lookahead = DEFAULTS.lookahead,
     max_rows: opt.MaxRows = None,
+    top_logprobs: Annotated[
+        int, _engine("top-logprobs", f"Most top_logprobs that a request may ask for, up to {MAX_TOP_LOGPROBS}.")
+    ] = DEFAULTS.top_logprobs,
 ) -> None:
     """Serve a model by OpenAI's API: chat, completions, streaming.
 
@@ -76,6 +79,7 @@ def serve(
         block_length=block_length,
         lookahead=lookahead,
         max_rows=max_rows,
+        top_logprobs=top_logprobs,
     )
     for option, value in (("max-body", max_body), ("timeout", timeout), ("grace", grace)):
         if not math.isfinite(value):

@@ -32,7 +32,7 @@ class Update:
         text: newly certain text, None without a tokenizer. All of a request's are together its result's text; a
             character is never split, and what may still become a stop string is held back.
         result: the result, once the request is done.
-        logprobs: of `tokens`, as `Result.logprobs` has them.
+        logprobs, top_logprobs: of `tokens`, as `Result` has them.
     """
 
     index: int
@@ -41,6 +41,7 @@ class Update:
     text: str | None = None
     result: Result | None = None
     logprobs: list[float] = dataclasses.field(default_factory=list)
+    top_logprobs: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
 
 
 class Request:
@@ -266,12 +267,13 @@ class Request:
         except Exception as error:  # its tokenizer's
             self.give_up_text(f"the text cannot be decoded: {one_line(error)}")
             tokens, text = self.take()
-        logprobs = self.logprobs[self.delivered - len(tokens) : self.delivered]
+        news = slice(self.delivered - len(tokens), self.delivered)
+        told = self.logprobs[news], self.top_logprobs[news]
         if self.finish_reason is not None:
-            return Update(self.index, tokens, [], text, self.result(), logprobs)
+            return Update(self.index, tokens, [], text, self.result(), *told)
         ahead = [] if self.unsettled else self.provisional[: self.limit - len(self.tokens)]
         end = next((i for i, token in enumerate(ahead) if token in self.end_ids), len(ahead) - 1)
-        return Update(self.index, tokens, ahead[: end + 1], text, None, logprobs)
+        return Update(self.index, tokens, ahead[: end + 1], text, None, *told)
 
     def touch(self) -> None:
         """Brings the running time up to now."""

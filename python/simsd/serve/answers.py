@@ -115,12 +115,12 @@ class Answer:
         return [None if token is None else self.tokenizer.decode([token]) for token in update.provisional]
 
     def _logprobs(self, choice: int, update: Update) -> dict:
-        return self._shaped(choice, update.tokens, update.logprobs)
+        return self._shaped(choice, update.tokens, update.logprobs, update.top_logprobs)
 
     def _whole_logprobs(self, choice: int, result: Result) -> dict:
         echo = self.ask.echoes[self.ask.prompt_of(choice)]
         before = self._of_prompt(choice) if echo else {}
-        behind = self._shaped(choice, result.tokens, result.logprobs)
+        behind = self._shaped(choice, result.tokens, result.logprobs, result.top_logprobs)
         return {name: before[name] + behind[name] for name in behind} if echo else behind
 
     def _of_prompt(self, choice: int) -> dict:

@@ -11,12 +11,11 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from simsd.config import DRAFTERS, REJECTED_TAILS, RULES, STRATEGIES, VERIFIERS
+from simsd.config import DRAFTERS, MAX_TOP_LOGPROBS, REJECTED_TAILS, RULES, STRATEGIES, VERIFIERS
 
 MAX_N = 128  # samples per prompt
 MAX_CHOICES = 512  # of one body: prompts times samples
 MAX_STOPS = 16
-MAX_TOP_LOGPROBS = 20
 UNSUPPORTED = "unsupported_parameter"
 
 # Values of fields of others' that ask for nothing. None asks for nothing, whatever the field.

@@ -50,9 +50,10 @@ def read(body: ChatRequest | CompletionRequest, service: Service) -> Ask:
     top_logprobs = (body.top_logprobs if chat else body.logprobs) or 0
     if chat and top_logprobs and not wants_logprobs:
         raise APIError(400, f"top_logprobs={top_logprobs} needs logprobs=true", param="top_logprobs")
-    if top_logprobs > (most := most_top_logprobs(service)):
+    if top_logprobs > (most := service.engine.config.top_logprobs):
         field = "top_logprobs" if chat else "logprobs"
-        raise APIError(400, f"{field} is at most {most} on this server, got {top_logprobs}", param=field)
+        message = f"{field} is at most {most} on this server (simsd serve --top-logprobs), got {top_logprobs}"
+        raise APIError(400, message, param=field)
     if body.block_length not in (None, served := service.engine.block_length):
         raise APIError(
             400, f"block_length is {served} on this server, got {body.block_length}: leave it out", param="block_length"
@@ -73,10 +74,6 @@ def read(body: ChatRequest | CompletionRequest, service: Service) -> Ask:
         top_logprobs=top_logprobs,
         step_map=bool(body.step_map),
     )
-
-
-def most_top_logprobs(service: Service) -> int:
-    return 0
 
 
 def encode_chat(messages: list[Message], service: Service) -> list[int]:
