@@ -12,6 +12,7 @@ import typer
 from simsd.cli import streams, threads
 from simsd.cli.audit import audit
 from simsd.cli.bench import bench
+from simsd.cli.chat import chat
 from simsd.cli.evaluate import evaluate
 from simsd.cli.generate import generate
 from simsd.cli.info import info
@@ -31,6 +32,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(generate)
+app.command()(chat)
 app.command()(bench)
 app.command()(evaluate)
 app.command()(audit)

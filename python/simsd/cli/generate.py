@@ -155,14 +155,14 @@ def _warm_up(target: LoadedModel, draft: LoadedModel | None, config: GenerationC
 
 def _decode(decoder: Decoder, stream: bool) -> bool:
     """Runs the decoder, printing text as it comes where asked; returns whether Ctrl-C ended it."""
-    from simsd.cli.text import StreamedText
+    from simsd.cli.text import StreamedText, before_end
 
     terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
     text = StreamedText(decoder.target.tokenizer, sys.stdout, terminal) if stream else None
     try:
         for update in decoder:
             if text is not None:
-                text.push(update.text, _before_end(update.provisional, decoder.end_ids))
+                text.push(update.text, before_end(update.provisional, decoder.end_ids))
     except KeyboardInterrupt:
         return True
     finally:
@@ -170,11 +170,6 @@ def _decode(decoder: Decoder, stream: bool) -> bool:
         if text is not None:
             text.end(decoder.result().text)
     return False
-
-
-def _before_end(block: list[int | None], end_ids: tuple[int, ...]) -> list[int | None]:
-    """The block as far as there is text: to its first end token."""
-    return block[: next((i for i, token in enumerate(block) if token in end_ids), len(block))]
 
 
 def _print(decoder: Decoder, prompt: str, as_json: bool, stream: bool, show_steps: bool) -> None:

@@ -14,7 +14,7 @@ from simsd.cli.text import HIDDEN, pieces, visible
 from simsd.text import REPLACEMENT
 
 if TYPE_CHECKING:
-    from simsd.results import Result
+    from simsd.results import Result, Stats
 
 # origin -> its mark under the text, its style, its line in the legend
 ORIGINS = {
@@ -117,11 +117,15 @@ def _rows(cells: list[Cell], width: int) -> Iterator[list[Cell]]:
 
 def statistics(result: Result) -> str:
     """Tokens, target forwards, acceptance and speed in one line."""
-    stats = result.stats
+    return counts(result.stats, f"{result.stats.new_tokens} tokens ({result.finish_reason})")
+
+
+def counts(stats: Stats, tokens: str) -> str:
+    """The same of any stats; `tokens`: how many, and what else there is to say of them."""
     forwards = f"{stats.target_forwards} target forward{'' if stats.target_forwards == 1 else 's'}"
     if stats.target_forwards:
         forwards += f" ({stats.new_tokens / stats.target_forwards:.1f} tokens each)"
-    parts = [f"{stats.new_tokens} tokens ({result.finish_reason})", forwards]
+    parts = [tokens, forwards]
     if stats.draft_forwards:
         parts.append(f"{stats.draft_forwards} of the draft")
     if stats.acceptance is not None:

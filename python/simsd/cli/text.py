@@ -85,6 +85,11 @@ def advance(text: str, column: int, width: int) -> tuple[int, int]:
     return rows, column
 
 
+def before_end(block: Sequence[int | None], end_ids: Sequence[int]) -> Sequence[int | None]:
+    """A block on its way as far as there is text: to its first end token."""
+    return block[: next((i for i, token in enumerate(block) if token in end_ids), len(block))]
+
+
 def block_text(tokenizer, tokens: Sequence[int | None]) -> str:
     """A block on its way in one line: `HIDDEN` for every masked position, symbols for control characters."""
     text = ""
