@@ -91,7 +91,7 @@ def chat(
     if not sys.stdin.isatty():
         return _from_pipe(answers)
     answers.note(_greeting(target, named, engine.capacity, single))
-    with _history():
+    with history():
         _talk(answers)
     return 0
 
@@ -237,7 +237,7 @@ def _no_echo() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _history() -> Iterator[None]:
+def history() -> Iterator[None]:
     """Arrow keys, and the lines of earlier chats, where Python has readline."""
     try:
         import readline

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 OFF = "off"
 COMMANDS = {
-    "/system": ("[TEXT]", f"sets the system turn; {OFF} removes it, nothing shows it"),
+    "/system": ("[TEXT]", f"sets the system turn, {OFF} removes it; alone: shows it"),
     "/reset": ("", "forgets what was said"),
-    "/seed": ("[N]", "sets the seed of the noise; nothing shows it"),
+    "/seed": ("[N]", "sets the seed of the noise; alone: shows it"),
     "/stats": ("", "tokens, forwards, acceptance and speed, of the last answer and of all"),
     "/help": ("", "this list"),
     "/exit": ("", "ends the chat"),
@@ -70,17 +70,15 @@ class Conversation:
         name, _, rest = line.strip().partition(" ")
         rest = rest.strip()
         if name not in COMMANDS:
-            raise SimsdError(
-                f"unknown command {name}: there are {', '.join(COMMANDS)} (a space before / makes it text)"
-            )
+            names = ", ".join(COMMANDS)
+            raise SimsdError(f"unknown command {name}: there are {names}; with a space before it, it is text")
         if rest and not COMMANDS[name][0]:
             raise SimsdError(f"{name} takes nothing behind it, got {rest!r:.80}")
         match name:
             case "/system":
                 return self._system(rest)
             case "/reset":
-                self.turns.clear()
-                return f"forgotten; the system turn stays: {self.system}" if self.system else "forgotten"
+                return self._reset()
             case "/seed":
                 return self._seed(rest)
             case "/stats":
@@ -94,6 +92,11 @@ class Conversation:
         if text:
             self.system = None if text == OFF else text
         return "no system turn" if self.system is None else f"system turn: {self.system}"
+
+    def _reset(self) -> str:
+        self.turns.clear()
+        done = "forgotten" if self.remembers else "nothing to forget: this model is asked each question by itself"
+        return f"{done}; the system turn stays: {self.system}" if self.system else done
 
     def _seed(self, text: str) -> str:
         if text:
