@@ -6,8 +6,10 @@ import contextlib
 import importlib.util
 import io
 import os
+import pathlib
 import pty
 import re
+import runpy
 import select
 import shutil
 import signal
@@ -226,6 +228,15 @@ class Session:
         self.type(f"{line}\r")
         return " ".join(self.read("\n> ").split())
 
+    def interrupt_prompt(self) -> None:
+        """Ctrl-C, and once more where it came between the prompt and Python's waiting for a key, which delays it."""
+        self.type("\x03")
+        deadline = time.monotonic() + PATIENCE
+        while not self.shown.endswith("Ctrl-D leaves.\n> "):
+            assert time.monotonic() < deadline, self.raw
+            if not self._more(3):
+                os.write(self.master, b"\x03")
+
     def leaves(self) -> int:
         """The exit code."""
         self._wait(lambda: self.process.poll() is not None)
@@ -241,10 +252,14 @@ class Session:
     def _wait(self, met: Callable[[], bool]) -> None:
         deadline = time.monotonic() + PATIENCE
         while not met():
-            if select.select([self.master], [], [], 0.2)[0]:
-                self.raw += os.read(self.master, 65536).decode(errors="replace")
-            elif not met():
+            if not self._more(0.2) and not met():
                 assert self.process.poll() is None and time.monotonic() < deadline, self.raw
+
+    def _more(self, seconds: float) -> bool:
+        """Whether there was more to read by then."""
+        if ready := bool(select.select([self.master], [], [], seconds)[0]):
+            self.raw += os.read(self.master, 65536).decode(errors="replace")
+        return ready
 
 
 @pytest.fixture
@@ -277,8 +292,8 @@ def test_a_chat_greets_answers_obeys_remembers_lines_and_leaves(chat, tmp_path):
     assert "/seed takes an integer" in session.ask("/seed x")
     assert session.ask("   ") == ">"
     assert "asked each question by itself" in session.ask("/reset")
-    session.type("never sent\x03")
-    session.read("Ctrl-D leaves.\n> ")
+    session.type("never sent")
+    session.interrupt_prompt()
     if readline:
         assert "seed 5;" in session.ask(7 * "\x1b[A")  # the lines of this chat, and that of an earlier one
     session.type("\x04")
@@ -299,8 +314,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(chat, endless):
     session.read_some(100)
     session.type("\x03")
     session.read("(stopped)\n> ")
-    session.type("\x03")  # at the prompt
-    session.read("Ctrl-D leaves.\n> ")
+    session.interrupt_prompt()
     session.type("and now\r")
     session.read_some(100)
     session.type("/exit\r")  # is not shown in the middle of the answer, and waits for the next prompt
@@ -354,3 +368,15 @@ def test_a_screen_looks_as_it_should_in_tmux(tmux, tmp_path):
     tmux("send-keys", "C-c")
     assert "> never sent" in screen("leaves.\n>")
     tmux("send-keys", "C-d")
+
+
+# The picture
+
+
+def test_the_guides_picture_is_what_is_drawn_now():
+    root = pathlib.Path(__file__).parents[1]
+    drawn = runpy.run_path(str(root / "examples" / "chat_picture.py"))["picture"]()
+    kept = (root / "docs" / "chat.svg").read_text(encoding="utf-8")
+    shown, expected = (re.findall(r"<text[^>]*>([^<]*)</text>", svg.replace("&#160;", " ")) for svg in (drawn, kept))
+    assert shown == expected and [text for text in shown if text.strip()][-2:] == ["The capital", " of· is Paris"]
+    assert "http" not in drawn.replace("http://www.w3.org", "")  # it loads nothing
