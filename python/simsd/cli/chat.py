@@ -170,8 +170,13 @@ class Answers:
 
 def _talk(answers: Answers) -> None:
     """Reads and answers until Ctrl-D or /exit."""
+    interrupted = False
     while not answers.conversation.over:
         try:
+            if interrupted:  # said here, where a further interrupt does no harm
+                interrupted = False
+                print(file=sys.stderr)
+                answers.note(HOW_TO)
             line = _read_line()
             with _no_echo():
                 _take(answers, line)
@@ -179,8 +184,7 @@ def _talk(answers: Answers) -> None:
             print(file=sys.stderr)
             return
         except KeyboardInterrupt:
-            print(file=sys.stderr)
-            answers.note(HOW_TO)
+            interrupted = True
         except SimsdError as error:
             answers.note(str(error))
 
