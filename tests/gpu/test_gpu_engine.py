@@ -37,6 +37,14 @@ def test_temporal_texts_do_not_depend_on_the_batch(pair, jobs):
     check(serve(simsd.Engine(*pair, max_batch=4, max_length=256), temporal), temporal)
 
 
+def test_the_most_probable_ids_are_native_decodings_in_replays(pair, jobs):
+    results = serve(simsd.Engine(*pair, max_batch=4, max_length=256, top_logprobs=5), jobs, drafter="model")
+    check(results, jobs)
+    for job, (prompt, own, _) in enumerate(jobs):
+        (alone,) = simsd.generate(pair[0], [prompt], None, verify="none", max_batch=1, top_logprobs=5, **own)
+        assert results[job].top_logprobs == alone.top_logprobs
+
+
 @pytest.mark.parametrize("drafter", ["model", "auto"])
 def test_texts_do_not_depend_on_a_draft_with_a_stream_of_its_own(pair, jobs, drafter):
     cancels = (1, 3, 6)
