@@ -11,6 +11,7 @@ import typer
 
 from simsd.cli import streams, threads
 from simsd.cli.audit import audit
+from simsd.cli.batch import batch
 from simsd.cli.bench import bench
 from simsd.cli.chat import chat
 from simsd.cli.evaluate import evaluate
@@ -40,6 +41,7 @@ app.command()(models)
 app.command()(info)
 app.command()(mask)
 app.command()(serve)
+app.command()(batch)
 
 
 def _print_version(wanted: bool) -> None:

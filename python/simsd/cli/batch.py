@@ -1,0 +1,70 @@
+"""`simsd batch PROMPTS OUTPUT`: `simsd.ray.batch` of a file of prompts."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from simsd.cli import options as opt
+from simsd.cli.prompts import read_requests
+from simsd.errors import SimsdError
+
+
+def batch(
+    prompts: Annotated[
+        Path,
+        typer.Argument(help='One prompt per line, or JSON lines with "prompt" or "messages" and, if you like, "id".'),
+    ],
+    output: Annotated[Path, typer.Argument(help="The folder of results: a new one, or that of the same job before.")],
+    target: opt.Target = opt.TARGET,
+    draft: opt.Draft = None,
+    dtype: opt.Dtype = "auto",
+    device: Annotated[str, typer.Option("--device", help="Of a worker: auto, cpu or cuda (one GPU).")] = "auto",
+    workers: Annotated[int, typer.Option("--workers", help="Processes, each with an engine.")] = 1,
+    cpus: Annotated[int, typer.Option("--cpus", help="CPUs of a worker.")] = 1,
+    max_batch: Annotated[
+        int, typer.Option("--batch", help="Texts that a worker decodes at a time, at most.")
+    ] = opt.DEFAULTS.max_batch,
+    shard_rows: Annotated[int, typer.Option("--shard-rows", help="Rows that a worker gets at a time.")] = 512,
+    max_new_tokens: opt.MaxNewTokens = opt.DEFAULTS.max_new_tokens,
+    verify: opt.Verify = opt.DEFAULTS.verify,
+    strategy: opt.Strategy = opt.DEFAULTS.strategy,
+    steps: opt.Steps = None,
+    threshold: opt.Threshold = opt.DEFAULTS.threshold,
+    temperature: opt.Temperature = opt.DEFAULTS.temperature,
+    top_k: opt.TopK = opt.DEFAULTS.top_k,
+    top_p: opt.TopP = opt.DEFAULTS.top_p,
+    seed: opt.Seed = 0,
+) -> None:
+    """Decode a file of prompts on a Ray cluster (that of RAY_ADDRESS, else one on this machine).
+
+    Called again after an interrupt, it does what is missing.
+    """
+    config = opt.config_from(locals())
+    requests = read_requests(prompts)
+    with_ids = [request for request in requests if "id" in request.given]
+    if with_ids and len(with_ids) < len(requests):
+        raise SimsdError(
+            f"{prompts}: {len(with_ids)} of {len(requests)} prompts have an id: give all of them one, or none"
+        )
+    rows = [{"prompt": request.prompt} | request.given for request in requests]
+
+    from simsd import ray
+
+    report = ray.batch(
+        rows,
+        target,
+        opt.draft_name(target, draft),
+        config,
+        output=output,
+        id="id" if with_ids else None,
+        workers=workers,
+        cpus=cpus,
+        device=device,
+        dtype=dtype,
+        shard_rows=shard_rows,
+    )
+    print(f"{report.rows} rows in {report.output}, {report.failed} failed", file=sys.stderr)

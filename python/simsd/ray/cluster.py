@@ -1,0 +1,63 @@
+"""The Ray cluster that this process works on."""
+
+from __future__ import annotations
+
+import os
+
+from simsd.errors import SimsdError
+
+EXTRA = 'Ray is not installed: pip install "simsd-kernels[ray]"'
+
+
+def connect() -> None:
+    """To the cluster of RAY_ADDRESS, or to one of this machine, started here, that ends with the process; nothing where
+    the process has one. No usage statistics are sent, unless RAY_USAGE_STATS_ENABLED asks for them.
+
+    Raises:
+        SimsdError: Ray is not installed, or there is no cluster at RAY_ADDRESS.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read at the import
+    try:
+        import ray
+    except ImportError:
+        raise SimsdError(EXTRA) from None
+    if ray.is_initialized():
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    try:
+        settings = {} if address else {"include_dashboard": False}
+        ray.init(log_to_driver=False, logging_level="warning", **settings)
+    except ConnectionError as error:
+        raise SimsdError(
+            f"no Ray cluster answers at RAY_ADDRESS={address}: start one (ray start --head), or unset it"
+        ) from error
+
+
+def worker_device(device: str, cpus: int, workers: int, reads: bool) -> str:
+    """The device of a worker: "cpu" or "cuda", what "auto" means on this cluster.
+
+    Args:
+        reads: whether the rows are read by Ray's tasks, for which workers must leave a CPU.
+
+    Raises:
+        SimsdError: another device, or no node of the cluster has what a worker needs.
+    """
+    import ray
+
+    if device not in ("auto", "cpu", "cuda"):
+        raise SimsdError(f"device must be auto, cpu or cuda (Ray chooses which GPU), got {device!r}")
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = any(node.get("GPU", 0) >= 1 for node in nodes)
+    if device == "cuda" and not gpus:
+        raise SimsdError("device='cuda', and no node of the Ray cluster has a GPU: add one, or use device='cpu'")
+    own = [int(node.get("CPU", 0)) for node in nodes]
+    if cpus > max(own):
+        raise SimsdError(
+            f"a worker needs {cpus} CPUs, and no node of the Ray cluster has more than {max(own)}: lower cpus"
+        )
+    if reads and workers * cpus >= sum(own):
+        raise SimsdError(
+            f"{workers} workers with {cpus} CPUs each hold all {sum(own)} of the cluster, and the tasks that read the"
+            " dataset need one: lower workers"
+        )
+    return "cuda" if gpus and device != "cpu" else "cpu"

@@ -1,0 +1,87 @@
+"""What a worker of a job does: it holds an engine, and takes blocks of rows."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pyarrow as pa
+import torch
+
+from simsd.config import GenerationConfig
+from simsd.engine.engine import Engine
+from simsd.errors import OutOfMemoryError, SimsdError, one_line
+from simsd.models.loading import load
+from simsd.ray.rows import prompt_of
+from simsd.results import Result
+from simsd.seeds import row_seed
+
+COLUMNS = {
+    "text": pa.string(),
+    "tokens": pa.list_(pa.int32()),
+    "finish_reason": pa.string(),
+    "error": pa.string(),
+    "seed": pa.int64(),
+    "prompt_tokens": pa.int32(),
+    "target_forwards": pa.int32(),
+    "draft_forwards": pa.int32(),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What all workers of a job do alike. `config.seed` is an int, of which rows' seeds are derived."""
+
+    target: str
+    draft: str | None
+    config: GenerationConfig
+    device: str
+    dtype: str
+    cpus: int
+
+
+class Worker:
+    """A process of its own, with one engine for all its blocks."""
+
+    def __init__(self, work: Work) -> None:
+        torch.set_num_threads(work.cpus)
+        device = torch.device(work.device)
+        target = load(work.target, device=device, dtype=work.dtype)
+        draft = None if work.draft is None else load(work.draft, device=device, dtype=work.dtype)
+        self.engine, self.config = Engine(target, draft, work.config.engine()), work.config
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        """Columns `id` and `COLUMNS` of a block with columns `id` and `prompt`. A row that cannot be decoded has its
+        `error`, and what else is known of it."""
+        places: dict[int, int] = {}
+        answers = [dict.fromkeys(COLUMNS) for _ in range(rows.num_rows)]
+        for place, (row, prompt) in enumerate(zip(rows["id"].to_pylist(), rows["prompt"].to_pylist(), strict=True)):
+            seed = answers[place]["seed"] = row_seed(self.config.seed, row)
+            try:
+                places[self.engine.add(prompt_of(prompt), self.config.sampling(seed))] = place
+            except SimsdError as error:
+                answers[place] |= {"finish_reason": "failed", "error": one_line(error)}
+        while self.engine.busy:
+            try:
+                updates = self.engine.step()
+            except OutOfMemoryError:
+                raise  # no row's own fault: the settings must change
+            except Exception:
+                continue  # the engine finds out whose fault it is, and fails that request
+            for update in updates:
+                if update.result is not None:
+                    answers[places[update.index]] = _columns(update.result)
+        columns = {name: pa.array([answer[name] for answer in answers], kind) for name, kind in COLUMNS.items()}
+        return pa.table({"id": rows["id"], **columns})
+
+
+def _columns(result: Result) -> dict[str, object]:
+    return {
+        "text": result.text,
+        "tokens": result.tokens,
+        "finish_reason": result.finish_reason,
+        "error": result.error,
+        "seed": result.seed,
+        "prompt_tokens": len(result.prompt_tokens),
+        "target_forwards": result.stats.target_forwards,
+        "draft_forwards": result.stats.draft_forwards,
+    }
