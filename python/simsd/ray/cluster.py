@@ -33,11 +33,8 @@ def connect() -> None:
         ) from error
 
 
-def worker_device(device: str, cpus: int, workers: int, reads: bool) -> str:
+def worker_device(device: str, cpus: int) -> str:
     """The device of a worker: "cpu" or "cuda", what "auto" means on this cluster.
-
-    Args:
-        reads: whether the rows are read by Ray's tasks, for which workers must leave a CPU.
 
     Raises:
         SimsdError: another device, or no node of the cluster has what a worker needs.
@@ -55,9 +52,16 @@ def worker_device(device: str, cpus: int, workers: int, reads: bool) -> str:
         raise SimsdError(
             f"a worker needs {cpus} CPUs, and no node of the Ray cluster has more than {max(own)}: lower cpus"
         )
-    if reads and workers * cpus >= sum(own):
+    return "cuda" if gpus and device != "cpu" else "cpu"
+
+
+def check_room(workers: int, cpus: int) -> None:
+    """Raises SimsdError where workers hold all CPUs, and none is left for the tasks that read a dataset: Ray would wait
+    forever."""
+    import ray
+
+    if workers * cpus >= (all_cpus := int(ray.cluster_resources().get("CPU", 0))):
         raise SimsdError(
-            f"{workers} workers with {cpus} CPUs each hold all {sum(own)} of the cluster, and the tasks that read the"
+            f"{workers} workers with {cpus} CPUs each hold all {all_cpus} of the cluster, and the tasks that read the"
             " dataset need one: lower workers"
         )
-    return "cuda" if gpus and device != "cpu" else "cpu"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from simsd.config import GenerationConfig, SamplingParams, config_with, integer
 from simsd.errors import SimsdError, one_line
-from simsd.ray.cluster import connect, worker_device
+from simsd.ray.cluster import check_room, connect, worker_device
 from simsd.seeds import fresh_seed
 
 if TYPE_CHECKING:
@@ -109,7 +109,9 @@ def batch(
     from simsd.ray.worker import Work
 
     began, source = time.perf_counter(), source_of(rows, id, prompt)
-    device = worker_device(device, cpus, workers, reads=not isinstance(source, pa.Table))
+    device = worker_device(device, cpus)
+    if not isinstance(source, pa.Table):
+        check_room(workers, cpus)
     with Output(output) as results, _errors():
         ids, digest = scan(source)
         if config.seed is None:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 import pyarrow as pa
-import torch
 
 from simsd.config import GenerationConfig
-from simsd.engine.engine import Engine
 from simsd.errors import OutOfMemoryError, SimsdError, one_line
-from simsd.models.loading import load
+from simsd.ray.engine import engine_of
 from simsd.ray.rows import prompt_of
 from simsd.results import Result
 from simsd.seeds import row_seed
@@ -43,11 +41,8 @@ class Worker:
     """A process of its own, with one engine for all its blocks."""
 
     def __init__(self, work: Work) -> None:
-        torch.set_num_threads(work.cpus)
-        device = torch.device(work.device)
-        target = load(work.target, device=device, dtype=work.dtype)
-        draft = None if work.draft is None else load(work.draft, device=device, dtype=work.dtype)
-        self.engine, self.config = Engine(target, draft, work.config.engine()), work.config
+        self.engine = engine_of(work.target, work.draft, work.config.engine(), work.device, work.dtype, work.cpus)
+        self.config = work.config
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         """Columns `id` and `COLUMNS` of a block with columns `id` and `prompt`. A row that cannot be decoded has its
