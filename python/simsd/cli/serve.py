@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +14,8 @@ from simsd.config import MAX_TOP_LOGPROBS, EngineConfig
 from simsd.errors import SimsdError
 
 if TYPE_CHECKING:
+    import socket
+
     from simsd.engine.engine import Engine
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -45,6 +47,12 @@ def serve(
     grace: Annotated[float, _server("grace", "Seconds that requests have to end when the server stops.", min=0)] = 30.0,
     origin: Annotated[
         list[str] | None, _server("allow-origin", "Web origin that may ask (CORS), or *; may be given more than once.")
+    ] = None,
+    replicas: Annotated[
+        int, _server("replicas", "Processes with an engine each, on a Ray cluster; needs simsd-kernels\\[ray].", min=1)
+    ] = 1,
+    autoscale: Annotated[
+        str | None, _server("autoscale", "Replicas at least and at most, by their load.", metavar="MIN:MAX")
     ] = None,
     max_batch: Annotated[int, _engine("max-batch", "Requests to decode at a time.")] = 32,
     max_length: Annotated[
@@ -86,7 +94,12 @@ def serve(
             raise SimsdError(f"--{option} must be a finite number, got {value}")
     if api_key == "":
         raise SimsdError("--api-key is empty: give one, or leave the option out")
+    if host not in LOOPBACK and api_key is None:
+        print(f"anybody who reaches {host} may ask: --api-key asks for a key", file=sys.stderr)
     bound = listen(host, port)  # before a model is loaded for nothing
+    if replicas > 1 or autoscale is not None:
+        _serve_replicas(locals(), bound)
+        return
     engine = _engine_of(model, draft, dtype, device, config)
     settings = Settings(
         name=name or model,
@@ -96,13 +109,24 @@ def serve(
         allow_origins=tuple(origin or ()),
     )
     service = Service(engine)
-    if host not in LOOPBACK and api_key is None:
-        print(f"anybody who reaches {host} may ask: --api-key asks for a key", file=sys.stderr)
 
     def ready() -> None:
         print(f"serving {settings.name} at {url_of(bound)}/v1 (Ctrl-C stops)", flush=True)
 
     run(build_app(service, settings), service, bound, grace, ready)
+
+
+def _serve_replicas(values: dict[str, Any], bound: socket.socket) -> None:
+    """By Ray Serve, with the command's arguments; `bound` is given up for the proxy that listens there."""
+    from simsd.ray.deployment import Arguments, run
+    from simsd.serve.run import url_of
+
+    given = {name: value for name, value in values.items() if name in Arguments.model_fields and value is not None}
+    arguments = Arguments(**given | {"draft": opt.draft_name(values["model"], values["draft"])})
+    (host, port), url = bound.getsockname()[:2], url_of(bound)
+    print(f"starting replicas of {arguments.model} by Ray Serve ...", file=sys.stderr)
+    bound.close()
+    run(arguments, host, port, lambda: print(f"serving {arguments.served_name} at {url}/v1 (Ctrl-C stops)", flush=True))
 
 
 def _engine_of(model: str, draft: str | None, dtype: str, device: str, config: EngineConfig) -> Engine:

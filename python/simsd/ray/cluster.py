@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import logging
 import os
 
 from simsd.errors import SimsdError
@@ -23,6 +25,9 @@ def connect() -> None:
         raise SimsdError(EXTRA) from None
     if ray.is_initialized():
         return
+    for name in ("ray.data", "ray.serve"):  # what they have done, line by line
+        importlib.import_module(name)
+        logging.getLogger(name).setLevel(logging.WARNING)
     address = os.environ.get("RAY_ADDRESS")
     try:
         settings = {} if address else {"include_dashboard": False}

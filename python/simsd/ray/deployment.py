@@ -13,6 +13,7 @@ import pydantic
 
 from simsd.config import EngineConfig
 from simsd.errors import SimsdError
+from simsd.models.checkpoint import find
 from simsd.ray.cluster import EXTRA, connect, worker_device
 
 try:
@@ -39,7 +40,7 @@ class Arguments(pydantic.BaseModel, extra="forbid"):
         device: of a replica: "cpu", "cuda" (one GPU) or "auto". dtype: see `simsd.load`. cpus: of a replica.
         name: that clients ask for; None: the model's. api_key: that they must send.
         max_body: MiB of a request. timeout: seconds that a request may take. grace: seconds that requests have to end
-            when their replica stops.
+            when their replica stops. origin: web pages that may ask.
         max_queue: requests that may wait at a replica. The rest: see `EngineConfig`.
     """
 
@@ -55,6 +56,7 @@ class Arguments(pydantic.BaseModel, extra="forbid"):
     max_body: float = pydantic.Field(4.0, gt=0)
     timeout: float = pydantic.Field(600.0, gt=0)
     grace: float = pydantic.Field(30.0, ge=0)
+    origin: tuple[str, ...] = ()
     max_queue: int = 256
     max_batch: int = 32
     max_length: int | None = None
@@ -62,6 +64,10 @@ class Arguments(pydantic.BaseModel, extra="forbid"):
     block_length: int | None = None
     lookahead: int = EngineConfig.lookahead
     max_rows: int | None = None
+
+    @property
+    def served_name(self) -> str:
+        return self.name or self.model
 
     def engine(self) -> EngineConfig:
         names = ("max_queue", "max_batch", "max_length", "kv_memory", "block_length", "lookahead", "max_rows")
@@ -87,10 +93,11 @@ class Replica:
         engine.generate([[]], max_new_tokens=2 * engine.block_length, end_token_ids=())  # warms up
         self.service = Service(engine)
         self.settings = Settings(
-            name=given.name or given.model,
+            name=given.served_name,
             api_key=given.api_key,
             max_body_bytes=int(given.max_body * MIB),
             timeout=given.timeout,
+            allow_origins=given.origin,
         )
 
     def __serve_build_asgi_app__(self):
@@ -107,9 +114,12 @@ def app(arguments: Arguments) -> serve.Application:
     """The application that `serve run simsd.ray.deployment:app name=value ...` runs.
 
     Raises:
-        SimsdError: a wrong argument, or a cluster without what a replica needs.
+        SimsdError: a wrong argument, a model that is not there, or a cluster without what a replica needs.
     """
     config, (low, high) = arguments.engine(), arguments.scale()
+    for model in (arguments.model, arguments.draft):
+        if model is not None:
+            find(model)  # rather than by replicas that try again and again
     device = worker_device(arguments.device, arguments.cpus)
     scale = {"num_replicas": low}
     if arguments.autoscale is not None:
