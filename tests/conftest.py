@@ -6,6 +6,7 @@ import io
 import os
 import sys
 import zlib
+from collections.abc import Iterator
 
 import pytest
 
@@ -83,6 +84,18 @@ def pair(tmp_path_factory) -> list[str]:
     target = byte_pair.write_model(folder / "target")
     draft = byte_pair.write_model(folder / "draft", hidden_size=16)
     return ["--target", str(target), "--draft", str(draft)]
+
+
+@pytest.fixture(scope="module")
+def ray_cluster() -> Iterator[str]:
+    """A Ray cluster of this machine with two CPUs; its address."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    ray = pytest.importorskip("ray")
+    ray.init(
+        num_cpus=2, include_dashboard=False, object_store_memory=200 * 2**20, log_to_driver=False, logging_level="error"
+    )
+    yield ray.get_runtime_context().gcs_address
+    ray.shutdown()
 
 
 @pytest.fixture

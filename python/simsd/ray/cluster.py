@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import os
+from collections.abc import Iterator
 
 from simsd.errors import SimsdError
 
+# Of Ray Data: errors as they were raised, and workers that die while they load their models replaced some times.
+SETTINGS = {
+    "enable_progress_bars": False,
+    "print_on_execution_start": False,
+    "raise_original_map_exception": True,
+    "max_consecutive_actor_init_deaths": 3,
+}
 EXTRA = 'Ray is not installed: pip install "simsd-kernels[ray]"'
 
 
@@ -25,9 +34,9 @@ def connect() -> None:
         raise SimsdError(EXTRA) from None
     if ray.is_initialized():
         return
-    for name in ("ray.data", "ray.serve"):  # what they have done, line by line
+    for name in ("ray.data", "ray.serve"):  # what goes wrong is told by errors
         importlib.import_module(name)
-        logging.getLogger(name).setLevel(logging.WARNING)
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     address = os.environ.get("RAY_ADDRESS")
     try:
         settings = {} if address else {"include_dashboard": False}
@@ -70,3 +79,19 @@ def check_room(workers: int, cpus: int) -> None:
             f"{workers} workers with {cpus} CPUs each hold all {all_cpus} of the cluster, and the tasks that read the"
             " dataset need one: lower workers"
         )
+
+
+@contextlib.contextmanager
+def configured(rows: object) -> Iterator[None]:
+    """Ray Data's `SETTINGS`, for a dataset or, where `rows` is none, for new ones."""
+    import ray.data
+
+    context = rows.context if isinstance(rows, ray.data.Dataset) else ray.data.DataContext.get_current()
+    before = {name: getattr(context, name) for name in SETTINGS}
+    try:
+        for name, value in SETTINGS.items():
+            setattr(context, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(context, name, value)

@@ -28,6 +28,7 @@ except ImportError as error:
     raise SimsdError(f"{EXTRA} ({error})") from None
 
 NAME = "simsd"  # of the application, among those of the cluster
+STARTS = 3  # of a deployment's replicas that fail, before it does
 SECONDS_TO_END = 5.0  # of a replica, beside what its requests have
 
 
@@ -133,6 +134,7 @@ def app(arguments: Arguments) -> serve.Application:
         max_ongoing_requests=config.max_batch + config.max_queue,
         max_queued_requests=high * config.max_queue,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
+        max_constructor_retry_count=STARTS,
         graceful_shutdown_timeout_s=arguments.grace + SECONDS_TO_END,
         **scale,
     )
@@ -158,12 +160,13 @@ def run(arguments: Arguments, host: str, port: int, ready: Callable[[], None]) -
         ready()
         stop.wait()
     except RuntimeError as error:  # Ray Serve's word for replicas that do not start
-        raise SimsdError(f"the replicas do not start: {_reason(error)}") from error
+        raise SimsdError(f"the replicas do not start: {_reason() or error}") from error
     finally:
         serve.delete(NAME)
 
 
-def _reason(error: Exception) -> str:
-    """The last line of what Ray Serve says, which is the replica's own error."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+def _reason() -> str:
+    """What ended the last replica: the last line of what Ray Serve knows of it."""
+    deployments = serve.status().applications[NAME].deployments
+    lines = [line.strip() for deployment in deployments.values() for line in deployment.message.splitlines()]
+    return next((line for line in reversed(lines) if line), "").removeprefix("simsd.errors.SimsdError: ")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from simsd.config import GenerationConfig, SamplingParams, config_with, integer
 from simsd.errors import SimsdError, one_line
-from simsd.ray.cluster import check_room, connect, worker_device
+from simsd.ray.cluster import check_room, configured, connect, worker_device
 from simsd.seeds import fresh_seed
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from simsd.ray.worker import Work
 
 SHARD_ROWS = 512
-DEATHS = 3  # of workers in a row while they load their models, before the job ends
 TOLD_EVERY = 10.0  # seconds between two lines of progress
 
 
@@ -112,7 +111,7 @@ def batch(
     device = worker_device(device, cpus)
     if not isinstance(source, pa.Table):
         check_room(workers, cpus)
-    with Output(output) as results, _errors():
+    with Output(output) as results, configured(rows), _errors():
         ids, digest = scan(source)
         if config.seed is None:
             config = dataclasses.replace(config, seed=(results.manifest() or {}).get("seed", fresh_seed()))
@@ -141,7 +140,6 @@ def _decoded(
     from simsd.ray.worker import Worker
 
     dataset = shards(source, done, shard_rows)
-    dataset.context.max_consecutive_actor_init_deaths = DEATHS
     # Ray Data starts workers that die again, and gives them their shards again, until nothing has come for half an hour
     # (RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S).
     results = dataset.map_batches(
@@ -175,7 +173,7 @@ def _errors() -> Iterator[None]:
         while own is not None and (not isinstance(own, SimsdError) or isinstance(own, RayError)):
             own = getattr(own, "cause", None) or own.__cause__
         if own is not None:
-            raise type(own)(*own.args) from error
+            raise type(own)(str(own).partition("\n")[0]) from error  # behind it Ray says how it would be tried again
         raise SimsdError(
             f"the job has ended early: {one_line(error)}; what is done stays, and the same call goes on from there"
         ) from error

@@ -69,9 +69,9 @@ class Output:
             raise SimsdError(f"{file} cannot be read ({one_line(error)}): name another output") from error
 
     def claim(self, manifest: dict[str, Any]) -> None:
-        """Writes the manifest or, where there is one, raises SimsdError unless it is the same."""
+        """Writes the manifest or, where there are parts, raises SimsdError unless theirs is the same."""
         manifest, before = json.loads(json.dumps(manifest)), self.manifest()
-        if before is None:
+        if before is None or not self._parts():
             self._write(MANIFEST, lambda file: file.write_text(json.dumps(manifest, indent=1) + "\n"))
             return
         for name in dict.fromkeys([*manifest, *before]):

@@ -26,9 +26,7 @@ def source_of(rows: ray.data.Dataset | Iterable[Any], id_column: str | None, pro
     import ray.data
 
     if isinstance(rows, ray.data.Dataset):
-        source = dataset_of(rows, id_column, prompt_column)
-        source.context.enable_progress_bars = source.context.print_on_execution_start = False
-        return source
+        return dataset_of(rows, id_column, prompt_column)
     if isinstance(rows, str | bytes | dict) or not isinstance(rows, Iterable):
         raise SimsdError(f"rows must be a list of prompts or of dicts, or a Ray dataset, got {type(rows).__name__}")
     return table_of(rows, id_column, prompt_column)
@@ -131,9 +129,8 @@ def shards(source: Source, done: pa.ChunkedArray | None, shard_rows: int) -> ray
     if isinstance(source, pa.Table):
         # Cut here: on a cluster whose CPUs are all held by workers, no task would run.
         rows = source if done is None else without(source, done)
-        dataset = ray.data.from_arrow([rows.slice(i, shard_rows) for i in range(0, rows.num_rows, shard_rows)])
-        dataset.context.enable_progress_bars = dataset.context.print_on_execution_start = False
-        return dataset
+        cut = [rows.slice(i, shard_rows) for i in range(0, rows.num_rows, shard_rows)]
+        return ray.data.from_arrow(cut)
     if done is not None:
         source = source.map_batches(without, batch_size=None, batch_format="pyarrow", fn_kwargs={"ids": done})
     return source.repartition(target_num_rows_per_block=shard_rows, strict=True)

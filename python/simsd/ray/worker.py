@@ -7,6 +7,7 @@ import dataclasses
 import pyarrow as pa
 
 from simsd.config import GenerationConfig
+from simsd.engine.pair import check_params
 from simsd.errors import OutOfMemoryError, SimsdError, one_line
 from simsd.ray.engine import engine_of
 from simsd.ray.rows import prompt_of
@@ -41,12 +42,18 @@ class Worker:
     """A process of its own, with one engine for all its blocks."""
 
     def __init__(self, work: Work) -> None:
-        self.engine = engine_of(work.target, work.draft, work.config.engine(), work.device, work.dtype, work.cpus)
-        self.config = work.config
+        self.config, self.error = work.config, None
+        try:
+            self.engine = engine_of(work.target, work.draft, work.config.engine(), work.device, work.dtype, work.cpus)
+            check_params(self.engine.target, self.engine.draft, work.config.sampling(0), self.engine.block_length)
+        except SimsdError as error:
+            self.error = error  # raised by the first block: a worker that does not start is started again
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         """Columns `id` and `COLUMNS` of a block with columns `id` and `prompt`. A row that cannot be decoded has its
-        `error`, and what else is known of it."""
+        `error`, and what else is known of it. Raises SimsdError where no row could be."""
+        if self.error is not None:
+            raise self.error
         places: dict[int, int] = {}
         answers = [dict.fromkeys(COLUMNS) for _ in range(rows.num_rows)]
         for place, (row, prompt) in enumerate(zip(rows["id"].to_pylist(), rows["prompt"].to_pylist(), strict=True)):

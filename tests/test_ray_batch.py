@@ -1,0 +1,230 @@
+"""simsd.ray.batch on a cluster of this machine with two workers: texts are those of one process, whoever dies meanwhile."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import byte_pair
+import simsd
+from simsd import SimsdError
+from simsd.seeds import row_seed
+
+ray = pytest.importorskip("ray")
+pq = pytest.importorskip("pyarrow.parquet")
+
+from ray_processes import ray_workers  # noqa: E402
+
+from simsd.ray import batch  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+QUESTIONS = [f"What is {a} + {b}?" for a in range(12) for b in range(10)]
+SAMPLED = {"temperature": 0.8, "seed": 3, "max_new_tokens": 48, "end_token_ids": ()}
+
+
+def rows_of(folder: Path) -> dict:
+    """Results by id."""
+    rows = [row for part in sorted(folder.glob("part-*.parquet")) for row in pq.read_table(part).to_pylist()]
+    assert len({row["id"] for row in rows}) == len(rows)
+    return {row["id"]: row for row in rows}
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict:
+    """What one process makes of QUESTIONS."""
+    seeds = [row_seed(SAMPLED["seed"], number) for number in range(len(QUESTIONS))]
+    results = simsd.generate("tiny-target", QUESTIONS, "tiny-draft", **SAMPLED | {"seed": seeds})
+    return dict(enumerate(results))
+
+
+def assert_same(rows: dict, alone: dict) -> None:
+    assert rows.keys() == alone.keys()
+    for number, result in alone.items():
+        row = rows[number]
+        found = (row["tokens"], row["text"], row["finish_reason"], row["seed"], row["error"])
+        assert found == (result.tokens, result.text, result.finish_reason, result.seed, None)
+
+
+def wait_for(condition, seconds: float = 120) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "nothing has come of it"
+        time.sleep(0.01)
+
+
+def parts(folder: Path) -> int:
+    return len(list(folder.glob("part-*.parquet")))
+
+
+def test_a_worker_that_is_killed_in_the_middle_costs_no_row_and_changes_no_text(ray_cluster, tmp_path, alone):
+    reports: list = []
+
+    def run() -> None:
+        reports.append(
+            batch(QUESTIONS, "tiny-target", "tiny-draft", output=tmp_path, workers=2, shard_rows=6, **SAMPLED)
+        )
+
+    job = threading.Thread(target=run)
+    job.start()
+    wait_for(lambda: parts(tmp_path) >= 2 and len(ray_workers("Worker")) == 2)
+    victim = ray_workers("Worker")[0]
+    os.kill(victim, signal.SIGKILL)
+    assert parts(tmp_path) < len(QUESTIONS) / 6  # it was in the middle
+    job.join(120)
+    (report,) = reports
+    assert (report.rows, report.decoded, report.failed) == (len(QUESTIONS), len(QUESTIONS), 0)
+    assert report.tokens == sum(len(result.tokens) for result in alone.values())
+    assert_same(rows_of(tmp_path), alone)
+
+
+def test_after_its_own_process_is_killed_the_same_call_does_what_is_missing(ray_cluster, tmp_path, alone):
+    program = (
+        "import json, sys\n"
+        "from simsd.ray import batch\n"
+        "questions, output, settings = json.loads(sys.argv[1])\n"
+        "batch(questions, 'tiny-target', 'tiny-draft', output=output, workers=2, shard_rows=6, **settings)\n"
+    )
+    given = json.dumps([QUESTIONS, str(tmp_path), SAMPLED])
+    job = subprocess.Popen([sys.executable, "-c", program, given], env=os.environ | {"RAY_ADDRESS": ray_cluster})
+    wait_for(lambda: parts(tmp_path) >= 3 or job.poll() is not None)
+    job.kill()
+    job.wait()
+    done = {number: row["text"] for number, row in rows_of(tmp_path).items()}
+    assert 0 < len(done) < len(QUESTIONS)
+    again = {"output": tmp_path, "workers": 2, "shard_rows": 20} | SAMPLED
+    report = batch(QUESTIONS, "tiny-target", "tiny-draft", **again)
+    assert report.decoded == len(QUESTIONS) - len(done)
+    assert_same(rows_of(tmp_path), alone)
+    assert batch(QUESTIONS, "tiny-target", "tiny-draft", **again).decoded == 0
+
+
+def test_a_dataset_s_rows_keep_their_ids_and_a_bad_prompt_fails_its_own_row(ray_cluster, tmp_path):
+    prompts = {
+        "chat": [{"role": "user", "content": "What is 3 + 4?"}],
+        "no content": [{"role": "user"}],
+        "no turns": [],
+        "long": [{"role": "user", "content": "What is 3 + 4? " * 2000}],
+    }
+    dataset = ray.data.from_items([{"key": key, "chat": chat} for key, chat in prompts.items()])
+    settings = {"output": tmp_path, "id": "key", "prompt": "chat", "max_new_tokens": 16, "workers": 1}
+    report = batch(dataset, "tiny-target", **settings)
+    rows = rows_of(tmp_path)
+    assert rows.keys() == prompts.keys() and report.failed == sum(row["error"] is not None for row in rows.values())
+    (expected,) = simsd.generate("tiny-target", prompts["chat"], max_new_tokens=16, seed=row_seed(0, "chat"))
+    assert (rows["chat"]["tokens"], rows["chat"]["error"]) == (expected.tokens, None)
+    assert "max_new_tokens" in rows["long"]["error"] and rows["long"]["tokens"] is None
+    assert rows["no content"]["finish_reason"] == "failed" and "content" in rows["no content"]["error"]
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"temperature": 0.5}, "temperature 0.8, and this one has 0.5"),
+        ({"seed": 4}, "seed 3, and this one has 4"),
+        ({"draft": None}, "draft"),
+        ({"rows": QUESTIONS[:2]}, "rows 1, and this one has 2"),
+        ({"rows": ["What is 5 + 5?"]}, "data"),
+    ],
+    ids=["setting", "seed", "draft", "more rows", "other rows"],
+)
+def test_results_of_another_job_are_not_mixed_with_this_one_s(ray_cluster, job_of_one, change, words):
+    with pytest.raises(SimsdError, match=words) as refused:
+        batch(**job_of_one | change)
+    assert "name another output" in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.fixture(scope="module")
+def job_of_one(ray_cluster, tmp_path_factory) -> dict:
+    """The arguments of a job that is done."""
+    job = {"rows": QUESTIONS[:1], "target": "tiny-target", "draft": "tiny-draft", "progress": False}
+    job |= {"output": tmp_path_factory.mktemp("job")} | SAMPLED
+    assert batch(**job).decoded == 1
+    return job
+
+
+def test_what_no_worker_could_decode_ends_the_job_with_one_line(ray_cluster, tmp_path):
+    other = byte_pair.write_model(tmp_path / "other")
+    with pytest.raises(SimsdError, match="draft .* does not fit target tiny-target") as refused:
+        batch(["hello"], "tiny-target", str(other), output=tmp_path / "results")
+    assert "\n" not in str(refused.value)
+    assert batch(["hello"], "tiny-target", output=tmp_path / "results", max_new_tokens=4).decoded == 1
+
+
+def test_two_jobs_do_not_write_to_one_folder(ray_cluster, tmp_path):
+    from simsd.ray.output import Output
+
+    with Output(tmp_path), pytest.raises(SimsdError, match="another job writes to"):
+        batch(["hello"], "tiny-target", output=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        ({"rows": []}, "no rows"),
+        ({"rows": "hello"}, "rows must be a list"),
+        ({"rows": [{"text": "hello"}]}, "row 0 has no column 'prompt', it has text"),
+        ({"rows": [{"prompt": "a", "id": 1}, {"prompt": "b", "id": 1}], "id": "id"}, "1 2 times: ids must differ"),
+        ({"rows": [{"prompt": "a", "id": 1}, {"prompt": "b", "id": "1"}], "id": "id"}, "all integers or all strings"),
+        ({"rows": [{"prompt": "a"}], "id": "id"}, "row 0 has no column 'id'"),
+        ({"rows": [b"hello"]}, "row 0: a prompt must be a string, a chat or token ids, got bytes"),
+        ({"target": "no-model"}, "no checkpoint 'no-model'"),
+        ({"target": None}, "target must be a name or a folder"),
+        ({"device": "gpu"}, "device must be auto, cpu or cuda"),
+        ({"cpus": 99}, "a worker needs 99 CPUs, and no node of the Ray cluster has more than 2"),
+        ({"workers": 0}, "workers must be"),
+        ({"n": 2}, "a row has one text"),
+        ({"temprature": 1.0}, "did you mean temperature"),
+        ({"output": "s3://bucket/results"}, "output must be a folder of this machine"),
+    ],
+    ids=lambda value: None if isinstance(value, dict) else value[:20],
+)
+def test_wrong_arguments_are_refused_in_one_line(ray_cluster, tmp_path, wrong, words):
+    with pytest.raises(SimsdError) as refused:
+        batch(**{"rows": ["hello"], "target": "tiny-target", "output": tmp_path / "results"} | wrong)
+    assert words in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_folder_with_something_else_in_it_is_left_alone(ray_cluster, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(SimsdError, match="holds other files .thesis.tex."):
+        batch(["hello"], "tiny-target", output=tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_the_command_decodes_a_file_and_says_where_the_results_are(ray_cluster, run, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(
+        '{"id": "a", "prompt": "What is 3 + 4?"}\n{"id": "b", "messages": [{"role": "user", "content": "hi"}]}\n'
+    )
+    code, out, err = run("batch", prompts, tmp_path / "results", "--max-new-tokens", 8, "--temperature", 0.7)
+    assert (code, out) == (0, "")
+    assert f"2 rows in {tmp_path / 'results'}, 0 failed" in err
+    (expected,) = simsd.generate(
+        "tiny-target", "What is 3 + 4?", "tiny-draft", max_new_tokens=8, temperature=0.7, seed=row_seed(0, "a")
+    )
+    rows = rows_of(tmp_path / "results")
+    assert rows.keys() == {"a", "b"} and rows["a"]["tokens"] == expected.tokens
+
+
+def test_the_command_refuses_a_file_where_only_some_prompts_have_ids(ray_cluster, run, tmp_path, assert_one_line_error):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"id": "a", "prompt": "What is 3 + 4?"}\n"hello"\n')
+    assert_one_line_error(run("batch", prompts, tmp_path / "results"), "1 of 2 prompts have an id")
+
+
+def test_without_ray_one_line_says_what_to_install(tmp_path):
+    program = "import sys\nsys.modules['ray'] = None\nfrom simsd.cli import main\nmain(sys.argv[1:])\n"
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("hello\n")
+    for command in (["batch", str(prompts), str(tmp_path / "out")], ["serve", "--replicas", "2", "--port", "0"]):
+        done = subprocess.run([sys.executable, "-c", program, *command], capture_output=True, text=True)
+        assert done.returncode == 2, done.stderr
+        assert done.stderr.count("\n") == 1 and 'pip install "simsd-kernels[ray]"' in done.stderr
