@@ -1,7 +1,8 @@
-"""simsd.ray.batch on a cluster of this machine with two workers: texts are those of one process, whoever dies meanwhile."""
+"""simsd.ray.batch on a cluster of this machine: texts are those of one process, whoever dies meanwhile."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -22,8 +23,7 @@ ray = pytest.importorskip("ray")
 pq = pytest.importorskip("pyarrow.parquet")
 
 from ray_processes import ray_workers  # noqa: E402
-
-from simsd.ray import batch  # noqa: E402
+from simsd.ray import Report, batch  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 QUESTIONS = [f"What is {a} + {b}?" for a in range(12) for b in range(10)]
@@ -64,25 +64,37 @@ def parts(folder: Path) -> int:
     return len(list(folder.glob("part-*.parquet")))
 
 
-def test_a_worker_that_is_killed_in_the_middle_costs_no_row_and_changes_no_text(ray_cluster, tmp_path, alone):
-    reports: list = []
+@dataclasses.dataclass
+class Job:
+    arguments: dict
+    report: Report
+    parts_at_kill: int
 
-    def run() -> None:
-        reports.append(
-            batch(QUESTIONS, "tiny-target", "tiny-draft", output=tmp_path, workers=2, shard_rows=6, **SAMPLED)
-        )
 
-    job = threading.Thread(target=run)
-    job.start()
-    wait_for(lambda: parts(tmp_path) >= 2 and len(ray_workers("Worker")) == 2)
-    victim = ray_workers("Worker")[0]
-    os.kill(victim, signal.SIGKILL)
-    assert parts(tmp_path) < len(QUESTIONS) / 6  # it was in the middle
-    job.join(120)
-    (report,) = reports
-    assert (report.rows, report.decoded, report.failed) == (len(QUESTIONS), len(QUESTIONS), 0)
-    assert report.tokens == sum(len(result.tokens) for result in alone.values())
-    assert_same(rows_of(tmp_path), alone)
+@pytest.fixture(scope="module")
+def job(ray_cluster, tmp_path_factory) -> Job:
+    """One that has ended, one of whose two workers was killed in the middle."""
+    folder, reports = tmp_path_factory.mktemp("job"), []
+    arguments = {"rows": QUESTIONS, "target": "tiny-target", "draft": "tiny-draft", "output": folder} | SAMPLED
+    thread = threading.Thread(target=lambda: reports.append(batch(**arguments, workers=2, shard_rows=6)))
+    thread.start()
+    wait_for(lambda: parts(folder) >= 2 and len(ray_workers("Worker")) == 2)
+    os.kill(ray_workers("Worker")[0], signal.SIGKILL)
+    at_kill = parts(folder)
+    thread.join(120)
+    return Job(arguments, *reports, at_kill)
+
+
+def test_a_worker_that_is_killed_in_the_middle_costs_no_row_and_changes_no_text(job, alone):
+    assert job.parts_at_kill < len(QUESTIONS) / 6
+    assert (job.report.rows, job.report.decoded, job.report.failed) == (len(QUESTIONS), len(QUESTIONS), 0)
+    assert job.report.tokens == sum(len(result.tokens) for result in alone.values())
+    assert_same(rows_of(job.report.output), alone)
+
+
+def test_a_call_that_finds_all_done_does_nothing(job):
+    report = batch(**job.arguments)
+    assert (report.rows, report.decoded, report.failed) == (len(QUESTIONS), 0, 0)
 
 
 def test_after_its_own_process_is_killed_the_same_call_does_what_is_missing(ray_cluster, tmp_path, alone):
@@ -103,7 +115,6 @@ def test_after_its_own_process_is_killed_the_same_call_does_what_is_missing(ray_
     report = batch(QUESTIONS, "tiny-target", "tiny-draft", **again)
     assert report.decoded == len(QUESTIONS) - len(done)
     assert_same(rows_of(tmp_path), alone)
-    assert batch(QUESTIONS, "tiny-target", "tiny-draft", **again).decoded == 0
 
 
 def test_a_dataset_s_rows_keep_their_ids_and_a_bad_prompt_fails_its_own_row(ray_cluster, tmp_path):
@@ -130,24 +141,15 @@ def test_a_dataset_s_rows_keep_their_ids_and_a_bad_prompt_fails_its_own_row(ray_
         ({"temperature": 0.5}, "temperature 0.8, and this one has 0.5"),
         ({"seed": 4}, "seed 3, and this one has 4"),
         ({"draft": None}, "draft"),
-        ({"rows": QUESTIONS[:2]}, "rows 1, and this one has 2"),
-        ({"rows": ["What is 5 + 5?"]}, "data"),
+        ({"rows": QUESTIONS[:7]}, "rows 120, and this one has 7"),
+        ({"rows": [*QUESTIONS[:-1], "What is 5 + 5?"]}, "data"),
     ],
-    ids=["setting", "seed", "draft", "more rows", "other rows"],
+    ids=["setting", "seed", "draft", "fewer rows", "another row"],
 )
-def test_results_of_another_job_are_not_mixed_with_this_one_s(ray_cluster, job_of_one, change, words):
+def test_results_of_another_job_are_not_mixed_with_this_one_s(job, change, words):
     with pytest.raises(SimsdError, match=words) as refused:
-        batch(**job_of_one | change)
+        batch(**job.arguments | change)
     assert "name another output" in str(refused.value) and "\n" not in str(refused.value)
-
-
-@pytest.fixture(scope="module")
-def job_of_one(ray_cluster, tmp_path_factory) -> dict:
-    """The arguments of a job that is done."""
-    job = {"rows": QUESTIONS[:1], "target": "tiny-target", "draft": "tiny-draft", "progress": False}
-    job |= {"output": tmp_path_factory.mktemp("job")} | SAMPLED
-    assert batch(**job).decoded == 1
-    return job
 
 
 def test_what_no_worker_could_decode_ends_the_job_with_one_line(ray_cluster, tmp_path):
@@ -155,7 +157,6 @@ def test_what_no_worker_could_decode_ends_the_job_with_one_line(ray_cluster, tmp
     with pytest.raises(SimsdError, match="draft .* does not fit target tiny-target") as refused:
         batch(["hello"], "tiny-target", str(other), output=tmp_path / "results")
     assert "\n" not in str(refused.value)
-    assert batch(["hello"], "tiny-target", output=tmp_path / "results", max_new_tokens=4).decoded == 1
 
 
 def test_two_jobs_do_not_write_to_one_folder(ray_cluster, tmp_path):
@@ -220,11 +221,10 @@ def test_the_command_refuses_a_file_where_only_some_prompts_have_ids(ray_cluster
     assert_one_line_error(run("batch", prompts, tmp_path / "results"), "1 of 2 prompts have an id")
 
 
-def test_without_ray_one_line_says_what_to_install(tmp_path):
-    program = "import sys\nsys.modules['ray'] = None\nfrom simsd.cli import main\nmain(sys.argv[1:])\n"
+def test_without_ray_one_line_says_what_to_install(run, tmp_path, monkeypatch, assert_one_line_error):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "simsd.ray.deployment", raising=False)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("hello\n")
-    for command in (["batch", str(prompts), str(tmp_path / "out")], ["serve", "--replicas", "2", "--port", "0"]):
-        done = subprocess.run([sys.executable, "-c", program, *command], capture_output=True, text=True)
-        assert done.returncode == 2, done.stderr
-        assert done.stderr.count("\n") == 1 and 'pip install "simsd-kernels[ray]"' in done.stderr
+    assert_one_line_error(run("batch", prompts, tmp_path / "out"), 'pip install "simsd-kernels[ray]"')
+    assert_one_line_error(run("serve", "--replicas", 2, "--port", 0), 'pip install "simsd-kernels[ray]"')

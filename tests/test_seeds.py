@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from simsd import GenerationConfig
-from simsd.seeds import sample_seed
+from simsd.seeds import row_seed, sample_seed
 from simsd_kernels import noise
 
 SEEDS = [0, 1, -1, 7, 2**63 - 1, -(2**63)]
@@ -40,3 +40,14 @@ def test_seeds_come_prompt_by_prompt_and_differ():
     assert config.seeds(2) == [5, sample_seed(5, 1), sample_seed(5, 2), 6, sample_seed(6, 1), sample_seed(6, 2)]
     many = GenerationConfig(seed=[*range(50)], n=20).seeds(50)
     assert len(set(many)) == 1000
+
+
+def test_a_row_s_seed_follows_from_its_id_alone():
+    assert row_seed(7, "a") == row_seed(7, "a")
+    seeds = {row_seed(seed, row) for seed in SEEDS for row in ("a", "b", 0, 1, "", "\u00e4")}
+    assert len(seeds) == 6 * len(SEEDS) and all(-(2**63) <= seed < 2**63 for seed in seeds)
+    assert row_seed(7, 12) == row_seed(7, "12")
+
+
+def test_rows_and_samples_have_seeds_of_their_own():
+    assert not {row_seed(0, row) for row in range(100)} & {sample_seed(0, sample) for sample in range(100)}
