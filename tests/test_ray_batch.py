@@ -102,7 +102,7 @@ def test_after_its_own_process_is_killed_the_same_call_does_what_is_missing(ray_
         "import json, sys\n"
         "from simsd.ray import batch\n"
         "questions, output, settings = json.loads(sys.argv[1])\n"
-        "batch(questions, 'tiny-target', 'tiny-draft', output=output, workers=2, shard_rows=6, **settings)\n"
+        "batch(questions, 'tiny-target', 'tiny-draft', output=output, shard_rows=6, **settings)\n"
     )
     given = json.dumps([QUESTIONS, str(tmp_path), SAMPLED])
     job = subprocess.Popen([sys.executable, "-c", program, given], env=os.environ | {"RAY_ADDRESS": ray_cluster})
@@ -111,8 +111,7 @@ def test_after_its_own_process_is_killed_the_same_call_does_what_is_missing(ray_
     job.wait()
     done = {number: row["text"] for number, row in rows_of(tmp_path).items()}
     assert 0 < len(done) < len(QUESTIONS)
-    again = {"output": tmp_path, "workers": 2, "shard_rows": 20} | SAMPLED
-    report = batch(QUESTIONS, "tiny-target", "tiny-draft", **again)
+    report = batch(QUESTIONS, "tiny-target", "tiny-draft", output=tmp_path, shard_rows=20, **SAMPLED)
     assert report.decoded == len(QUESTIONS) - len(done)
     assert_same(rows_of(tmp_path), alone)
 

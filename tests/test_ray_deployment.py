@@ -19,7 +19,7 @@ pytest.importorskip("ray")
 openai = pytest.importorskip("openai")
 
 from ray_processes import ray_workers  # noqa: E402
-from simsd.ray.deployment import Arguments, app  # noqa: E402
+from simsd.ray.deployment import app  # noqa: E402
 
 QUESTIONS = [f"What is {a} + {b}?" for a in range(4) for b in range(4)]
 SAMPLED = {"temperature": 0.8, "max_tokens": 32}
@@ -120,16 +120,19 @@ def test_sigterm_lets_answers_end_and_exits_with_0(server, client):
         ({"autoscale": "3:1"}, "autoscale must be MIN:MAX"),
         ({"autoscale": "0:1"}, "autoscale must be MIN:MAX"),
         ({"model": "no-model"}, "no checkpoint 'no-model'"),
-        ({"max_batch": 0}, "max_batch must be"),
+        ({"max_batch": "0"}, "max_batch must be"),
+        ({"replicas": "0"}, "replicas=0: Input should be greater than or equal to 1"),
+        ({"replicas": "many"}, "replicas=many: Input should be a valid integer"),
+        ({"modell": "tiny-target"}, "modell=tiny-target: Extra inputs are not permitted"),
     ],
-    ids=["one number", "backwards", "none", "model", "engine"],
+    ids=["one number", "backwards", "none", "model", "engine", "no replicas", "no number", "unknown"],
 )
 def test_wrong_arguments_are_refused_in_one_line(wrong, words):
     with pytest.raises(SimsdError) as refused:
-        app(Arguments(**wrong))
+        app(wrong)
     assert words in str(refused.value) and "\n" not in str(refused.value)
 
 
-def test_an_argument_that_does_not_exist_is_named():
-    with pytest.raises(ValueError, match="modell"):
-        Arguments(modell="tiny-target")
+def test_more_replicas_than_the_machine_has_cpus_are_refused_at_once(run, ray_cluster, assert_one_line_error):
+    refused = run("serve", "tiny-target", "--port", 0, "--replicas", 3)
+    assert_one_line_error(refused, "3 processes of 1 CPUs each need 3 CPUs, and the Ray cluster has 2")

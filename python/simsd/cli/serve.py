@@ -124,7 +124,6 @@ def _serve_replicas(values: dict[str, Any], bound: socket.socket) -> None:
     given = {name: value for name, value in values.items() if name in Arguments.model_fields and value is not None}
     arguments = Arguments(**given | {"draft": opt.draft_name(values["model"], values["draft"])})
     (host, port), url = bound.getsockname()[:2], url_of(bound)
-    print(f"starting replicas of {arguments.model} by Ray Serve ...", file=sys.stderr)
     bound.close()
     run(arguments, host, port, lambda: print(f"serving {arguments.served_name} at {url}/v1 (Ctrl-C stops)", flush=True))
 

@@ -69,15 +69,17 @@ def worker_device(device: str, cpus: int) -> str:
     return "cuda" if gpus and device != "cpu" else "cpu"
 
 
-def check_room(workers: int, cpus: int) -> None:
-    """Raises SimsdError where workers hold all CPUs, and none is left for the tasks that read a dataset: Ray would wait
-    forever."""
+def check_room(processes: int, cpus: int, readers: int = 0) -> None:
+    """Raises SimsdError where so many processes of `cpus` CPUs each, and `readers` of one that read a dataset for them,
+    have no room on the cluster: Ray would wait forever."""
     import ray
 
-    if workers * cpus >= (all_cpus := int(ray.cluster_resources().get("CPU", 0))):
+    needed, there = processes * cpus + readers, int(ray.cluster_resources().get("CPU", 0))
+    if needed > there:
+        beside = " and one for the tasks that read the dataset" if readers else ""
         raise SimsdError(
-            f"{workers} workers with {cpus} CPUs each hold all {all_cpus} of the cluster, and the tasks that read the"
-            " dataset need one: lower workers"
+            f"{processes} processes of {cpus} CPUs each{beside} need {needed} CPUs, and the Ray cluster has {there}:"
+            " have fewer of them"
         )
 
 

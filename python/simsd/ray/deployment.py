@@ -6,15 +6,18 @@ serve run simsd.ray.deployment:app model=tiny-target draft=tiny-draft replicas=2
 from __future__ import annotations
 
 import signal
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import pydantic
+import torch
 
 from simsd.config import EngineConfig
 from simsd.errors import SimsdError
 from simsd.models.checkpoint import find
-from simsd.ray.cluster import EXTRA, connect, worker_device
+from simsd.ray.cluster import EXTRA, check_room, connect, worker_device
 
 try:
     from ray import serve
@@ -38,10 +41,11 @@ class Arguments(pydantic.BaseModel, extra="forbid"):
     Attributes:
         model, draft: names, checkpoint folders or hub ids, which every node must have; no draft: it drafts for itself.
         replicas: processes, each with an engine. autoscale: "MIN:MAX" of them instead, by the requests that they have.
-        device: of a replica: "cpu", "cuda" (one GPU) or "auto". dtype: see `simsd.load`. cpus: of a replica.
-        name: that clients ask for; None: the model's. api_key: that they must send.
-        max_body: MiB of a request. timeout: seconds that a request may take. grace: seconds that requests have to end
-            when their replica stops. origin: web pages that may ask.
+        device: of a replica: "cpu", "cuda" (one GPU) or "auto": cuda, if there is one where this is read.
+        dtype: see `simsd.load`. cpus: of a replica.
+        name: that clients ask for; None: the model's. api_key: that they must send. origin: web pages that may ask.
+        max_body: MiB of a request. timeout: seconds that a request may take.
+        grace: seconds that requests have to end when their replica stops.
         max_queue: requests that may wait at a replica. The rest: see `EngineConfig`.
     """
 
@@ -111,17 +115,26 @@ class Replica:
             raise RuntimeError(f"the engine of this replica does not work: {why}")
 
 
-def app(arguments: Arguments) -> serve.Application:
+def app(arguments: Arguments | Mapping[str, Any]) -> serve.Application:
     """The application that `serve run simsd.ray.deployment:app name=value ...` runs.
 
     Raises:
-        SimsdError: a wrong argument, a model that is not there, or a cluster without what a replica needs.
+        SimsdError: a wrong argument, or a model that is not there.
     """
+    try:
+        arguments = Arguments.model_validate(arguments)
+    except pydantic.ValidationError as error:
+        wrong = error.errors()[0]
+        raise SimsdError(
+            f"{wrong['loc'][0]}={wrong['input']}: {wrong['msg']}; see simsd.ray.deployment.Arguments"
+        ) from None
     config, (low, high) = arguments.engine(), arguments.scale()
     for model in (arguments.model, arguments.draft):
         if model is not None:
             find(model)  # rather than by replicas that try again and again
-    device = worker_device(arguments.device, arguments.cpus)
+    device = arguments.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     scale = {"num_replicas": low}
     if arguments.autoscale is not None:
         limits = {"min_replicas": low, "max_replicas": high, "target_ongoing_requests": config.max_batch}
@@ -148,10 +161,13 @@ def run(arguments: Arguments, host: str, port: int, ready: Callable[[], None]) -
         ready: called once requests are taken.
 
     Raises:
-        SimsdError: what `app` raises, or the replicas do not start.
+        SimsdError: what `app` raises, a cluster without what replicas need, or replicas that do not start.
     """
     connect()
-    application, stop = app(arguments), threading.Event()
+    device, (low, _), stop = worker_device(arguments.device, arguments.cpus), arguments.scale(), threading.Event()
+    check_room(low, arguments.cpus)
+    application = app(arguments.model_copy(update={"device": device}))
+    print(f"starting {low} replicas of {arguments.model} ...", file=sys.stderr, flush=True)
     serve.start(http_options=HTTPOptions(host=host, port=port))
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda *_: stop.set())

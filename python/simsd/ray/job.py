@@ -110,7 +110,7 @@ def batch(
     began, source = time.perf_counter(), source_of(rows, id, prompt)
     device = worker_device(device, cpus)
     if not isinstance(source, pa.Table):
-        check_room(workers, cpus)
+        check_room(workers, cpus, readers=1)
     with Output(output) as results, configured(rows), _errors():
         ids, digest = scan(source)
         if config.seed is None:
