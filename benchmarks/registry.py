@@ -172,6 +172,14 @@ BENCHMARKS = {
         {"clients": 8, "seconds": 4.0, "slots": 4},
         asked=True,
     ),
+    "ray_faults": Benchmark(
+        "cpu.ray_faults:run",
+        "`simsd batch` and `simsd serve --replicas 2` of the built-in pair on a Ray cluster of one machine, while"
+        " workers, the job itself and replicas are killed. Every row and every answer against the same decoded alone.",
+        {"threads": 1, "rows": 4000, "shard_rows": 64, "kills": 6, "clients": 8, "seconds": 120.0, "seed": 0},
+        {"rows": 400, "shard_rows": 16, "kills": 2, "clients": 4, "seconds": 6.0},
+        asked=True,
+    ),
     "audit": Benchmark(
         "cpu.commands:audit",
         "`simsd audit` on the built-in pair: what speculative decoding must leave as it is, and does.",

@@ -66,9 +66,12 @@ def canned(*words, environment=None):
     return kept["figures"], "\n".join([*report.tables_of(kept), *report.notes_of(kept)])
 
 
-@pytest.mark.parametrize("name", [name for name in CPU if name not in ("cuda_resources", "soak", "serve", "exactness")])
+ELSEWHERE = ("cuda_resources", "soak", "serve", "exactness", "ray_faults")
+
+
+@pytest.mark.parametrize("name", [name for name in CPU if name not in ELSEWHERE])
 def test_a_benchmark_runs_in_short_and_every_column_has_a_figure(name, monkeypatch):
-    """cuda_resources, soak, serve and exactness have tests of their own."""
+    """Those of ELSEWHERE have tests of their own; what ray_faults does at length test_ray_*.py do in short."""
     monkeypatch.setattr(environment, "own", lambda seconds: {"threads": 1})
     if name != "tiny_pair_t08":
         for module in (commands, busy, revisions):

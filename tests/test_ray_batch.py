@@ -22,7 +22,7 @@ from simsd.seeds import row_seed
 ray = pytest.importorskip("ray")
 pq = pytest.importorskip("pyarrow.parquet")
 
-from ray_processes import ray_workers  # noqa: E402
+from benchmarks.cpu.ray_faults import WORKER, actors  # noqa: E402
 from simsd.ray import Report, batch  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -78,8 +78,8 @@ def job(ray_cluster, tmp_path_factory) -> Job:
     arguments = {"rows": QUESTIONS, "target": "tiny-target", "draft": "tiny-draft", "output": folder} | SAMPLED
     thread = threading.Thread(target=lambda: reports.append(batch(**arguments, workers=2, shard_rows=6)))
     thread.start()
-    wait_for(lambda: parts(folder) >= 2 and len(ray_workers("Worker")) == 2)
-    os.kill(ray_workers("Worker")[0], signal.SIGKILL)
+    wait_for(lambda: parts(folder) >= 2 and len(actors(WORKER)) == 2)
+    os.kill(actors(WORKER)[0], signal.SIGKILL)
     at_kill = parts(folder)
     thread.join(120)
     return Job(arguments, *reports, at_kill)

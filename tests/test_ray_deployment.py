@@ -18,7 +18,7 @@ from simsd import SimsdError
 pytest.importorskip("ray")
 openai = pytest.importorskip("openai")
 
-from ray_processes import ray_workers  # noqa: E402
+from benchmarks.cpu.ray_faults import REPLICA, actors  # noqa: E402
 from simsd.ray.deployment import app  # noqa: E402
 
 QUESTIONS = [f"What is {a} + {b}?" for a in range(4) for b in range(4)]
@@ -73,7 +73,7 @@ def test_what_one_server_refuses_replicas_refuse(client):
 
 
 def test_a_replica_that_is_killed_under_load_is_replaced_and_every_question_answered(server, client, alone):
-    before = ray_workers("ServeReplica")
+    before = actors(REPLICA)
     assert len(before) == 2
     texts: dict[int, set[str]] = {number: set() for number in range(len(QUESTIONS))}
     stop = threading.Event()
@@ -92,7 +92,7 @@ def test_a_replica_that_is_killed_under_load_is_replaced_and_every_question_answ
     try:
         os.kill(before[0], signal.SIGKILL)
         until = time.monotonic() + 120
-        while len(set(ray_workers("ServeReplica")) - {before[0]}) < 2 or not all(texts.values()):
+        while len(set(actors(REPLICA)) - {before[0]}) < 2 or not all(texts.values()):
             assert time.monotonic() < until, "the replica was not replaced"
             time.sleep(0.1)
     finally:
