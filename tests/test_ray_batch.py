@@ -19,7 +19,7 @@ import simsd
 from simsd import SimsdError
 from simsd.seeds import row_seed
 
-ray = pytest.importorskip("ray")
+ray = pytest.importorskip("ray.data") and pytest.importorskip("ray")
 pq = pytest.importorskip("pyarrow.parquet")
 
 from benchmarks.cpu.ray_faults import WORKER, actors  # noqa: E402
@@ -156,6 +156,14 @@ def test_what_no_worker_could_decode_ends_the_job_with_one_line(ray_cluster, tmp
     with pytest.raises(SimsdError, match="draft .* does not fit target tiny-target") as refused:
         batch(["hello"], "tiny-target", str(other), output=tmp_path / "results")
     assert "\n" not in str(refused.value)
+
+
+def test_a_job_in_which_nothing_comes_any_more_ends_with_one_line(ray_cluster, tmp_path, monkeypatch):
+    # As by RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S, which Ray reads when it is imported: no worker starts so soon.
+    monkeypatch.setattr(ray.data.DataContext.get_current(), "execution_no_progress_timeout_s", 0.5)
+    with pytest.raises(SimsdError, match="the job has ended early: .*; what is done stays") as ended:
+        batch(["hello"], "tiny-target", output=tmp_path)
+    assert "\n" not in str(ended.value)
 
 
 def test_two_jobs_do_not_write_to_one_folder(ray_cluster, tmp_path):

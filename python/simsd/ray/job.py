@@ -164,11 +164,12 @@ def _settings(work: Work) -> dict[str, Any]:
 @contextlib.contextmanager
 def _errors() -> Iterator[None]:
     """What a worker raised, as if it had been raised here."""
+    from ray.data.exceptions import ExecutionTimeoutError
     from ray.exceptions import RayError
 
     try:
         yield
-    except RayError as error:
+    except (RayError, ExecutionTimeoutError) as error:
         own: BaseException | None = error
         while own is not None and (not isinstance(own, SimsdError) or isinstance(own, RayError)):
             own = getattr(own, "cause", None) or own.__cause__
