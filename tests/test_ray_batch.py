@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,8 +27,8 @@ from benchmarks.cpu.ray_faults import WORKER, actors  # noqa: E402
 from simsd.ray import Report, batch  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-QUESTIONS = [f"What is {a} + {b}?" for a in range(12) for b in range(10)]
-SAMPLED = {"temperature": 0.8, "seed": 3, "max_new_tokens": 48, "end_token_ids": ()}
+QUESTIONS = [f"What is {a} + {b}?" for a in range(20) for b in range(20)]
+SAMPLED = {"temperature": 0.8, "seed": 3, "max_new_tokens": 48}
 
 
 def rows_of(folder: Path) -> dict:
@@ -66,30 +67,51 @@ def parts(folder: Path) -> int:
 
 @dataclasses.dataclass
 class Job:
+    """`arguments` of the call that ended it, whose `report` it is. `first`: texts by row when the command was killed.
+    `parts_at_kill`: that were there when a worker was killed."""
+
     arguments: dict
     report: Report
+    first: dict[int, str]
     parts_at_kill: int
 
 
 @pytest.fixture(scope="module")
 def job(ray_cluster, tmp_path_factory) -> Job:
-    """One that has ended, one of whose two workers was killed in the middle."""
-    folder, reports = tmp_path_factory.mktemp("job"), []
+    """Begun by the command, which is killed; ended by a call, one of whose workers is killed."""
+    file, folder, reports = tmp_path_factory.mktemp("prompts") / "prompts.jsonl", tmp_path_factory.mktemp("job"), []
+    file.write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
+    command = [sys.executable, "-m", "simsd", "batch", str(file), str(folder), "--workers", "2", "--shard-rows", "10"]
+    command += ["--temperature", "0.8", "--seed", "3", "--max-new-tokens", "48"]
+    process = subprocess.Popen(command, env=os.environ | {"RAY_ADDRESS": ray_cluster})
+    wait_for(lambda: parts(folder) >= 3 or process.poll() is not None)
+    process.kill()
+    process.wait()
+    first, before = {number: row["text"] for number, row in rows_of(folder).items()}, parts(folder)
+    wait_for(lambda: not actors(WORKER))  # they end with who has asked for them
+
     arguments = {"rows": QUESTIONS, "target": "tiny-target", "draft": "tiny-draft", "output": folder} | SAMPLED
-    thread = threading.Thread(target=lambda: reports.append(batch(**arguments, workers=2, shard_rows=6)))
+    thread = threading.Thread(target=lambda: reports.append(batch(**arguments, workers=2, shard_rows=5)))
     thread.start()
-    wait_for(lambda: parts(folder) >= 2 and len(actors(WORKER)) == 2)
+    wait_for(lambda: parts(folder) >= before + 2 and len(actors(WORKER)) == 2)
     os.kill(actors(WORKER)[0], signal.SIGKILL)
-    at_kill = parts(folder)
+    at_kill = parts(folder) - before
     thread.join(120)
-    return Job(arguments, *reports, at_kill)
+    return Job(arguments, *reports, first, at_kill)
 
 
 def test_a_worker_that_is_killed_in_the_middle_costs_no_row_and_changes_no_text(job, alone):
-    assert job.parts_at_kill < len(QUESTIONS) / 6
-    assert (job.report.rows, job.report.decoded, job.report.failed) == (len(QUESTIONS), len(QUESTIONS), 0)
-    assert job.report.tokens == sum(len(result.tokens) for result in alone.values())
+    missing = len(QUESTIONS) - len(job.first)
+    assert job.parts_at_kill < missing / 5
+    assert (job.report.rows, job.report.decoded, job.report.failed) == (len(QUESTIONS), missing, 0)
+    assert job.report.tokens == sum(len(alone[row].tokens) for row in alone if row not in job.first)
     assert_same(rows_of(job.report.output), alone)
+
+
+def test_a_job_whose_own_process_was_killed_keeps_the_rows_that_were_done(job):
+    assert 0 < len(job.first) < len(QUESTIONS) and job.report.decoded == len(QUESTIONS) - len(job.first)
+    rows = rows_of(job.report.output)
+    assert {row: rows[row]["text"] for row in job.first} == job.first
 
 
 def test_a_call_that_finds_all_done_does_nothing(job):
@@ -97,41 +119,18 @@ def test_a_call_that_finds_all_done_does_nothing(job):
     assert (report.rows, report.decoded, report.failed) == (len(QUESTIONS), 0, 0)
 
 
-def test_after_its_own_process_is_killed_the_same_call_does_what_is_missing(ray_cluster, tmp_path, alone):
-    program = (
-        "import json, sys\n"
-        "from simsd.ray import batch\n"
-        "questions, output, settings = json.loads(sys.argv[1])\n"
-        "batch(questions, 'tiny-target', 'tiny-draft', output=output, shard_rows=6, **settings)\n"
-    )
-    given = json.dumps([QUESTIONS, str(tmp_path), SAMPLED])
-    job = subprocess.Popen([sys.executable, "-c", program, given], env=os.environ | {"RAY_ADDRESS": ray_cluster})
-    wait_for(lambda: parts(tmp_path) >= 3 or job.poll() is not None)
-    job.kill()
-    job.wait()
-    done = {number: row["text"] for number, row in rows_of(tmp_path).items()}
-    assert 0 < len(done) < len(QUESTIONS)
-    report = batch(QUESTIONS, "tiny-target", "tiny-draft", output=tmp_path, shard_rows=20, **SAMPLED)
-    assert report.decoded == len(QUESTIONS) - len(done)
-    assert_same(rows_of(tmp_path), alone)
-
-
-def test_a_dataset_s_rows_keep_their_ids_and_a_bad_prompt_fails_its_own_row(ray_cluster, tmp_path):
-    prompts = {
-        "chat": [{"role": "user", "content": "What is 3 + 4?"}],
-        "no content": [{"role": "user"}],
-        "no turns": [],
-        "long": [{"role": "user", "content": "What is 3 + 4? " * 2000}],
-    }
-    dataset = ray.data.from_items([{"key": key, "chat": chat} for key, chat in prompts.items()])
-    settings = {"output": tmp_path, "id": "key", "prompt": "chat", "max_new_tokens": 16, "workers": 1}
-    report = batch(dataset, "tiny-target", **settings)
-    rows = rows_of(tmp_path)
-    assert rows.keys() == prompts.keys() and report.failed == sum(row["error"] is not None for row in rows.values())
-    (expected,) = simsd.generate("tiny-target", prompts["chat"], max_new_tokens=16, seed=row_seed(0, "chat"))
-    assert (rows["chat"]["tokens"], rows["chat"]["error"]) == (expected.tokens, None)
-    assert "max_new_tokens" in rows["long"]["error"] and rows["long"]["tokens"] is None
-    assert rows["no content"]["finish_reason"] == "failed" and "content" in rows["no content"]["error"]
+def test_the_guide_s_example_runs(ray_cluster, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    guide = (Path(__file__).parents[1] / "docs/ray.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```py\n(.*?)```", guide, re.DOTALL)
+    exec(compile(example, "docs/ray.md", "exec"), {})  # noqa: S102
+    printed = capsys.readouterr().out
+    assert printed.startswith("30 0\n") and "q29" in printed
+    rows = rows_of(tmp_path / "results")
+    assert rows.keys() == {f"q{n}" for n in range(30)}
+    settings = {"temperature": 0.8, "max_new_tokens": 64, "stop": ["\n\n"], "seed": row_seed(0, "q7")}
+    (expected,) = simsd.generate("tiny-target", "What is 7 + 4?", "tiny-draft", **settings)
+    assert (rows["q7"]["tokens"], rows["q7"]["text"]) == (expected.tokens, expected.text)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +139,7 @@ def test_a_dataset_s_rows_keep_their_ids_and_a_bad_prompt_fails_its_own_row(ray_
         ({"temperature": 0.5}, "temperature 0.8, and this one has 0.5"),
         ({"seed": 4}, "seed 3, and this one has 4"),
         ({"draft": None}, "draft"),
-        ({"rows": QUESTIONS[:7]}, "rows 120, and this one has 7"),
+        ({"rows": QUESTIONS[:7]}, "rows 400, and this one has 7"),
         ({"rows": [*QUESTIONS[:-1], "What is 5 + 5?"]}, "data"),
     ],
     ids=["setting", "seed", "draft", "fewer rows", "another row"],
@@ -205,21 +204,6 @@ def test_a_folder_with_something_else_in_it_is_left_alone(ray_cluster, tmp_path)
     with pytest.raises(SimsdError, match="holds other files .thesis.tex."):
         batch(["hello"], "tiny-target", output=tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
-
-
-def test_the_command_decodes_a_file_and_says_where_the_results_are(ray_cluster, run, tmp_path):
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text(
-        '{"id": "a", "prompt": "What is 3 + 4?"}\n{"id": "b", "messages": [{"role": "user", "content": "hi"}]}\n'
-    )
-    code, out, err = run("batch", prompts, tmp_path / "results", "--max-new-tokens", 8, "--temperature", 0.7)
-    assert (code, out) == (0, "")
-    assert f"2 rows in {tmp_path / 'results'}, 0 failed" in err
-    (expected,) = simsd.generate(
-        "tiny-target", "What is 3 + 4?", "tiny-draft", max_new_tokens=8, temperature=0.7, seed=row_seed(0, "a")
-    )
-    rows = rows_of(tmp_path / "results")
-    assert rows.keys() == {"a", "b"} and rows["a"]["tokens"] == expected.tokens
 
 
 def test_the_command_refuses_a_file_where_only_some_prompts_have_ids(ray_cluster, run, tmp_path, assert_one_line_error):

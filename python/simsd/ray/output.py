@@ -32,7 +32,7 @@ class Output:
     def __init__(self, folder: str | Path) -> None:
         if "://" in str(folder):
             raise SimsdError(f"output must be a folder of this machine, got {folder}: copy it there afterwards")
-        self.folder = Path(folder).expanduser()
+        self.folder = Path(folder).expanduser().absolute()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             foreign = [f.name for f in self.folder.iterdir() if f.name not in (MANIFEST, LOCK) and not _is_ours(f)]

@@ -60,7 +60,7 @@ class Worker:
             seed = answers[place]["seed"] = row_seed(self.config.seed, row)
             try:
                 places[self.engine.add(prompt_of(prompt), self.config.sampling(seed))] = place
-            except SimsdError as error:
+            except Exception as error:  # its own, whatever a template or a tokenizer makes of it
                 answers[place] |= {"finish_reason": "failed", "error": one_line(error)}
         while self.engine.busy:
             try:
