@@ -50,7 +50,13 @@ def test_a_bad_prompt_fails_its_own_row_and_tells_why(worker):
     assert (good["tokens"], good["text"], good["error"]) == (expected.tokens, expected.text, None)
     assert good["prompt_tokens"] == len(expected.prompt_tokens)
     assert good["target_forwards"] > 0
-    words = {"long": "max_new_tokens", "no such token": "1000000000", "no content": "content"}
+    words = {
+        "none": "got null",
+        "number": "got 7",
+        "long": "max_new_tokens",
+        "no such token": "1000000000",
+        "no content": "content",
+    }
     for key, row in found.items():
         assert (row["finish_reason"], row["tokens"], row["text"]) == ("failed", None, None)
         assert words.get(key, "") in row["error"] and "\n" not in row["error"]

@@ -147,12 +147,20 @@ def without(rows: pa.Table, ids: pa.Array) -> pa.Table:
 
 
 def prompt_of(text: str) -> Any:
-    """A prompt of its JSON text. Arrow fills up turns of a chat to equal keys: those that are empty go."""
+    """A prompt of its JSON text. Arrow fills up turns of a chat to equal keys: those that are empty go.
+
+    Raises SimsdError for what is none.
+    """
     prompt = json.loads(text)
     if isinstance(prompt, list):
-        keep = lambda turn: {name: value for name, value in turn.items() if value is not None}  # noqa: E731
-        return [keep(turn) if isinstance(turn, dict) else turn for turn in prompt]
+        return [_without_empty(turn) if isinstance(turn, dict) else turn for turn in prompt]
+    if not isinstance(prompt, str):
+        raise SimsdError(f"a prompt must be a string, a chat or token ids, got {text:.80}")
     return prompt
+
+
+def _without_empty(turn: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in turn.items() if value is not None}
 
 
 def _json(prompt: Any, row: int | str) -> str:
