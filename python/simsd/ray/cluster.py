@@ -17,12 +17,16 @@ SETTINGS = {
     "raise_original_map_exception": True,
     "max_consecutive_actor_init_deaths": 3,
 }
-EXTRA = 'Ray is not installed: pip install "simsd-kernels[ray]"'
+EXTRA = 'Ray is missing: pip install "simsd-kernels[ray]"'
 
 
-def connect() -> None:
+def connect(library: str) -> None:
     """To the cluster of RAY_ADDRESS, or to one of this machine, started here, that ends with the process; nothing where
     the process has one. No usage statistics are sent, unless RAY_USAGE_STATS_ENABLED asks for them.
+
+    Args:
+        library: of Ray, that is used: "ray.data" or "ray.serve". Where the connection is made here, it logs nothing:
+            what goes wrong is told by errors.
 
     Raises:
         SimsdError: Ray is not installed, or there is no cluster at RAY_ADDRESS.
@@ -30,13 +34,13 @@ def connect() -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read at the import
     try:
         import ray
-    except ImportError:
-        raise SimsdError(EXTRA) from None
+
+        importlib.import_module(library)
+    except ImportError as error:
+        raise SimsdError(f"{EXTRA} ({error})") from None
     if ray.is_initialized():
         return
-    for name in ("ray.data", "ray.serve"):  # what goes wrong is told by errors
-        importlib.import_module(name)
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    logging.getLogger(library).setLevel(logging.CRITICAL)
     address = os.environ.get("RAY_ADDRESS")
     try:
         settings = {} if address else {"include_dashboard": False}

@@ -163,7 +163,7 @@ def run(arguments: Arguments, host: str, port: int, ready: Callable[[], None]) -
     Raises:
         SimsdError: what `app` raises, a cluster without what replicas need, or replicas that do not start.
     """
-    connect()
+    connect("ray.serve")
     device, (low, _), stop = worker_device(arguments.device, arguments.cpus), arguments.scale(), threading.Event()
     check_room(low, arguments.cpus)
     application = app(arguments.model_copy(update={"device": device}))

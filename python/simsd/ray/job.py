@@ -100,18 +100,19 @@ def batch(
     for name, value in (("target", target), ("draft", draft)):
         if not isinstance(value, str | Path) and (value is not None or name == "target"):
             raise SimsdError(f"{name} must be a name or a folder, which workers load, got {type(value).__name__}")
-    connect()
+    connect("ray.data")
     import pyarrow as pa
 
     from simsd.ray.output import Output, fingerprint
     from simsd.ray.rows import scan, source_of
     from simsd.ray.worker import Work
 
-    began, source = time.perf_counter(), source_of(rows, id, prompt)
-    device = worker_device(device, cpus)
-    if not isinstance(source, pa.Table):
-        check_room(workers, cpus, readers=1)
-    with Output(output) as results, configured(rows), _errors():
+    began, device = time.perf_counter(), worker_device(device, cpus)
+    with configured(rows), _errors(), contextlib.ExitStack() as stack:
+        source = source_of(rows, id, prompt)
+        if not isinstance(source, pa.Table):
+            check_room(workers, cpus, readers=1)
+        results = stack.enter_context(Output(output))
         ids, digest = scan(source)
         if config.seed is None:
             config = dataclasses.replace(config, seed=(results.manifest() or {}).get("seed", fresh_seed()))
