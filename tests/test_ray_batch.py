@@ -219,3 +219,14 @@ def test_without_ray_one_line_says_what_to_install(run, tmp_path, monkeypatch, a
     prompts.write_text("hello\n")
     assert_one_line_error(run("batch", prompts, tmp_path / "out"), 'pip install "simsd-kernels[ray]"')
     assert_one_line_error(run("serve", "--replicas", 2, "--port", 0), 'pip install "simsd-kernels[ray]"')
+
+
+def test_a_cluster_that_does_not_answer_is_named_at_once(tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("hello\n")
+    command = [sys.executable, "-m", "simsd", "batch", str(prompts), str(tmp_path / "out")]
+    done = subprocess.run(
+        command, env=os.environ | {"RAY_ADDRESS": "127.0.0.1:1"}, capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1, done.stderr
+    assert "no Ray cluster answers at RAY_ADDRESS=127.0.0.1:1 (" in done.stderr

@@ -7,6 +7,7 @@ import pytest
 from simsd import SimsdError
 
 pa = pytest.importorskip("pyarrow")
+pytest.importorskip("ray")
 
 from simsd.ray.output import Output, fingerprint  # noqa: E402
 

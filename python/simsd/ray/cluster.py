@@ -6,9 +6,10 @@ import contextlib
 import importlib
 import logging
 import os
+import socket
 from collections.abc import Iterator
 
-from simsd.errors import SimsdError
+from simsd.errors import SimsdError, one_line
 
 # Of Ray Data: errors as they were raised, and workers that die while they load their models replaced some times.
 SETTINGS = {
@@ -17,6 +18,7 @@ SETTINGS = {
     "raise_original_map_exception": True,
     "max_consecutive_actor_init_deaths": 3,
 }
+SECONDS_TO_ANSWER = 10.0  # of a cluster's first node
 EXTRA = 'Ray is missing: pip install "simsd-kernels[ray]"'
 
 
@@ -41,14 +43,24 @@ def connect(library: str) -> None:
     if ray.is_initialized():
         return
     logging.getLogger(library).setLevel(logging.CRITICAL)
-    address = os.environ.get("RAY_ADDRESS")
-    try:
-        settings = {} if address else {"include_dashboard": False}
-        ray.init(log_to_driver=False, logging_level="warning", **settings)
-    except ConnectionError as error:
-        raise SimsdError(
-            f"no Ray cluster answers at RAY_ADDRESS={address}: start one (ray start --head), or unset it"
-        ) from error
+    if address := os.environ.get("RAY_ADDRESS"):
+        _check_address(address)
+        ray.init(log_to_driver=False, logging_level="warning")
+    else:
+        ray.init(log_to_driver=False, logging_level="warning", include_dashboard=False)
+
+
+def _check_address(address: str) -> None:
+    """Raises SimsdError where nobody listens at HOST:PORT: Ray would try for minutes. Other forms Ray checks."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        try:
+            socket.create_connection((host, int(port)), timeout=SECONDS_TO_ANSWER).close()
+        except (OSError, OverflowError) as error:
+            raise SimsdError(
+                f"no Ray cluster answers at RAY_ADDRESS={address} ({one_line(error)}): start one (ray start --head), or"
+                " unset it"
+            ) from None
 
 
 def worker_device(device: str, cpus: int) -> str:
