@@ -136,3 +136,7 @@ def test_wrong_arguments_are_refused_in_one_line(wrong, words):
 def test_more_replicas_than_the_machine_has_cpus_are_refused_at_once(run, ray_cluster, assert_one_line_error):
     refused = run("serve", "tiny-target", "--port", 0, "--replicas", 3)
     assert_one_line_error(refused, "3 processes of 1 CPUs each need 3 CPUs, and the Ray cluster has 2")
+
+
+def test_no_queue_at_all_is_a_setting_as_on_one_server():
+    assert app({"max_queue": "0", "device": "cpu"}) is not None

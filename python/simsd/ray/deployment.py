@@ -145,7 +145,7 @@ def app(arguments: Arguments | Mapping[str, Any]) -> serve.Application:
         ray_actor_options={"num_cpus": arguments.cpus, "num_gpus": 1 if device == "cuda" else 0},
         # What a replica's engine decodes and has waiting; beyond, requests wait for any of them, and are refused.
         max_ongoing_requests=config.max_batch + config.max_queue,
-        max_queued_requests=high * config.max_queue,
+        max_queued_requests=max(high * config.max_queue, 1),  # Ray Serve knows no 0
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
         max_constructor_retry_count=STARTS,
         graceful_shutdown_timeout_s=arguments.grace + SECONDS_TO_END,
