@@ -79,7 +79,7 @@ compat-%:
 	$(MAKE) VENV=.venv-$* CONSTRAINTS=.ci/$*.txt test-python test-interpreted
 
 nightly: test compat
-	$(BIN)/python -m benchmarks exactness soak
+	$(BIN)/python -m benchmarks exactness soak serve ray_faults
 
 # `busy` may miss its bar where others use the machine.
 bench: $(VENV)/.installed-test

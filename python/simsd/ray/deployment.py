@@ -5,6 +5,7 @@ serve run simsd.ray.deployment:app model=tiny-target draft=tiny-draft replicas=2
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 import sys
 import threading
@@ -69,13 +70,14 @@ class Arguments(pydantic.BaseModel, extra="forbid"):
     block_length: int | None = None
     lookahead: int = EngineConfig.lookahead
     max_rows: int | None = None
+    top_logprobs: int = 0
 
     @property
     def served_name(self) -> str:
         return self.name or self.model
 
     def engine(self) -> EngineConfig:
-        names = ("max_queue", "max_batch", "max_length", "kv_memory", "block_length", "lookahead", "max_rows")
+        names = [field.name for field in dataclasses.fields(EngineConfig) if field.name in Arguments.model_fields]
         return EngineConfig(**{name: getattr(self, name) for name in names})
 
     def scale(self) -> tuple[int, int]:
