@@ -11,6 +11,7 @@ import typer
 from simsd.cli import options as opt
 from simsd.cli.prompts import read_requests
 from simsd.errors import SimsdError
+from simsd.ray.job import SHARD_ROWS
 
 
 def batch(
@@ -28,7 +29,7 @@ def batch(
     max_batch: Annotated[
         int, typer.Option("--batch", help="Texts that a worker decodes at a time, at most.")
     ] = opt.DEFAULTS.max_batch,
-    shard_rows: Annotated[int, typer.Option("--shard-rows", help="Rows that a worker gets at a time.")] = 512,
+    shard_rows: Annotated[int, typer.Option("--shard-rows", help="Rows that a worker gets at a time.")] = SHARD_ROWS,
     max_new_tokens: opt.MaxNewTokens = opt.DEFAULTS.max_new_tokens,
     verify: opt.Verify = opt.DEFAULTS.verify,
     strategy: opt.Strategy = opt.DEFAULTS.strategy,

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from simsd.config import GenerationConfig, SamplingParams, config_with, integer
 from simsd.errors import SimsdError, one_line
 from simsd.ray.cluster import check_room, configured, connect, worker_device
-from simsd.seeds import fresh_seed
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -106,6 +105,7 @@ def batch(
     from simsd.ray.output import Output, fingerprint
     from simsd.ray.rows import scan, source_of
     from simsd.ray.worker import Work
+    from simsd.seeds import fresh_seed  # loads torch, which the command line's help does without
 
     began, device = time.perf_counter(), worker_device(device, cpus)
     with configured(rows), _errors(), contextlib.ExitStack() as stack:

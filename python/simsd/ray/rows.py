@@ -17,8 +17,7 @@ from simsd.values import is_integer, plain
 if TYPE_CHECKING:
     import ray.data
 
-
-Source = "pa.Table | ray.data.Dataset"  # with columns `id` and `prompt`
+    Source = pa.Table | ray.data.Dataset  # with columns `id` and `prompt`
 
 
 def source_of(rows: ray.data.Dataset | Iterable[Any], id_column: str | None, prompt_column: str) -> Source:
