@@ -55,17 +55,21 @@ def batch(
 
     from simsd import ray
 
-    report = ray.batch(
-        rows,
-        target,
-        opt.draft_name(target, draft),
-        config,
-        output=output,
-        id="id" if with_ids else None,
-        workers=workers,
-        cpus=cpus,
-        device=device,
-        dtype=dtype,
-        shard_rows=shard_rows,
-    )
+    try:
+        report = ray.batch(
+            rows,
+            target,
+            opt.draft_name(target, draft),
+            config,
+            output=output,
+            id="id" if with_ids else None,
+            workers=workers,
+            cpus=cpus,
+            device=device,
+            dtype=dtype,
+            shard_rows=shard_rows,
+        )
+    except KeyboardInterrupt:
+        print(f"interrupted: the same command goes on from what is in {output}", file=sys.stderr)
+        raise
     print(f"{report.rows} rows in {report.output}, {report.failed} failed", file=sys.stderr)
