@@ -9,6 +9,7 @@ from simsd_kernels.block_verify.api import block_verify
 from simsd_kernels.combine_experts.api import combine_experts
 from simsd_kernels.grouped_linear.api import grouped_linear
 from simsd_kernels.masked_attention.api import masked_attention
+from simsd_kernels.masked_attention_backward.api import AttentionGradients, masked_attention_backward
 from simsd_kernels.plan_block.api import Plan, plan_block
 from simsd_kernels.propose_block.api import propose_block
 from simsd_kernels.qk_norm_rope_store.api import qk_norm_rope_store
@@ -25,6 +26,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "INF",
+    "AttentionGradients",
     "Plan",
     "SortedByExpert",
     "Visibility",
@@ -35,6 +37,7 @@ __all__ = [
     "combine_experts",
     "grouped_linear",
     "masked_attention",
+    "masked_attention_backward",
     "plan_block",
     "propose_block",
     "qk_norm_rope_store",

@@ -25,6 +25,10 @@ SCHEMAS = {
         "(Tensor q, Tensor k, Tensor v, Tensor clock, Tensor birth, Tensor death, Tensor? kv_len=None,"
         " float? scale=None, Tensor? block_table=None) -> Tensor"
     ),
+    "masked_attention_backward": (
+        "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor clock, Tensor birth, Tensor death,"
+        " Tensor? kv_len=None, float? scale=None) -> (Tensor dq, Tensor dk, Tensor dv)"
+    ),
     "store_kv": "(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots) -> ()",
     "qk_norm_rope_store": (
         "(Tensor q, Tensor k, Tensor v, Tensor? q_weight, Tensor? k_weight, Tensor cos, Tensor sin,"
@@ -54,6 +58,8 @@ SCHEMAS = {
     "propose_block": propose_block.SIGNATURE.schema,
     "plan_block": plan_block.SIGNATURE.schema,
 }
+
+WITHOUT_CUDA = ("masked_attention_backward",)  # no CUDA kernel of its own: Triton serves CUDA tensors
 
 for _name, _schema in SCHEMAS.items():
     LIBRARY.define(_name + _schema)
@@ -164,6 +170,11 @@ def fake(op: str) -> Callable:
 def _(q, k, v, clock, birth, death, kv_len=None, scale=None, block_table=None) -> Tensor:
     batch, heads, rows, dim = q.shape
     return q.new_empty((batch, rows, heads, dim)).transpose(1, 2)
+
+
+@fake("masked_attention_backward")
+def _(dout, q, k, v, out, clock, birth, death, kv_len=None, scale=None) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (q, k, v))
 
 
 @fake("store_kv")

@@ -4,20 +4,15 @@
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <limits>
-#include <memory>
 #include <optional>
 #include <vector>
 
-#include "cpu/allocate.h"
-#include "cpu/attention/problem.h"
-#include "cpu/capability.h"
+#include "cpu/attention/describe.h"
+#include "cpu/attention/memory.h"
 
 namespace simsd {
 namespace attention {
@@ -25,58 +20,11 @@ namespace {
 
 constexpr int64_t MAX_GROUP = 8;      // row blocks that walk over a split together
 constexpr double SERIAL_FLOPS = 2e6;  // below this, waking threads costs more than it saves
-constexpr int64_t ALIGNMENT = 16;     // floats: one cache line
-
-const Kernels& kernels() {
-    switch (capability()) {
-#if defined(__x86_64__)
-        case Capability::avx512:
-            return avx512_kernels();
-        case Capability::avx2:
-            return avx2_kernels();
-#endif
-        default:
-            return portable_kernels();
-    }
-}
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-int64_t aligned(int64_t floats) { return divide_up(floats, ALIGNMENT) * ALIGNMENT; }
-
-class Memory {
-  public:
-    // At least `floats` floats, with unspecified contents, valid until the next call.
-    float* reserve(int64_t floats) {
-        if (floats > size_) {
-            data_.reset(new float[floats + ALIGNMENT]);
-            size_ = floats;
-        }
-        const auto address = reinterpret_cast<uintptr_t>(data_.get());
-        constexpr uintptr_t bytes = ALIGNMENT * sizeof(float);
-        return reinterpret_cast<float*>((address + bytes - 1) / bytes * bytes);
-    }
-
-  private:
-    std::unique_ptr<float[]> data_;
-    int64_t size_ = 0;
-};
 
 // Kept between calls: a thread's scratch is small, and fresh pages would cost as much as a short call computes.
 float* thread_memory(int64_t floats) {
     thread_local Memory memory;
     return memory.reserve(floats);
-}
-
-float element_to_float(const Problem& p, const void* data, int64_t offset) {
-    switch (p.element) {
-        case Element::float32:
-            return static_cast<const float*>(data)[offset];
-        case Element::bfloat16:
-            return static_cast<const torch::headeronly::BFloat16*>(data)[offset];
-        default:
-            return static_cast<const torch::headeronly::Half*>(data)[offset];
-    }
 }
 
 // Reads a row block's queries and clocks into `memory`. Lanes past the last row repeat the first row's clock.
@@ -90,10 +38,13 @@ void load_rows(const Problem& p, int64_t batch, int64_t kv_head, RowBlock& block
         block.clock_min = std::min(block.clock_min, clock[i]);
         block.clock_max = std::max(block.clock_max, clock[i]);
         const int64_t offset = batch * p.q_strides[0] + head * p.q_strides[1] + i * p.q_strides[2];
-        for (int64_t d = 0; d < p.dim; ++d) {
-            block.q[d * block.lanes + lane] =
-                lane < block.rows ? element_to_float(p, p.q, offset + d * p.q_strides[3]) * p.scale : 0.0f;
-        }
+        with_element(p.element, [&](auto element) {
+            const auto* from = static_cast<const decltype(element)*>(p.q) + offset;
+            for (int64_t d = 0; d < p.dim; ++d) {
+                const float value = lane < block.rows ? static_cast<float>(from[d * p.q_strides[3]]) * p.scale : 0.0f;
+                block.q[d * block.lanes + lane] = value;
+            }
+        });
     }
 }
 
@@ -103,19 +54,10 @@ void store_rows(const Problem& p, int64_t batch, int64_t kv_head, const RowBlock
         const int64_t i = row / p.group, head = kv_head * p.group + row % p.group;
         const int64_t offset = batch * p.out_strides[0] + head * p.out_strides[1] + i * p.out_strides[2];
         const float* from = state.out + lane;
-        const auto store = [&](auto* to) {
+        with_element(p.element, [&](auto element) {
+            auto* to = static_cast<decltype(element)*>(p.out) + offset;
             for (int64_t d = 0; d < p.dim; ++d) to[d * p.out_strides[3]] = from[d * block.lanes];
-        };
-        switch (p.element) {
-            case Element::float32:
-                store(static_cast<float*>(p.out) + offset);
-                break;
-            case Element::bfloat16:
-                store(static_cast<torch::headeronly::BFloat16*>(p.out) + offset);
-                break;
-            default:
-                store(static_cast<torch::headeronly::Half*>(p.out) + offset);
-        }
+        });
     }
 }
 
@@ -268,74 +210,6 @@ void attend_splits(const Partition& part) {
     });
 }
 
-std::vector<TileRange> tile_ranges(const Problem& p) {
-    std::vector<TileRange> tiles(p.batch * p.tile_count);
-    for (int64_t b = 0; b < p.batch; ++b) {
-        for (int64_t first = 0; first < p.key_count[b]; first += TILE) {
-            const int64_t last = std::min(first + TILE, p.key_count[b]);
-            const int32_t* birth = p.birth + b * p.keys;
-            const int32_t* death = p.death + b * p.keys;
-            TileRange tile{birth[first], birth[first], death[first], death[first]};
-            for (int64_t j = first + 1; j < last; ++j) {
-                tile.birth_min = std::min(tile.birth_min, birth[j]);
-                tile.birth_max = std::max(tile.birth_max, birth[j]);
-                tile.death_min = std::min(tile.death_min, death[j]);
-                tile.death_max = std::max(tile.death_max, death[j]);
-            }
-            tiles[b * p.tile_count + first / TILE] = tile;
-        }
-    }
-    return tiles;
-}
-
-// The tensor's int32 [B, N] values in one contiguous run, copied to `storage` if they are not one (or if `copy`).
-const int32_t* contiguous_ints(const Tensor& tensor, std::vector<int32_t>& storage, bool copy = false) {
-    const auto* data = static_cast<const int32_t*>(tensor.const_data_ptr());
-    if (tensor.is_contiguous() && !copy) return data;
-    const int64_t rows = tensor.size(0), columns = tensor.size(1), row_stride = tensor.stride(0);
-    const int64_t column_stride = tensor.stride(1);
-    storage.resize(rows * columns);
-    for (int64_t i = 0; i < rows; ++i) {
-        for (int64_t j = 0; j < columns; ++j) storage[i * columns + j] = data[i * row_stride + j * column_stride];
-    }
-    return storage.data();
-}
-
-constexpr int32_t INF = 1 << 30;  // the birth of a dead key
-
-// Table entries that are no page become -1. Returns whether that takes the page of a key that is not dead by itself.
-bool mark_holes(const Problem& p, int64_t page_count, std::vector<int32_t>& pages) {
-    bool takes_keys = false;
-    for (size_t i = 0; i < pages.size(); ++i) {
-        if (pages[i] >= 0 && pages[i] < page_count) continue;
-        pages[i] = -1;
-        const int32_t* birth = p.birth + i * p.page_size;
-        bool lives = false;
-        for (int64_t j = 0; j < p.page_size; ++j) lives |= birth[j] != INF;
-        takes_keys |= lives;
-    }
-    return takes_keys;
-}
-
-// Makes the keys of holes dead at every clock.
-void leave_out_holes(int64_t page_size, const std::vector<int32_t>& pages, std::vector<int32_t>& births,
-                     std::vector<int32_t>& deaths) {
-    for (size_t i = 0; i < pages.size(); ++i) {
-        if (pages[i] >= 0) continue;
-        std::fill_n(births.begin() + i * page_size, page_size, std::numeric_limits<int32_t>::max());
-        std::fill_n(deaths.begin() + i * page_size, page_size, std::numeric_limits<int32_t>::min());
-    }
-}
-
-// [B, Hq, Lq, D] with a row's heads side by side.
-Tensor allocate_heads(const Tensor& q) {
-    const std::array<int64_t, 4> sizes{q.size(0), q.size(1), q.size(2), q.size(3)};
-    const auto at_least_one = [&](int axis) { return std::max<int64_t>(sizes[axis], 1); };
-    const int64_t head = at_least_one(3), row = head * at_least_one(1);
-    const std::array<int64_t, 4> strides{row * at_least_one(2), head, row, 1};
-    return allocate(sizes.data(), strides.data(), 4, q.scalar_type());
-}
-
 Tensor masked_attention(const Tensor q, const Tensor k, const Tensor v, const Tensor clock, const Tensor birth,
                         const Tensor death, const std::optional<Tensor> kv_len, const std::optional<double> scale,
                         const std::optional<Tensor> block_table) {
@@ -343,51 +217,10 @@ Tensor masked_attention(const Tensor q, const Tensor k, const Tensor v, const Te
     const Tensor out = allocate_heads(q);
     if (out.numel() == 0) return out;
 
-    Problem p{};
-    p.element = element_of<Element>(q);
-    p.q = q.const_data_ptr();
-    p.k = k.const_data_ptr();
-    p.v = v.const_data_ptr();
+    Storage storage;
+    Problem p = describe(q, k, v, clock, birth, death, kv_len, scale, block_table, storage);
     p.out = out.mutable_data_ptr();
-    for (int axis = 0; axis < 4; ++axis) {
-        p.q_strides[axis] = q.stride(axis);
-        p.k_strides[axis] = k.stride(axis);
-        p.v_strides[axis] = v.stride(axis);
-        p.out_strides[axis] = out.stride(axis);
-    }
-    std::vector<int32_t> clocks, births, deaths, pages;
-    p.clock = contiguous_ints(clock, clocks);
-    p.birth = contiguous_ints(birth, births);
-    p.death = contiguous_ints(death, deaths);
-    if (block_table) {
-        p.page_size = k.size(2);
-        p.pages = contiguous_ints(*block_table, pages, true);
-        if (mark_holes(p, k.size(0), pages)) {
-            p.birth = contiguous_ints(birth, births, true);
-            p.death = contiguous_ints(death, deaths, true);
-            leave_out_holes(p.page_size, pages, births, deaths);
-        }
-    }
-    p.batch = q.size(0);
-    p.kv_heads = k.size(1);
-    p.group = q.size(1) / p.kv_heads;
-    p.q_rows = q.size(2);
-    p.keys = birth.size(1);
-    p.dim = q.size(3);
-    p.tile_count = divide_up(p.keys, TILE);
-    p.scale = static_cast<float>(scale.value_or(1.0 / std::sqrt(static_cast<double>(p.dim))));
-
-    std::vector<int64_t> key_count(p.batch, p.keys);
-    if (kv_len) {
-        const auto* lengths = static_cast<const int32_t*>(kv_len->const_data_ptr());
-        for (int64_t b = 0; b < p.batch; ++b) {
-            key_count[b] = std::clamp<int64_t>(lengths[b * kv_len->stride(0)], 0, p.keys);
-        }
-    }
-    p.key_count = key_count.data();
-    const std::vector<TileRange> tiles = tile_ranges(p);
-    p.tiles = tiles.data();
-
+    for (int axis = 0; axis < 4; ++axis) p.out_strides[axis] = out.stride(axis);
     const Partition part(p, kernels(), torch::stable::get_num_threads());
     if (part.units >= 4 * part.threads || part.units % part.threads == 0) {
         part.parallel(part.units, [&](int64_t unit) { attend_whole(part, unit); });

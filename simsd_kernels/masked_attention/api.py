@@ -30,8 +30,8 @@ def masked_attention(
     With a `block_table` keys and values lie in pages: key j of batch element b is row `j % page_size` of page
     `block_table[b, j // page_size]`. The result has the bits that the same keys give where they lie in order.
 
-    Differentiable in q, k and v on every backend. The backward computes the attention again, in plain torch, and takes
-    memory for all of its scores: float32 [B, Hq, Lq, Lk], several times.
+    Differentiable in q, k and v on every backend, by `masked_attention_backward`. Gradients that are to be
+    differentiated again, and all of the reference's, are plain torch's and take float32 [B, Hq, Lq, Lk] several times.
 
     Args:
         q: [B, Hq, Lq, D], float32, bfloat16 or float16 (`reference` also takes float64); any strides.
@@ -67,41 +67,41 @@ def masked_attention(
             return operator(q, k, v, clock, birth, death, kv_len, scale, block_table)
 
 
-def check(q, k, v, clock, birth, death, kv_len, block_table) -> None:
+def check(q, k, v, clock, birth, death, kv_len, block_table, op=OP) -> None:
     for name, value in (("q", q), ("k", k), ("v", v), ("clock", clock), ("birth", birth), ("death", death)):
-        validate.tensor(OP, name, value)
-    validate.shape(OP, "q", q, (None,) * 4, "[B, Hq, Lq, D]")
+        validate.tensor(op, name, value)
+    validate.shape(op, "q", q, (None,) * 4, "[B, Hq, Lq, D]")
     batch, q_heads, q_rows, dim = q.shape
     pages = batch
     letters = "[B, Hkv, Lk, D]"
     if block_table is not None:
-        validate.tensor(OP, "block_table", block_table)
-        validate.shape(OP, "block_table", block_table, (batch, None), "[B, n_pages]")
-        validate.dtype(OP, "block_table", block_table, torch.int32)
+        validate.tensor(op, "block_table", block_table)
+        validate.shape(op, "block_table", block_table, (batch, None), "[B, n_pages]")
+        validate.dtype(op, "block_table", block_table, torch.int32)
         pages, letters = None, "[P, Hkv, page_size, D]"
-    validate.shape(OP, "k", k, (pages, None, None, dim), letters)
-    validate.shape(OP, "v", v, k.shape, letters)
+    validate.shape(op, "k", k, (pages, None, None, dim), letters)
+    validate.shape(op, "v", v, k.shape, letters)
     kv_heads, keys = k.shape[1], k.shape[2]
     if block_table is not None:
         if keys % 16 or not 16 <= keys <= 256:
-            raise ValueError(f"{OP}: a page must hold a multiple of 16 keys, from 16 to 256, got {keys}")
+            raise ValueError(f"{op}: a page must hold a multiple of 16 keys, from 16 to 256, got {keys}")
         keys *= block_table.shape[1]
-    validate.shape(OP, "clock", clock, (batch, q_rows), "[B, Lq]")
-    validate.shape(OP, "birth", birth, (batch, keys), "[B, Lk]")
-    validate.shape(OP, "death", death, (batch, keys), "[B, Lk]")
+    validate.shape(op, "clock", clock, (batch, q_rows), "[B, Lq]")
+    validate.shape(op, "birth", birth, (batch, keys), "[B, Lk]")
+    validate.shape(op, "death", death, (batch, keys), "[B, Lk]")
     if kv_heads == 0 or q_heads % kv_heads:
-        raise ValueError(f"{OP}: {q_heads} query heads are not a multiple of {kv_heads} key/value heads")
-    validate.dtype(OP, "q", q, (*validate.FLOATS, torch.float64))
+        raise ValueError(f"{op}: {q_heads} query heads are not a multiple of {kv_heads} key/value heads")
+    validate.dtype(op, "q", q, (*validate.FLOATS, torch.float64))
     for name, value in (("k", k), ("v", v)):
-        validate.dtype(OP, name, value, q.dtype)
+        validate.dtype(op, name, value, q.dtype)
     for name, value in (("clock", clock), ("birth", birth), ("death", death)):
-        validate.dtype(OP, name, value, torch.int32)
+        validate.dtype(op, name, value, torch.int32)
     if kv_len is not None:
-        validate.tensor(OP, "kv_len", kv_len)
-        validate.shape(OP, "kv_len", kv_len, (batch,), "[B]")
-        validate.dtype(OP, "kv_len", kv_len, torch.int32)
+        validate.tensor(op, "kv_len", kv_len)
+        validate.shape(op, "kv_len", kv_len, (batch,), "[B]")
+        validate.dtype(op, "kv_len", kv_len, torch.int32)
     validate.same_device(
-        OP, q=q, k=k, v=v, clock=clock, birth=birth, death=death, kv_len=kv_len, block_table=block_table
+        op, q=q, k=k, v=v, clock=clock, birth=birth, death=death, kv_len=kv_len, block_table=block_table
     )
 
 
@@ -136,20 +136,27 @@ def _why_not_triton(q, *_) -> str | None:
 
 def _save(ctx, inputs, output) -> None:
     q, k, v, clock, birth, death, kv_len, ctx.scale, block_table = inputs
-    ctx.save_for_backward(q, k, v, clock, birth, death, kv_len, block_table)
+    ctx.save_for_backward(q, k, v, output, clock, birth, death, kv_len, block_table)
 
 
-def _gradients(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    """Of q, k and v: those of the reference, computed again from what was saved, so that they can be differentiated."""
-    *qkv, clock, birth, death, kv_len, block_table = ctx.saved_tensors
-    wanted = ctx.needs_input_grad[:3]
-    with torch.enable_grad():
-        qkv = [x.view_as(x) if needed else x for x, needed in zip(qkv, wanted, strict=True)]
-        out = reference.masked_attention(*qkv, clock, birth, death, kv_len, ctx.scale, block_table)
-    inputs = [x for x, needed in zip(qkv, wanted, strict=True) if needed]
-    with dispatch.without_autocast(gradient.device):
-        found = iter(torch.autograd.grad(out, inputs, gradient, create_graph=torch.is_grad_enabled()))
-    return (*(next(found) if needed else None for needed in wanted), *(None,) * 6)
+def _gradients(ctx, gradient: Tensor, backend: str | None = None) -> tuple[Tensor | None, ...]:
+    """Of q, k and v; by the reference where they are to be differentiated, which it can be."""
+    from simsd_kernels.masked_attention_backward import api
+    from simsd_kernels.masked_attention_backward import reference as differentiable
+
+    q, k, v, out, clock, birth, death, kv_len, block_table = ctx.saved_tensors
+    pages = k.shape[0]
+    if block_table is not None:
+        k, v, birth, death = reference.gathered(k, v, birth, death, block_table)
+    given = gradient, q, k, v, out, clock, birth, death, kv_len, ctx.scale
+    if torch.is_grad_enabled():
+        dq, dk, dv = differentiable.masked_attention_backward(*given)
+    else:
+        dq, dk, dv = api.masked_attention_backward(*given, backend=backend)
+    if block_table is not None:
+        dk, dv = (reference.into_pages(x, pages, block_table) for x in (dk, dv))
+    found = zip((dq, dk, dv), ctx.needs_input_grad, strict=False)
+    return (*(x if needed else None for x, needed in found), *(None,) * 6)
 
 
 class _Triton(torch.autograd.Function):
@@ -162,7 +169,10 @@ class _Triton(torch.autograd.Function):
         return triton.masked_attention(*arguments)
 
     setup_context = staticmethod(_save)
-    backward = staticmethod(_gradients)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return _gradients(ctx, gradient, "triton")
 
 
 implement(OP, _reference, _triton, _why_not_triton, (_save, _gradients))

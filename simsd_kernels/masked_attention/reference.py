@@ -37,6 +37,47 @@ def gathered(
     return in_order(k), in_order(v), torch.where(alive, birth, never.max), torch.where(alive, death, never.min)
 
 
+def into_pages(gradient: Tensor, pages: int, block_table: Tensor) -> Tensor:
+    """The gradient of pages [P, Hkv, page_size, D], from that of what `gathered` made of them."""
+    batch, count = block_table.shape
+    kv_heads, keys, dim = gradient.shape[1:]
+    page_size = keys // max(count, 1)
+    exists = (block_table >= 0) & (block_table < pages)  # [B, n_pages]
+    page = torch.where(exists, block_table, pages).flatten().long()  # what has no page has gradient 0, and goes nowhere
+    lying = gradient.reshape(batch, kv_heads, count, page_size, dim).transpose(1, 2).flatten(0, 1)
+    return gradient.new_zeros((pages + 1, kv_heads, page_size, dim)).index_add(0, page, lying)[:pages]
+
+
+def weighed(
+    q: Tensor, k: Tensor, v: Tensor, clock: Tensor, birth: Tensor, death: Tensor, kv_len: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """q [B, Hkv, G * Lq, D], K and V in float32 (float64 for float64 inputs), blanked where they count for nothing; the
+    weights [B, Hkv, G * Lq, Lk]; and which queries see nothing, [B, 1, Lq, 1], whose weights mean nothing."""
+    batch, q_heads, q_rows, dim = q.shape
+    kv_heads = k.shape[1]
+    accumulate = torch.promote_types(q.dtype, torch.float32)
+
+    seen = visible(clock, birth, death, kv_len)  # [B, Lq, Lk]
+    # A key that nobody sees may hold NaN, and so may a query that sees nothing: 0 * NaN is NaN, so they are blanked
+    # rather than weighted with 0. The same holds for the gradient of such a query's output.
+    live = seen.any(dim=1)[:, None, :, None]  # [B, 1, Lk, 1]
+    blind = ~seen.any(dim=2)[:, None, :, None]  # [B, 1, Lq, 1]
+    k = torch.where(live, k, 0).to(accumulate)
+    v = torch.where(live, v, 0).to(accumulate)
+    q = torch.where(blind, 0, q)
+
+    group = q_heads // max(kv_heads, 1)
+    grouped = q.to(accumulate).reshape(batch, kv_heads, group * q_rows, dim)
+    scores = (grouped * scale) @ k.transpose(-1, -2)
+    scores = scores.view(batch, kv_heads, group, q_rows, k.shape[2]).masked_fill(~seen[:, None, None], -torch.inf)
+    weights = torch.softmax(scores.masked_fill(blind[:, :, None], 0.0), dim=-1)
+    return grouped, k, v, weights.view(batch, kv_heads, group * q_rows, k.shape[2]), blind
+
+
+def factor(scale: float | None, dim: int) -> float:
+    return max(dim, 1) ** -0.5 if scale is None else scale
+
+
 def masked_attention(
     q: Tensor,
     k: Tensor,
@@ -51,26 +92,13 @@ def masked_attention(
     """See `api.masked_attention`. Accumulates in float32 (float64 for float64 inputs)."""
     if block_table is not None:
         k, v, birth, death = gathered(k, v, birth, death, block_table)
-    batch, q_heads, q_rows, dim = q.shape
-    kv_heads = k.shape[1]
-    accumulate = torch.promote_types(q.dtype, torch.float32)
-    scale = max(dim, 1) ** -0.5 if scale is None else scale
-
-    seen = visible(clock, birth, death, kv_len)  # [B, Lq, Lk]
-    # A key that nobody sees may hold NaN, and so may a query that sees nothing: 0 * NaN is NaN, so they are blanked
-    # rather than weighted with 0. The same holds for the gradient of such a query's output.
-    live = seen.any(dim=1)[:, None, :, None]  # [B, 1, Lk, 1]
-    blind = ~seen.any(dim=2)[:, None, :, None]  # [B, 1, Lq, 1]
-    k = torch.where(live, k, 0).to(accumulate)
-    v = torch.where(live, v, 0).to(accumulate)
-    q = torch.where(blind, 0, q)
-
-    group = q_heads // max(kv_heads, 1)
-    grouped = q.to(accumulate).reshape(batch, kv_heads, group * q_rows, dim)
     with dispatch.without_autocast(q.device):
-        scores = (grouped * scale) @ k.transpose(-1, -2)  # [B, Hkv, G * Lq, Lk]
-        scores = scores.view(batch, kv_heads, group, q_rows, k.shape[2]).masked_fill(~seen[:, None, None], -torch.inf)
-        weights = torch.softmax(scores.masked_fill(blind[:, :, None], 0.0), dim=-1)
-        out = weights.view(batch, kv_heads, group * q_rows, k.shape[2]) @ v
+        _, _, v, weights, blind = weighed(q, k, v, clock, birth, death, kv_len, factor(scale, q.shape[3]))
+        out = weights @ v
     out = out.view(q.shape).masked_fill(blind, 0.0).to(q.dtype)
-    return out.transpose(1, 2).contiguous().transpose(1, 2)
+    return side_by_side(out)
+
+
+def side_by_side(x: Tensor) -> Tensor:
+    """[B, H, L, D] with a row's heads side by side in memory."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)

@@ -13,7 +13,7 @@ ANY_LENGTH = ("banned_ids", "text")  # arguments that may have any
 OF_ROWS = ("silu_mul", "add_rms_norm", "thin_linear")  # [..., D]: one dimension is one row
 OWN_WORDS = ("store_kv",)  # whose CUDA kernel says otherwise what is wrong
 # Whose reference takes float64.
-FLOAT64 = ("masked_attention", "add_rms_norm", "silu_mul", "combine_experts")
+FLOAT64 = ("masked_attention", "masked_attention_backward", "add_rms_norm", "silu_mul", "combine_experts")
 FLOAT64 += ("grouped_linear", "thin_linear", "qk_norm_rope_store")
 UNTRACED = ("plan_block",)  # whose reference asks what is in its tensors
 SEEDS = range(24 if HAS_GPU else sized(3, interpreted=1))

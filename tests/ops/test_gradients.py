@@ -100,7 +100,8 @@ def test_attention_trains_through_pages(backend):
 
 def through(api_module, function):
     """`function` with the backward that the op has, in any dtype."""
-    return type("Op", (api_module._Triton,), {"forward": staticmethod(function)}).apply
+    parts = {"forward": staticmethod(function), "backward": staticmethod(api_module._gradients)}
+    return type("Op", (api_module._Triton,), parts).apply
 
 
 @pytest.mark.parametrize("pages", [False, True], ids=["in order", "in pages"])

@@ -6,9 +6,9 @@ namespace simsd {
 
 inline void check_masked_attention(DeviceCheck check_device, const Tensor& q, const Tensor& k, const Tensor& v,
                                    const Tensor& clock, const Tensor& birth, const Tensor& death,
-                                   const std::optional<Tensor>& kv_len, const std::optional<Tensor>& block_table) {
-    constexpr const char* OP = "masked_attention";
-    const Expect expect{OP, check_device, q};
+                                   const std::optional<Tensor>& kv_len, const std::optional<Tensor>& block_table,
+                                   const char* op = "masked_attention") {
+    const Expect expect{op, check_device, q};
     expect("q", q, FLOATS, {-1, -1, -1, -1}, "[B, Hq, Lq, D]");
     const int64_t batch = q.size(0), q_heads = q.size(1), q_rows = q.size(2), dim = q.size(3);
     expect("block_table", block_table, {ScalarType::Int}, {batch, -1}, "[B, n_pages]");
@@ -17,12 +17,12 @@ inline void check_masked_attention(DeviceCheck check_device, const Tensor& q, co
     const int64_t kv_heads = k.size(1), page_size = k.size(2);
     const int64_t keys = block_table ? block_table->size(1) * page_size : page_size;
     expect("v", v, {q.scalar_type()}, {k.size(0), kv_heads, page_size, dim}, letters);
-    check(!block_table || (page_size >= 16 && page_size <= 256 && page_size % 16 == 0), OP,
+    check(!block_table || (page_size >= 16 && page_size <= 256 && page_size % 16 == 0), op,
           ": a page must hold a multiple of 16 keys, from 16 to 256, got ", page_size);
     expect("clock", clock, {ScalarType::Int}, {batch, q_rows}, "[B, Lq]");
     expect("birth", birth, {ScalarType::Int}, {batch, keys}, "[B, Lk]");
     expect("death", death, {ScalarType::Int}, {batch, keys}, "[B, Lk]");
-    check(kv_heads > 0 && q_heads % kv_heads == 0, OP, ": ", q_heads, " query heads are not a multiple of ", kv_heads,
+    check(kv_heads > 0 && q_heads % kv_heads == 0, op, ": ", q_heads, " query heads are not a multiple of ", kv_heads,
           " key/value heads");
     expect("kv_len", kv_len, {ScalarType::Int}, {batch}, "[B]");
 }

@@ -12,7 +12,7 @@
 #pragma GCC target("avx2,fma,f16c")
 #endif
 
-#include "cpu/attention/kernel.h"
+#include "cpu/attention/backward.h"
 
 namespace simsd::attention {
 namespace {

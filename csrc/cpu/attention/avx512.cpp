@@ -13,7 +13,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
 #endif
 
-#include "cpu/attention/kernel.h"
+#include "cpu/attention/backward.h"
 
 namespace simsd::attention {
 namespace {

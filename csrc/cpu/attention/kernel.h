@@ -314,9 +314,5 @@ int64_t scratch_floats(const Problem& p) {
     return Scratch<Simd>::floats(p);
 }
 
-template <typename Simd>
-constexpr Kernels KERNELS = {2 * Simd::LANES, Simd::LANES, scratch_floats<Simd>, stage<Simd>,
-                             attend<Simd>,    fold<Simd>,  normalise<Simd>};
-
 }  // namespace
 }  // namespace simsd::attention

@@ -7,7 +7,7 @@
 #include <cstring>
 
 #include "common/visibility.h"
-#include "cpu/attention/kernel.h"
+#include "cpu/attention/backward.h"
 
 namespace simsd::attention {
 namespace {

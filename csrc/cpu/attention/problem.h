@@ -51,6 +51,25 @@ struct State {
     float* out;  // [D, lanes], not yet divided by sum
 };
 
+// What the backward of a KV head works on, in float32. A row's `pitch` is D rounded up to whole vectors.
+struct Head {
+    const float *k, *v;  // [Lk, D], rows k_pitch and v_pitch apart
+    int64_t k_pitch, v_pitch, pitch;
+    float *dk, *dv;  // [Lk, pitch], added to
+    float* spare;    // [pitch], nobody reads it
+};
+
+// And one of its row blocks, besides queries and clocks.
+struct RowGradients {
+    float* weights;          // [Lk + padded_keys, lanes], of the keys that some row sees
+    float* inverse;          // [lanes], 1 / sum of weights; 0 for rows that see nothing
+    const float* dout;       // [D, lanes]; 0 for rows that see nothing, as in the next two
+    const float* q_rows;     // [lanes, pitch], scaled
+    const float* dout_rows;  // [lanes, pitch]
+    const float* delta;      // [lanes], sum over D of dout * out
+    float* dq;               // [D, lanes], added to; of q unscaled
+};
+
 struct Kernels {
     int64_t lanes;       // of a full row block
     int64_t half_lanes;  // of a row block of at most this many rows
@@ -67,6 +86,16 @@ struct Kernels {
     void (*fold)(const Problem&, const RowBlock&, State state, State partial);
     // state.out := state.out / state.sum, and 0 for rows that saw nothing.
     void (*normalise)(const Problem&, const RowBlock&, State state);
+
+    // Backward.
+    int64_t padded_keys;  // room for what a block of keys computes past the last one
+    // Whether float32 rows of K or V with these strides are read where they lie, and a row of D elements as float32.
+    bool (*in_place)(const Problem&, const int64_t* strides);
+    void (*convert)(const Problem&, const void* data, int64_t offset, int64_t stride, float* to);
+    // Weights, not yet divided by their sum, and inverse. Returns false if no row sees a key.
+    bool (*weigh)(const Problem&, int64_t batch, const Head&, const RowBlock&, const RowGradients&);
+    // Adds to dq, dk and dv what the weighed row block gives.
+    void (*propagate)(const Problem&, int64_t batch, const Head&, const RowBlock&, const RowGradients&);
 };
 
 const Kernels& portable_kernels();
