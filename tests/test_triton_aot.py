@@ -48,6 +48,7 @@ def test_no_kernel_is_left_out():
     written = set()
     for module in (
         triton_resources.attention,
+        triton_resources.backward,
         triton_resources.sample,
         triton_resources.verify,
         triton_resources.thin,

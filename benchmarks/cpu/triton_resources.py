@@ -25,6 +25,7 @@ from simsd_kernels.block_verify import triton as verify
 from simsd_kernels.combine_experts import triton as combine
 from simsd_kernels.grouped_linear import triton as grouped
 from simsd_kernels.masked_attention import triton as attention
+from simsd_kernels.masked_attention_backward import triton as backward
 from simsd_kernels.qk_norm_rope_store import triton as rope
 from simsd_kernels.sample_logits import triton as sample
 from simsd_kernels.silu_mul import triton as silu
@@ -78,6 +79,7 @@ def variants() -> Iterator[Variant]:
     for dtype, name in NAMES.items():
         for dim in HEAD_SIZES:
             yield from attention_variants(dtype, name, dim)
+            yield from backward_variants(dtype, name, dim)
             yield from cache_variants(name, dim)
         yield from sample_variants(name)
         yield from verify_variants(name)
@@ -104,6 +106,15 @@ def attention_variants(dtype: torch.dtype, name: str, dim: int) -> Iterator[Vari
         yield Variant(of_pages, attention, "attend_many_rows", {**inputs, "p_out": name}, scan, options)
     combined = {**tiles, "ROWS": attention.COMBINED_ROWS}
     yield Variant(case, attention, "combine_splits", {**partials, "p_out": name}, combined, dict(attention.EXACT))
+
+
+def backward_variants(dtype: torch.dtype, name: str, dim: int) -> Iterator[Variant]:
+    tiles, options = backward.configuration(dim, dtype)
+    pointers = dict.fromkeys(("p_dout", "p_q", "p_k", "p_v", "p_out", "p_dq", "p_dk", "p_dv"), name)
+    pointers |= dict.fromkeys(("p_clock", "p_keys", "p_bounds"), "i32")
+    pointers |= dict.fromkeys(("p_log_sum", "p_delta"), "fp32")
+    for kernel in ("row_gradients", "key_gradients"):
+        yield Variant(f"{name}, D {dim}", backward, kernel, pointers, {**tiles, "n_dim": dim}, options)
 
 
 def cache_variants(name: str, dim: int) -> Iterator[Variant]:
