@@ -94,6 +94,18 @@ class Visibility:
         return cls(*clean_rows(_positions("block_causal", n) // length, 1))
 
     @classmethod
+    def training(cls, n: int, block_length: int) -> Visibility:
+        """Block diffusion's training mask: [n noisy rows | n clean rows] of the same n tokens.
+
+        A noisy row sees its own noisy block and the clean blocks before it, a clean row its own clean block and those
+        before it. A clean block of index b lives from 2 (b + 1) on, its noisy twin for the moment before that.
+        """
+        length = _count("training", "block_length", block_length, least=1)
+        block = _positions("training", n) // length
+        clean, birth, death = clean_rows(block + 1, 2)
+        return cls(*concatenate((clean - 1, birth - 1, birth - 1), (clean, birth, death)))
+
+    @classmethod
     def tree(cls, parents: Sequence[int] | Tensor) -> Visibility:
         """A draft tree (or forest): node i sees itself and its ancestors.
 

@@ -9,6 +9,7 @@ from build_tokenizer import ASSISTANT, END, MASK, PAD, USER
 from tokenizers import Tokenizer
 
 from simsd.tasks import Task, training_item
+from simsd_kernels import INF, Visibility
 
 BLOCK_LENGTH = 4
 NOISY_COPIES = 3
@@ -20,7 +21,7 @@ class Batch:
 
     tokens: torch.Tensor  # [B, S] int64
     positions: torch.Tensor  # [B, S] int64; a noisy row has the position of its clean token
-    visible: torch.Tensor  # [B, 1, S, S] bool; [b, 0, i, j]: row i attends to row j
+    visibility: Visibility  # of rows as queries and as keys, [B, S] each; padding sees nothing and is seen by nothing
     masked: torch.Tensor  # [M] int64, the rows to predict, indexes into B*S
     targets: torch.Tensor  # [M] int64
 
@@ -78,14 +79,17 @@ def make_batch(encoder: Encoder, examples: list[tuple[int, list[int]]], noise: n
     masked = _draw_masks(np.broadcast_to(maskable[:, None], (B, C, copy_rows)), noise)
     noisy = np.where(masked, encoder.mask_id, known[:, None])
 
-    # Block and copy of every row; a padding row gets a block of its own that nobody else sees.
-    clean_block = np.where(clean_positions < length[:, None] - L, clean_positions // L, -1)
-    copy_block = np.where(copy_positions < length[:, None], copy_positions // L, -1)
-    block = np.concatenate([clean_block, np.tile(copy_block, C)], 1)
-    copy = np.concatenate([np.zeros(clean_rows, int), np.repeat(np.arange(1, C + 1), copy_rows)])
-    same_block = block[:, :, None] == block[:, None, :]
-    earlier = (block[:, :, None] > block[:, None, :]) & (block[:, None, :] >= 0)
-    visible = (same_block & (copy[:, None] == copy[None, :])) | (earlier & (copy == 0)[None, None, :])
+    # A clean block lives from a moment of its own on; its noisy copies before it, each for one moment.
+    stride = C + 1
+    clean_birth = np.where(clean_positions < length[:, None] - L, (clean_positions // L + 1) * stride, INF)
+    copy_end = np.where(copy_positions < length[:, None], (copy_positions // L + 1) * stride, INF)
+    copy_birth = [np.where(copy_end < INF, copy_end - copy, INF) for copy in range(1, C + 1)]
+    birth = torch.from_numpy(np.concatenate([clean_birth, *copy_birth], 1)).to(torch.int32)
+    visibility = Visibility(
+        clock=birth.masked_fill(birth == INF, -1),
+        birth=birth,
+        death=torch.cat([torch.full((B, clean_rows), INF, dtype=torch.int32), birth[:, clean_rows:]], 1),
+    )
 
     all_masked = np.concatenate([np.zeros((B, clean_rows), bool), masked.reshape(B, -1)], 1)
     all_known = np.concatenate([clean, np.tile(known, C)], 1)
@@ -93,7 +97,7 @@ def make_batch(encoder: Encoder, examples: list[tuple[int, list[int]]], noise: n
     return Batch(
         tokens=torch.from_numpy(np.concatenate([clean, noisy.reshape(B, -1)], 1)),
         positions=torch.from_numpy(np.concatenate([clean_positions, np.tile(copy_positions, C)], 1)),
-        visible=torch.from_numpy(visible[:, None]),
+        visibility=visibility,
         masked=torch.from_numpy(rows),
         targets=torch.from_numpy(all_known.ravel()[rows]),
     )

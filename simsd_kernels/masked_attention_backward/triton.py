@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from simsd_kernels.masked_attention.reference import factor
-from simsd_kernels.masked_attention.triton import QUERIES, SPLIT
+from simsd_kernels.masked_attention.triton import EXACT, QUERIES, SPLIT
 from simsd_kernels.masked_attention.triton_kernels import UNSEEN, dot, load_rows, summarise, tile_states
 
 SIZES = ["n_q", "n_k", "n_padded", "n_group", "n_hkv"]
@@ -263,10 +263,11 @@ def configuration(dim: int, dtype: torch.dtype) -> tuple[dict[str, int], dict[st
     """
     block_d = max(16, triton.next_power_of_2(dim))
     if dtype == torch.float32:
-        rows, tile = 16, 16
+        rows, tile, warps = 16, 16, max(4, block_d // 16)
     else:
-        rows, tile = (32, 32) if block_d > 64 else (64, 64)
-    return {"ROWS": rows, "TILE": tile, "BLOCK_D": block_d}, {"num_warps": 4 if block_d < 256 else 8, "num_stages": 1}
+        rows, tile, warps = (64, 32, 4) if block_d <= 64 else (32, 32, block_d // 32)
+    options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
+    return {"ROWS": rows, "TILE": tile, "BLOCK_D": block_d}, options
 
 
 def masked_attention_backward(
@@ -298,7 +299,7 @@ def masked_attention_backward(
         summarise[(batch * padded // SPLIT,)](
             clock, birth, death, kv_len, None, key_vectors, bounds, q_rows, keys, padded, 0, batch,
             *clock.stride(), *birth.stride(), *death.stride(), 0 if kv_len is None else kv_len.stride(0),
-            TILE=tiles["TILE"], SPLIT=SPLIT, QUERIES=QUERIES, PAGE=0,
+            TILE=tiles["TILE"], SPLIT=SPLIT, QUERIES=QUERIES, PAGE=0, **EXACT,
         )  # fmt: skip
         group = q_heads // kv_heads
         row_gradients[(batch * kv_heads * triton.cdiv(rows, tiles["ROWS"]),)](

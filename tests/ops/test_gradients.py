@@ -174,13 +174,6 @@ def test_gradients_do_not_notice_autocast(backend, name):
 # Block diffusion trains on noisy and clean rows side by side: a noisy block sees itself and the clean blocks before it.
 
 
-def training_mask(blocks: int, length: int) -> Visibility:
-    """Noisy rows, then clean rows, of the same positions. A noisy block lives for one moment, a clean one for good."""
-    block = torch.arange(blocks, dtype=torch.int32).repeat_interleave(length)
-    clock = torch.cat((2 * block, 2 * block + 1))
-    return Visibility(clock, clock.clone(), torch.cat((2 * block, torch.full_like(block, INF))))
-
-
 def dense_training_mask(blocks: int, length: int) -> torch.Tensor:
     """The same from its definition: boolean [2 n, 2 n], n = blocks * length."""
     block = torch.arange(blocks).repeat_interleave(length)
@@ -198,7 +191,7 @@ def test_a_block_diffusion_training_step_has_the_gradients_of_torchs_attention(b
     if dtype == torch.float64 and backend != "reference":
         pytest.skip("float64 is the reference's")
     blocks, length = 5, 4
-    visibility, dense = training_mask(blocks, length), dense_training_mask(blocks, length)
+    visibility, dense = Visibility.training(blocks * length, length), dense_training_mask(blocks, length)
     assert torch.equal(visibility.dense(), dense)
     rows = 2 * blocks * length
     qkv = list(random_qkv(2, 2, 2, rows, rows, 16, dtype))
@@ -208,6 +201,8 @@ def test_a_block_diffusion_training_step_has_the_gradients_of_torchs_attention(b
     expected = gradients(lambda *qkv: attention(*qkv, attn_mask=dense, enable_gqa=True), qkv)
     for given, wanted in zip(found, expected, strict=True):
         torch.testing.assert_close(given, wanted)
+        first = given[:, :, :length]  # the first block's noisy rows: nothing clean lies before them
+        assert all(first.flatten(0, 1).flatten(1).any(1))
 
 
 @pytest.mark.parametrize("op", OPS, ids=str)
