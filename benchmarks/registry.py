@@ -48,6 +48,13 @@ BENCHMARKS = {
         {"threads": 2, "seconds": 3.0},
         {"seconds": 0.01},
     ),
+    "training": Benchmark(
+        "cpu.training:run",
+        "A training step of tiny-target by `masked_attention` and by `scaled_dot_product_attention` with a dense mask,"
+        " in turn in one process. Median (quartiles); ratio of medians and of best times, higher is better.",
+        {"threads": 1, "seconds": 30.0, "items": 64, "tokens": [128, 512, 2048]},
+        {"seconds": 0.01, "items": 4, "tokens": [16]},
+    ),
     "graph_shapes": Benchmark(
         "cpu.graph_shapes:run",
         "Target forwards over native's at the same block length (mean of families), and the mean rows of one, prompts"

@@ -113,8 +113,8 @@ def backward_variants(dtype: torch.dtype, name: str, dim: int) -> Iterator[Varia
     pointers = dict.fromkeys(("p_dout", "p_q", "p_k", "p_v", "p_out", "p_dq", "p_dk", "p_dv"), name)
     pointers |= dict.fromkeys(("p_clock", "p_keys", "p_bounds"), "i32")
     pointers |= dict.fromkeys(("p_log_sum", "p_delta"), "fp32")
-    for kernel in ("row_gradients", "key_gradients"):
-        yield Variant(f"{name}, D {dim}", backward, kernel, pointers, {**tiles, "n_dim": dim}, options)
+    for kernel, more in (("row_gradients", {}), ("key_gradients", backward.KEY_OPTIONS)):
+        yield Variant(f"{name}, D {dim}", backward, kernel, pointers, {**tiles, "n_dim": dim}, {**options, **more})
 
 
 def cache_variants(name: str, dim: int) -> Iterator[Variant]:

@@ -60,7 +60,7 @@ def batch_loss(
 
 
 def dense_mask(batch: Batch) -> torch.Tensor:
-    """Who sees whom, bool [B, 1, S, S], for attention that needs it: padding sees itself, where nothing would be NaN."""
+    """Who sees whom, bool [B, 1, S, S], for attention that needs it; padding sees itself, since nothing may be NaN."""
     seen = batch.visibility.dense()
     blind = ~seen.any(2, keepdim=True)
     return (seen | blind & torch.eye(seen.shape[1], dtype=torch.bool))[:, None]

@@ -44,11 +44,9 @@ def load_heads(p_x, o_h, o_q, exists, n_dim, stride_h, stride_q, stride_d, BLOCK
 
 
 @triton.jit
-def scores(b_q, b_k, b_clock, b_birth, b_death, scale):
-    """[ROWS, TILE] in log2 units, -inf where a row does not see a key."""
-    b_s = dot(b_q, tl.trans(b_k), tl.zeros([b_q.shape[0], b_k.shape[0]], tl.float32)) * scale
-    b_sees = (b_birth[None, :] <= b_clock[:, None]) & (b_clock[:, None] <= b_death[None, :])
-    return tl.where(b_sees, b_s, float("-inf"))
+def visible(b_clock, b_birth, b_death):
+    """Both arguments broadcast: [ROWS, 1] with [1, TILE], or [1, ROWS] with [TILE, 1]."""
+    return (b_birth <= b_clock) & (b_clock <= b_death)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -118,22 +116,28 @@ def row_gradients(
     for i_tile in range(0, n_tiles):
         if tile_states(p_bounds, i_tile, n_tiles, first_clock, last_clock) > 0:
             o_k = i_tile * TILE + tl.arange(0, TILE)
-            # [TILE], [TILE, BLOCK_D], [ROWS, TILE]
+            # [TILE], [TILE, BLOCK_D]
             b_birth = tl.load(p_keys + o_k)
             b_death = tl.load(p_keys + n_padded + o_k)
             b_k = load_tile(p_k, o_k, b_birth < UNSEEN, n_dim, stride_k_k, stride_k_d, BLOCK_D)
-            b_s = scores(b_q, b_k, b_clock, b_birth, b_death, scale * LOG2_E)
+            # [ROWS, TILE]
+            b_s = dot(b_q, tl.trans(b_k), tl.zeros([ROWS, TILE], tl.float32)) * (scale * LOG2_E)
+            b_s = tl.where(visible(b_clock[:, None], b_birth[None, :], b_death[None, :]), b_s, float("-inf"))
             b_next = tl.maximum(b_max, tl.max(b_s, 1))
             b_shift = tl.where(b_next == float("-inf"), 0.0, b_next)
             b_sum = b_sum * tl.exp2(b_max - b_shift) + tl.sum(tl.exp2(b_s - b_shift[:, None]), 1)
             b_max = b_next
     # A row that sees nothing has weights 0 = 2 ** (score - inf), and may hold anything.
-    b_sees = exists & (b_max > float("-inf"))
-    b_log_sum = tl.where(b_sees, b_max + tl.log2(tl.where(b_sees, b_sum, 1.0)), float("inf"))
+    seeing = exists & (b_max > float("-inf"))
+    b_log_sum = tl.where(seeing, b_max + tl.log2(tl.where(seeing, b_sum, 1.0)), float("inf"))
+    if p_q.dtype.element_ty == tl.float32:
+        # Kept from the first loop to the second, as an operand of products that no tensor core does, it would not fit
+        # the registers.
+        b_q = load_heads(p_q + i_b * stride_q_b, o_h, o_q, seeing, n_dim, stride_q_h, stride_q_q, stride_q_d, BLOCK_D)
     # [ROWS, BLOCK_D]
-    b_dout = load_heads(p_dout + i_b * stride_dout_b, o_h, o_q, b_sees, n_dim, stride_dout_h, stride_dout_q,
+    b_dout = load_heads(p_dout + i_b * stride_dout_b, o_h, o_q, seeing, n_dim, stride_dout_h, stride_dout_q,
                         stride_dout_d, BLOCK_D)  # fmt: skip
-    b_out = load_heads(p_out + i_b * stride_out_b, o_h, o_q, b_sees, n_dim, stride_out_h, stride_out_q,
+    b_out = load_heads(p_out + i_b * stride_out_b, o_h, o_q, seeing, n_dim, stride_out_h, stride_out_q,
                        stride_out_d, BLOCK_D)  # fmt: skip
     b_delta = tl.sum(b_dout.to(tl.float32) * b_out.to(tl.float32), 1)
     o_r = i_row * ROWS + tl.arange(0, ROWS)
@@ -148,8 +152,9 @@ def row_gradients(
             b_death = tl.load(p_keys + n_padded + o_k)
             b_k = load_tile(p_k, o_k, b_birth < UNSEEN, n_dim, stride_k_k, stride_k_d, BLOCK_D)
             b_v = load_tile(p_v, o_k, b_birth < UNSEEN, n_dim, stride_v_k, stride_v_d, BLOCK_D)
-            b_s = scores(b_q, b_k, b_clock, b_birth, b_death, scale * LOG2_E)
-            b_p = tl.exp2(b_s - b_log_sum[:, None])
+            b_s = dot(b_q, tl.trans(b_k), tl.zeros([ROWS, TILE], tl.float32)) * (scale * LOG2_E)
+            b_sees = visible(b_clock[:, None], b_birth[None, :], b_death[None, :])
+            b_p = tl.where(b_sees, tl.exp2(b_s - b_log_sum[:, None]), 0.0)
             b_dp = dot(b_dout, tl.trans(b_v), tl.zeros([ROWS, TILE], tl.float32))
             b_ds = b_p * (b_dp - b_delta[:, None])
             b_dq = dot(b_ds.to(b_k.dtype), b_k, b_dq)
@@ -235,14 +240,15 @@ def key_gradients(
         if tile_states(p_bounds, i_tile, n_tiles, first_clock, last_clock) > 0:
             b_log_sum = tl.load(p_log_sum + i_bh * n_rows + o_r, exists, float("inf"))
             b_delta = tl.load(p_delta + i_bh * n_rows + o_r, exists, 0.0)
-            sees = b_log_sum < float("inf")
+            seeing = b_log_sum < float("inf")
             # [ROWS, BLOCK_D], [ROWS, TILE]
-            b_q = load_heads(p_q + i_b * stride_q_b, o_h, o_q, sees, n_dim, stride_q_h, stride_q_q, stride_q_d,
+            b_q = load_heads(p_q + i_b * stride_q_b, o_h, o_q, seeing, n_dim, stride_q_h, stride_q_q, stride_q_d,
                              BLOCK_D)  # fmt: skip
-            b_dout = load_heads(p_dout + i_b * stride_dout_b, o_h, o_q, sees, n_dim, stride_dout_h, stride_dout_q,
+            b_dout = load_heads(p_dout + i_b * stride_dout_b, o_h, o_q, seeing, n_dim, stride_dout_h, stride_dout_q,
                                 stride_dout_d, BLOCK_D)  # fmt: skip
-            b_s = scores(b_q, b_k, b_clock, b_birth, b_death, scale * LOG2_E)
-            b_p = tl.exp2(b_s - b_log_sum[:, None])
+            b_s = dot(b_q, tl.trans(b_k), tl.zeros([ROWS, TILE], tl.float32)) * (scale * LOG2_E)
+            b_sees = visible(b_clock[:, None], b_birth[None, :], b_death[None, :])
+            b_p = tl.where(b_sees, tl.exp2(b_s - b_log_sum[:, None]), 0.0)
             b_dv = dot(tl.trans(b_p.to(b_dout.dtype)), b_dout, b_dv)
             b_dp = dot(b_dout, tl.trans(b_v), tl.zeros([ROWS, TILE], tl.float32))
             b_ds = b_p * (b_dp - b_delta[:, None])
@@ -259,15 +265,20 @@ def configuration(dim: int, dtype: torch.dtype) -> tuple[dict[str, int], dict[st
     """Tile sizes and launch options of both kernels: they depend on head size and dtype alone.
 
     Found by ahead-of-time compilation: without a spilled register on sm_80, 90, 100 and 120 (see
-    benchmarks/results/triton_resources.md).
+    benchmarks/results/triton_resources.md). How fast they are has not been measured on any GPU.
     """
     block_d = max(16, triton.next_power_of_2(dim))
     if dtype == torch.float32:
-        rows, tile, warps = 16, 16, max(4, block_d // 16)
+        rows, tile = 16, 16
     else:
-        rows, tile, warps = (64, 32, 4) if block_d <= 64 else (32, 32, block_d // 32)
-    options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
+        rows, tile = 64 if block_d <= 64 else 32, 32
+    options = {"num_warps": 4 if block_d <= 128 else 8, "num_stages": 1, "enable_fp_fusion": True}
     return {"ROWS": rows, "TILE": tile, "BLOCK_D": block_d}, options
+
+
+KEY_OPTIONS = {
+    "maxnreg": 255
+}  # of key_gradients: left alone, ptxas would rather spill a little than run fewer programs
 
 
 def masked_attention_backward(
@@ -310,6 +321,6 @@ def masked_attention_backward(
         key_gradients[(batch * kv_heads * triton.cdiv(keys, tiles["TILE"]),)](
             dout, q, k, v, clock, key_vectors, bounds, log_sum, delta, dk, dv, scale,
             q_rows, keys, padded, group, kv_heads, dim,
-            *dout.stride(), *q.stride(), *k.stride(), *v.stride(), *clock.stride(), **tiles, **options,
+            *dout.stride(), *q.stride(), *k.stride(), *v.stride(), *clock.stride(), **tiles, **options, **KEY_OPTIONS,
         )  # fmt: skip
     return found
