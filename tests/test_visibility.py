@@ -155,6 +155,18 @@ def test_simple_families_match_their_definition(n, parameter):
 
 
 @few
+@given(n=st.integers(0, 20), length=st.integers(1, 25))
+def test_training_rows_see_their_own_noisy_block_and_clean_blocks_before_it(n, length):
+    def rule(i: int, j: int) -> bool:
+        block, key_block = i % n // length, j % n // length
+        if j < n:  # a noisy key
+            return i < n and block == key_block
+        return key_block < block or (i >= n and key_block == block)
+
+    assert Visibility.training(n, length).dense().tolist() == pairs(2 * n, 2 * n, rule)
+
+
+@few
 @given(data=st.data(), n=st.integers(0, 15))
 def test_tree_nodes_see_themselves_and_their_ancestors(data, n):
     order = data.draw(st.permutations(range(n)))  # a parent may come after its child in the list
@@ -339,6 +351,8 @@ i32 = {"dtype": torch.int32}
         (lambda: Visibility.causal(2.5), TypeError, "causal: n must be an integer, got 2.5"),
         (lambda: Visibility.sliding_window(3, 0), ValueError, "w must be at least 1 .* got 0"),
         (lambda: Visibility.block_causal(3, 0), ValueError, "block_length must be at least 1"),
+        (lambda: Visibility.training(3, 0), ValueError, "training: block_length must be at least 1 .* got 0"),
+        (lambda: Visibility.training(-1, 4), ValueError, "training: n must be at least 0 .* got -1"),
         (lambda: Visibility.tree([1, 2, 0]), ValueError, "tree: parents has a cycle through node 0"),
         (lambda: Visibility.tree([-1, 1]), ValueError, "cycle through node 1"),
         (lambda: Visibility.tree([-1, 5]), ValueError, r"parents\[1\] must be -1 .* got 5"),

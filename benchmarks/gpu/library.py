@@ -83,7 +83,8 @@ def obstacle(kind: str) -> str | None:
 
     if absent := dispatch.load_library():
         return absent
-    if lacking := [op for op in ops.SCHEMAS if dispatch.compiled_obstacle(op, kind.upper())]:
+    expected = [op for op in ops.SCHEMAS if kind != "cuda" or op not in ops.WITHOUT_CUDA]
+    if lacking := [op for op in expected if dispatch.compiled_obstacle(op, kind.upper())]:
         return f"the library has no {kind} kernel for {', '.join(lacking)}"
     try:
         given = [torch.ones(rows, 16, dtype=torch.bfloat16, device=kind) for rows in (2, 32)]

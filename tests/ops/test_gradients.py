@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 
 from attentions import paged, random_intervals, random_qkv, see_all
-from backends import BACKENDS, callable_of
+from backends import BACKENDS, backends, callable_of
 from every_op import OPS, Op, call, on, same_bits
 from simsd_kernels import INF, Visibility, dispatch
 from simsd_kernels.masked_attention import api, reference
@@ -153,6 +155,24 @@ def test_forward_and_backward_compile_into_one_graph(backend):
         torch.testing.assert_close(given, expected)
 
 
+@backends("cpu")
+def test_a_compiled_backward_is_one_op_and_no_scores(backend):
+    qkv = [x.requires_grad_() for x in random_qkv(1, 1, 2, 5, 40, 16)]
+    intervals = random_intervals(1, 5, 40)
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return make_boxed_func(graph)
+
+    compiler = aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    attend = torch.compile(lambda *qkv: masked_attention(*qkv, *intervals), fullgraph=True, backend=compiler)
+    attend(*qkv).sum().backward()
+    forward, backward = graphs
+    assert "simsd.masked_attention.default" in forward and "simsd.masked_attention_backward.default" in backward
+    assert not any("softmax" in target or "bmm" in target for target in (*forward, *backward))
+
+
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_gradients_do_not_notice_autocast(backend, name):
     if name == "thin_linear":
@@ -201,8 +221,20 @@ def test_a_block_diffusion_training_step_has_the_gradients_of_torchs_attention(b
     expected = gradients(lambda *qkv: attention(*qkv, attn_mask=dense, enable_gqa=True), qkv)
     for given, wanted in zip(found, expected, strict=True):
         torch.testing.assert_close(given, wanted)
-        first = given[:, :, :length]  # the first block's noisy rows: nothing clean lies before them
-        assert all(first.flatten(0, 1).flatten(1).any(1))
+
+
+def test_the_first_noisy_block_learns_from_itself_alone(backend):
+    """Nothing clean lies before it."""
+    seen = Visibility.training(8, 4)
+    intervals = [vector[None] for vector in (seen.clock, seen.birth, seen.death)]
+    qkv, first = random_qkv(1, 1, 2, 16, 16, 16), slice(0, 4)
+    attend = lambda *qkv: masked_attention(*qkv, *intervals, backend=backend)[:, :, first]  # noqa: E731
+    found = gradients(attend, qkv)
+    alone = torch.nn.functional.scaled_dot_product_attention
+    wanted = gradients(lambda *qkv: alone(*qkv, enable_gqa=True), [x[:, :, first] for x in qkv])
+    for given, expected in zip(found, wanted, strict=True):
+        torch.testing.assert_close(given[:, :, first], expected)
+        assert expected.any() and not given[:, :, 4:].any()
 
 
 @pytest.mark.parametrize("op", OPS, ids=str)

@@ -10,10 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from attentions import batched, random_call, random_intervals, random_qkv, see_all
 from backends import FLOATS, backends, callable_of, each_dtype, sized
-from simsd_kernels import INF, Visibility
+from simsd_kernels import INF, Visibility, masked_attention
 from simsd_kernels.masked_attention import reference as forward
 
 OP = "masked_attention_backward"
@@ -211,34 +212,51 @@ def test_bits_do_not_depend_on_the_number_of_threads(backend, dtype, threads):
         assert all(torch.equal(x, wanted) for x, wanted in zip(found, expected, strict=True))
 
 
-LENGTHS = {"cpu": 16_384, "triton": 1024}
-HEADS = 8
-MEASURED = """
+LENGTH, HEADS = 16_384, 8
+MEASURED = f"""
 import resource, torch
 from simsd_kernels import Visibility, masked_attention
 torch.set_num_threads(1)
-length, heads, backend = {length}, {heads}, {backend!r}
-window = Visibility.sliding_window(length, 64)
-seen = [vector[None] for vector in (window.clock, window.birth, window.death)]
+window = Visibility.sliding_window({LENGTH}, 64)
 def step(rows):
-    q, k, v = (torch.randn(1, heads, rows, 16).requires_grad_() for _ in range(3))
-    some = [vector[:, :rows] for vector in seen]
-    masked_attention(q, k, v, *some, backend=backend).square().sum().backward()
+    q, k, v = (torch.randn(1, {HEADS}, rows, 16).requires_grad_() for _ in range(3))
+    some = [vector[None, :rows] for vector in (window.clock, window.birth, window.death)]
+    masked_attention(q, k, v, *some, backend="cpu").square().sum().backward()
     assert all(x.grad.isfinite().all() and x.grad.any() for x in (q, k, v))
 step(64)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-step(length)
+step({LENGTH})
 print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
 """
 
 
 @backends("cpu")
 def test_a_training_step_takes_no_memory_for_scores(backend):
-    """Of 16,384 tokens they would take 8.6 GB, one byte for each query and key 2.1 GB."""
-    code = MEASURED.format(length=LENGTHS[backend], heads=HEADS, backend=backend)
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    of_scores = 4 * HEADS * LENGTHS[backend] ** 2
-    assert int(ran.stdout) < of_scores / 20
+    """Of 16,384 tokens they would take 8.6 GB, and one byte for each head, query and key 2.1 GB."""
+    ran = subprocess.run([sys.executable, "-c", MEASURED], capture_output=True, text=True, check=True)
+    assert int(ran.stdout) < HEADS * LENGTH**2 / 8
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that torch makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        tensors = [x for x in torch.utils._pytree.tree_leaves(out) if torch.is_tensor(x)]
+        self.elements = max(self.elements, *(x.numel() for x in tensors), 0)
+        return out
+
+
+@backends("triton")
+def test_no_tensor_grows_with_queries_times_keys(backend):
+    rows = 300
+    q, k, v = (x.requires_grad_() for x in random_qkv(1, 1, 2, rows, rows, 16))
+    intervals = batched(Visibility.sliding_window(rows, 8))
+    with Largest() as largest:
+        masked_attention(q, k, v, *intervals, backend=backend).sum().backward()
+    assert 0 < largest.elements < rows * rows / 4
 
 
 @backends("cpu")
