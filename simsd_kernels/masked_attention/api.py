@@ -140,7 +140,8 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _gradients(ctx, gradient: Tensor, backend: str | None = None) -> tuple[Tensor | None, ...]:
-    """Of q, k and v; by the reference where they are to be differentiated, which it can be."""
+    """Of q, k and v. By the reference, which is differentiable, where they are to be differentiated; else by `backend`,
+    or the dispatcher's choice: who insists on CUDA, which has no backward of its own, is to have gradients."""
     from simsd_kernels.masked_attention_backward import api
     from simsd_kernels.masked_attention_backward import reference as differentiable
 
@@ -151,8 +152,10 @@ def _gradients(ctx, gradient: Tensor, backend: str | None = None) -> tuple[Tenso
     given = gradient, q, k, v, out, clock, birth, death, kv_len, ctx.scale
     if torch.is_grad_enabled():
         dq, dk, dv = differentiable.masked_attention_backward(*given)
-    else:
+    elif backend is not None:
         dq, dk, dv = api.masked_attention_backward(*given, backend=backend)
+    else:
+        dq, dk, dv = dispatch.overload("simsd", api.OP)(*given)
     if block_table is not None:
         dk, dv = (reference.into_pages(x, pages, block_table) for x in (dk, dv))
     found = zip((dq, dk, dv), ctx.needs_input_grad, strict=False)

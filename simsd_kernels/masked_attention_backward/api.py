@@ -40,10 +40,10 @@ def masked_attention_backward(
     """Returns the gradients of q, k and v in `masked_attention(q, k, v, ...)`, given that of its result.
 
     What a row's weights were divided by is computed again from q and k, so the forward has nothing to keep but its
-    result. No backend but `reference` holds a number for every query and key: the CPU takes float32 [Lk, D] at most four
-    times per thread and [Lk, 32] once, Triton two numbers per query and head. Gradients are summed in a fixed order: the
-    same call gives the same bits, whatever the threads and whatever else is in the batch. A key that nobody sees and a query that sees nothing
-    have zero gradients, whatever they hold.
+    result. No backend but `reference` holds a number for every query and key: the CPU takes float32 [Lk, D] at most
+    four times per thread and [Lk, 32] once, Triton two numbers per query and head. Gradients are summed in a fixed
+    order: the same call gives the same bits, whatever the threads and whatever else is in the batch. A key that nobody
+    sees and a query that sees nothing have zero gradients, whatever they hold.
 
     Args:
         dout: [B, Hq, Lq, D], the gradient of `out`.

@@ -58,6 +58,13 @@ def test_attention_trains_on_every_backend(backend, dtype, group, scale):
     assert_gradients_right(qkv, random_intervals(2, 7, 70), backend, kv_len=kv_len, scale=scale)
 
 
+def test_attention_trains_whatever_backend_the_environment_insists_on(backend, monkeypatch):
+    """CUDA among them, whose gradients another computes."""
+    qkv, intervals = list(random_qkv(1, 2, 2, 5, 40, 16)), random_intervals(1, 5, 40)
+    monkeypatch.setenv("SIMSD_BACKEND", backend)
+    assert_gradients_right(qkv, intervals, None)
+
+
 def test_attention_trains_on_strided_views(backend):
     q, k, v = random_qkv(2, 2, 2, 6, 40, 24)
     views = [
@@ -100,9 +107,12 @@ def test_attention_trains_through_pages(backend):
     assert unused and not found[1][unused].any() and not found[2][unused].any()
 
 
-def through(api_module, function):
-    """`function` with the backward that the op has, in any dtype."""
-    parts = {"forward": staticmethod(function), "backward": staticmethod(api_module._gradients)}
+def through(api_module, function, *backend):
+    """`function` with the backward that the op has."""
+    parts = {
+        "forward": staticmethod(function),
+        "backward": staticmethod(lambda ctx, gradient: api_module._gradients(ctx, gradient, *backend)),
+    }
     return type("Op", (api_module._Triton,), parts).apply
 
 
@@ -115,7 +125,7 @@ def test_the_registered_backward_is_right_to_double_precision_and_differentiable
     if pages:
         k, v, table = paged(k, v, 16, spare=0)
         table[1, 0] = -1
-    attend = through(api, reference.masked_attention)
+    attend = through(api, reference.masked_attention, "reference")
     inputs = [x.requires_grad_() for x in (q, k, v)]
 
     def function(*qkv):
