@@ -18,7 +18,7 @@ from simsd_kernels import INF, Visibility, masked_attention
 from simsd_kernels.masked_attention import reference as forward
 
 OP = "masked_attention_backward"
-CASES = {"reference": 10, "cpu": 60, "triton": 8, "cuda": 1}  # CUDA has no kernel of this op
+CASES = {"reference": 10, "cpu": 60, "triton": 6, "cuda": 1}  # CUDA has no kernel of this op
 masked_attention_backward = callable_of(OP)
 LANES = ("dout", "q", "k", "v", "out", "clock", "birth", "death", "kv_len")
 any_head_size = backends("reference", "cpu")  # Triton takes 16 to 256
@@ -251,7 +251,7 @@ class Largest(TorchDispatchMode):
 
 @backends("triton")
 def test_no_tensor_grows_with_queries_times_keys(backend):
-    rows = 300
+    rows = 200
     q, k, v = (x.requires_grad_() for x in random_qkv(1, 1, 2, rows, rows, 16))
     intervals = batched(Visibility.sliding_window(rows, 8))
     with Largest() as largest:
