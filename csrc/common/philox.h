@@ -25,6 +25,9 @@ SIMSD_INLINE void philox_round(uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_
     c3 = static_cast<uint32_t>(product0);
 }
 
+constexpr int PHILOX_ROUNDS = 10;
+constexpr uint32_t PHILOX_WEYL_LOW = 0x9E3779B9u, PHILOX_WEYL_HIGH = 0xBB67AE85u;  // what the key grows by each round
+
 // Turns the counter words into noise words, in place.
 SIMSD_INLINE void philox4x32(uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_t& c3, uint32_t k0, uint32_t k1) {
 #ifdef __CUDACC__
@@ -32,10 +35,10 @@ SIMSD_INLINE void philox4x32(uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_t&
 #else
 #pragma GCC unroll 10
 #endif
-    for (int round = 0; round < 10; ++round) {
+    for (int round = 0; round < PHILOX_ROUNDS; ++round) {
         philox_round(c0, c1, c2, c3, k0, k1);
-        k0 += 0x9E3779B9u;
-        k1 += 0xBB67AE85u;
+        k0 += PHILOX_WEYL_LOW;
+        k1 += PHILOX_WEYL_HIGH;
     }
 }
 

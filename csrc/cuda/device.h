@@ -82,6 +82,9 @@ SIMSD_DEVICE T shuffle_down(T value, int delta) {
 SIMSD_DEVICE uint32_t ballot(bool value) { return __ballot_sync(0xffffffffu, value); }
 SIMSD_DEVICE bool warp_any(bool value) { return __any_sync(0xffffffffu, value); }
 SIMSD_DEVICE bool warp_all(bool value) { return __all_sync(0xffffffffu, value); }
+// The largest and the smallest of the lanes' numbers, in one instruction.
+SIMSD_DEVICE int32_t lanes_max(int32_t value) { return __reduce_max_sync(0xffffffffu, value); }
+SIMSD_DEVICE int32_t lanes_min(int32_t value) { return __reduce_min_sync(0xffffffffu, value); }
 
 // Global memory. Addresses are 16-byte aligned. `load_16` is for data that the kernel does not write, `load_16_written`
 // for data that it does.
@@ -212,6 +215,52 @@ SIMSD_DEVICE float fused(float a, float b, float c) { return __fmaf_rn(a, b, c);
 SIMSD_DEVICE double product(double a, double b) { return __dmul_rn(a, b); }
 SIMSD_DEVICE double sum(double a, double b) { return __dadd_rn(a, b); }
 
+// Words as memory has them, of one float or two 16-bit numbers of type T. The larger numbers, of a NaN and a number the
+// number; and all ones where numbers are equal.
+template <typename T>
+SIMSD_DEVICE uint32_t word_max(uint32_t a, uint32_t b);
+template <>
+SIMSD_DEVICE uint32_t word_max<float>(uint32_t a, uint32_t b) {
+    return float_as_bits(fmaxf(bits_as_float(a), bits_as_float(b)));
+}
+template <>
+SIMSD_DEVICE uint32_t word_max<Bfloat16>(uint32_t a, uint32_t b) {
+    uint32_t out;
+    asm("max.bf16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+    return out;
+}
+template <>
+SIMSD_DEVICE uint32_t word_max<Float16>(uint32_t a, uint32_t b) {
+    uint32_t out;
+    asm("max.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+    return out;
+}
+template <typename T>
+SIMSD_DEVICE uint32_t word_equal(uint32_t a, uint32_t b);
+template <>
+SIMSD_DEVICE uint32_t word_equal<float>(uint32_t a, uint32_t b) {
+    uint32_t out;
+    asm("set.eq.u32.f32 %0, %1, %2;" : "=r"(out) : "f"(bits_as_float(a)), "f"(bits_as_float(b)));
+    return out;
+}
+template <>
+SIMSD_DEVICE uint32_t word_equal<Float16>(uint32_t a, uint32_t b) {
+    uint32_t out;
+    asm("set.eq.u32.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+    return out;
+}
+template <>
+SIMSD_DEVICE uint32_t word_equal<Bfloat16>(uint32_t a, uint32_t b) {
+#if __CUDA_ARCH__ >= 900
+    uint32_t out;
+    asm("set.eq.u32.bf16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+    return out;
+#else
+    const uint32_t low = word_equal<float>(a << 16, b << 16);
+    const uint32_t high = word_equal<float>(a & 0xffff0000u, b & 0xffff0000u);
+    return (low & 0xffffu) | (high & 0xffff0000u);
+#endif
+}
 SIMSD_DEVICE int count_bits(uint32_t x) { return __popc(x); }
 SIMSD_DEVICE int count_bits(uint64_t x) { return __popcll(x); }
 // Index of the lowest set bit, -1 for none.

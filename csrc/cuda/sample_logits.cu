@@ -14,12 +14,13 @@
 // multiprocessors of 4 schedulers at 1.7 GHz, under the time of the bytes. Noise costs 11 for a quarter of Philox and
 // 4 for the bound that spares nearly all logarithms (vocabulary/noise.h), and nothing where the row is peaked; a
 // temperature other than 1 costs 7 to divide. So few rows are bound by bytes, 256 rows with noise by instructions.
+#include <algorithm>
+
 #include "cuda/device.h"
 #include "cuda/launch.h"
 #include "cuda/sample_logits.h"
 #include "cuda/vocabulary/filter.h"
-#include "cuda/vocabulary/noise.h"
-#include "cuda/vocabulary/row.h"
+#include "cuda/vocabulary/segment.h"
 #include "cuda/vocabulary/summary.h"
 
 namespace simsd::sample {
@@ -30,6 +31,7 @@ using namespace vocabulary;
 constexpr const char* OP = "sample_logits";
 constexpr int SCAN_WARPS = 4;
 constexpr int MARK_THREADS = 1024;
+constexpr int WARPS_AT_ONCE = 2048, MOST_SEGMENTS = 16;
 
 struct Work {
     Params params;
@@ -69,78 +71,39 @@ __global__ void __launch_bounds__(MARK_THREADS) mark_banned(const Work work) {
     if (lane_index() == 0 && lowest != NO_ID) atomic_min(work.scratch.lowest, lowest);
 }
 
-// Weights and sums of the others of a segment, unit by unit, and the race where `Noise`.
-template <typename T, bool Noise>
-SIMSD_DEVICE void add_others(const float (&x)[PER_LANE], int32_t segment, Partial& partial, Race& race) {
-    partial.sum = partial.moment = 0.0f;
-#pragma unroll
-    for (int i = 0; i < PER_LANE; i += UNIT<T>) {
-        float weight[UNIT<T>];
-#pragma unroll
-        for (int e = 0; e < UNIT<T>; ++e) {
-            const float distance = larger(x[i + e] - partial.second, -200.0f);  // its weight is 0
-            weight[e] = exp2_fast(distance * LOG2_E);
-            partial.sum += weight[e];
-            partial.moment = fused(weight[e], distance, partial.moment);
-        }
-        if constexpr (Noise) race.template run<UNIT<T>>(x + i, weight, id_at<T>(segment, i));
-    }
-    partial.sum = warp_sum(partial.sum);
-    partial.moment = warp_sum(partial.moment);
-}
-
+// A warp's segments of a row, while the next one is on its way to its registers. The race goes on from one to the next,
+// so a partial has the best score of its segment and those before.
 template <typename T>
-SIMSD_DEVICE Partial partial_of(const Row<T>& row, int32_t segment, bool noise, const NoiseKey& key) {
-    Partial out{-INFINITE, NO_ID, -INFINITE, 0.0f, 0.0f, -INFINITE, NO_ID, 0};
-    float x[PER_LANE];
-    row.load(segment, x);
-    float own = x[0];
-#pragma unroll
-    for (int i = 1; i < PER_LANE; ++i) own = larger(own, x[i]);
-    out.top = warp_max(own);
-    if (out.top == -INFINITE) return out;
-    int32_t best = NO_ID;
-#pragma unroll
-    for (int i = PER_LANE - 1; i >= 0; --i) best = x[i] == out.top ? id_at<T>(segment, i) : best;
-    out.best = warp_min(best);
-    float second = -INFINITE;
-#pragma unroll
-    for (int i = 0; i < PER_LANE; ++i) {
-        x[i] = id_at<T>(segment, i) == out.best ? -INFINITE : x[i];
-        second = larger(second, x[i]);
-    }
-    out.second = warp_max(second);
-
-    Race race{key, out.second};
-    if (noise) race.offer(noisy(key, out.best, out.top), out.best);
-    if (out.second > -INFINITE) {
-        if (noise) {
-            race.agree();
-            add_others<T, true>(x, segment, out, race);
-        } else {
-            add_others<T, false>(x, segment, out, race);
-        }
-    }
-    if (noise) {
-        race.finish();
-        out.score = race.score;
-        out.drawn = race.id;
-    }
-    return out;
-}
-
-template <typename T>
-__global__ void __launch_bounds__(SCAN_WARPS* WARP, 4) scan(const Work work) {
+__global__ void __launch_bounds__(SCAN_WARPS* WARP, sizeof(T) == 4 ? 3 : 4) scan(const Work work) {
     const Params& p = work.params;
-    const int32_t segments = segments_of(p.vocabulary), blocks_per_row = (segments + SCAN_WARPS - 1) / SCAN_WARPS;
-    const int32_t task = block_x() / blocks_per_row, index = draw_of(p, task);
-    const int32_t segment = block_x() % blocks_per_row * SCAN_WARPS + warp_index();
+    const int32_t task = block_x(), index = draw_of(p, task), segments = segments_of(p.vocabulary);
+    int32_t segment = block_y() * SCAN_WARPS + warp_index();
     if (segment >= segments || index < 0) return;
+    const int32_t step = blocks_y() * SCAN_WARPS;
     const Row<T> row = row_of<T>(p, index, p.banned_ids ? work.scratch.banned : nullptr);
     if (!row.logits) return;
+    const bool whole = row.has_whole_units();
+    const T* first = row.logits + id_at<T>(segment, 0);
+    int32_t left = p.vocabulary - id_at<T>(segment, 0);
+    const uint32_t* banned = row.banned ? row.banned + segment * WORDS + lane_index() : nullptr;
+    Partial* partial = work.scratch.partials + static_cast<int64_t>(task) * segments + segment;
+    Held<T> next;
+    if (whole) next.load(first, left, banned);
     const bool noise = draws(p, index) && !filters(p, index);
-    const Partial partial = partial_of(row, segment, noise, noise ? key_of_row(p, index) : NoiseKey{});
-    if (lane_index() == 0) work.scratch.partials[static_cast<int64_t>(task) * segments + segment] = partial;
+    Race race{noise ? key_of_row(p, index) : NoiseKey{}};
+    while (true) {
+        Held<T> held = next;
+        const int32_t at = segment;
+        segment += step;
+        first += step * SEGMENT;
+        left -= step * SEGMENT;
+        if (banned) banned += step * WORDS;
+        if (whole && segment < segments) next.load(first, left, banned);
+        const Partial out = scan_segment(held, row, at, noise, race);
+        if (lane_index() == 0) *partial = out;
+        if (segment >= segments) return;
+        partial += step;
+    }
 }
 
 // The block's shared memory for a draw, [MOST_WARPS] each.
@@ -164,26 +127,23 @@ template <typename T>
 SIMSD_DEVICE KeptDraw draw_kept(const Row<T>& row, const Partial* partials, const Summary& summary, const Kept& kept,
                                 const NoiseKey& key, const PerWarp& of) {
     float others = 0.0f;
-    Race race{key, summary.top};
-    race.offer(noisy(key, summary.best, summary.top), summary.best);
-    race.agree();
+    Race race{key};
+    race.run_one(summary.top, summary.best);
     for (int32_t segment = warp_index(); segment < segments_of(row.vocabulary); segment += thread_count() / WARP) {
         if (partials[segment].top == -INFINITE || partials[segment].top < kept.cutoff.x) continue;
 #pragma unroll 1
         for (int i = 0; i < PER_LANE; i += UNIT<T>) {
             const int32_t id = id_at<T>(segment, i);
-            float x[UNIT<T>], weight[UNIT<T>];
+            float x[UNIT<T>];
             row.load_ids(id, x);
 #pragma unroll
             for (int e = 0; e < UNIT<T>; ++e) {
                 x[e] = kept.cutoff.keeps(x[e], id + e) && id + e != summary.best ? x[e] : -INFINITE;
-                weight[e] = exp2_fast((x[e] - summary.top) * LOG2_E);
-                others += weight[e];
+                others += exp2_fast((x[e] - summary.top) * LOG2_E);
             }
-            race.template run<UNIT<T>>(x, weight, id);
+            race.run(x, id);
         }
     }
-    race.finish();
     others = warp_sum(others);
     if (lane_index() == 0) {
         of.scores[warp_index()] = race.score;
@@ -267,8 +227,10 @@ template <typename T>
 void launch_kernels(const Work& work, Stream stream) {
     const Params& p = work.params;
     const int64_t segments = segments_of(p.vocabulary);
-    const Grid grid{p.tasks() * ((segments + SCAN_WARPS - 1) / SCAN_WARPS)};
-    launch(OP, scan<T>, grid, SCAN_WARPS * WARP, 0, stream, work);
+    // Few rows are spread out; many take more segments to a warp, whose race then starts ahead.
+    const int64_t per_warp = std::clamp<int64_t>(p.tasks() * segments / WARPS_AT_ONCE, 1, MOST_SEGMENTS);
+    const int64_t blocks = (segments + per_warp * SCAN_WARPS - 1) / (per_warp * SCAN_WARPS);
+    launch(OP, scan<T>, Grid{p.tasks(), std::min<int64_t>(blocks, 65535)}, SCAN_WARPS * WARP, 0, stream, work);
     // A power of two, and no more warps than segments: a constant of V, like all that a sum could depend on.
     int warps = 1;
     const bool may_filter = p.top_k || p.top_p;

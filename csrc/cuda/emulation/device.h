@@ -2,6 +2,7 @@
 // primitives wait for every lane, and what the hardware leaves undefined is an error here where it can be seen.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -197,6 +198,19 @@ inline uint32_t ballot(bool value) {
 inline bool warp_any(bool value) { return ballot(value) != 0; }
 inline bool warp_all(bool value) { return ballot(value) == 0xffffffffu; }
 
+inline int32_t lanes_max(int32_t value) {
+    struct Number {
+        int32_t value, result;
+    } mine{value, 0};
+    emulation::warp_collective("lanes_max", &mine, [](void* const* lanes) {
+        int32_t most = INT32_MIN;
+        for (int lane = 0; lane < WARP; ++lane) most = std::max(most, static_cast<Number*>(lanes[lane])->value);
+        for (int lane = 0; lane < WARP; ++lane) static_cast<Number*>(lanes[lane])->result = most;
+    });
+    return mine.result;
+}
+inline int32_t lanes_min(int32_t value) { return ~lanes_max(~value); }
+
 inline Bytes16 load_16(const void* address) {
     emulation::check_aligned(address, 16);
     emulation::counters.loaded_bytes += 16;
@@ -292,6 +306,23 @@ inline float fused(float a, float b, float c) { return std::fma(a, b, c); }
 inline double product(double a, double b) { return a * b; }
 inline double sum(double a, double b) { return a + b; }
 
+template <typename T>
+inline uint32_t word_max(uint32_t a, uint32_t b) {
+    if constexpr (sizeof(T) == 4) {
+        return float_as_bits(std::fmax(bits_as_float(a), bits_as_float(b)));
+    } else {
+        return pack<T>(std::fmax(low_of<T>(a), low_of<T>(b)), std::fmax(high_of<T>(a), high_of<T>(b)));
+    }
+}
+template <typename T>
+inline uint32_t word_equal(uint32_t a, uint32_t b) {
+    if constexpr (sizeof(T) == 4) {
+        return bits_as_float(a) == bits_as_float(b) ? 0xffffffffu : 0u;
+    } else {
+        const uint32_t low = low_of<T>(a) == low_of<T>(b) ? 0xffffu : 0u;
+        return high_of<T>(a) == high_of<T>(b) ? low | 0xffff0000u : low;
+    }
+}
 inline int count_bits(uint32_t x) { return __builtin_popcount(x); }
 inline int count_bits(uint64_t x) { return __builtin_popcountll(x); }
 inline int lowest_bit(uint32_t x) { return __builtin_ffs(static_cast<int>(x)) - 1; }

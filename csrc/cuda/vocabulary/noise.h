@@ -12,101 +12,107 @@ SIMSD_DEVICE float gumbel(uint32_t word) {
     return -logarithm(-log_one_plus(-u));
 }
 
-// The words of ids 4 quad .. 4 quad + 3.
-SIMSD_DEVICE void noise_words(const NoiseKey& key, uint32_t quad, uint32_t (&words)[4]) {
-    words[0] = static_cast<uint32_t>(key.position);
-    words[1] = quad;
-    words[2] = static_cast<uint32_t>(key.revealed);
-    words[3] = static_cast<uint32_t>(static_cast<uint64_t>(key.revealed) >> 32);
-    philox4x32(words[0], words[1], words[2], words[3], static_cast<uint32_t>(key.seed),
-               static_cast<uint32_t>(static_cast<uint64_t>(key.seed) >> 32));
+// The words of QUADS times four ids, for ids 4 quads[q] .. 4 quads[q] + 3 each. Side by side, as they share the keys of
+// the rounds.
+template <int QUADS>
+SIMSD_DEVICE void noise_words(const NoiseKey& key, const uint32_t (&quads)[QUADS], uint32_t (&words)[QUADS][4]) {
+#pragma unroll
+    for (int q = 0; q < QUADS; ++q) {
+        words[q][0] = static_cast<uint32_t>(key.position);
+        words[q][1] = quads[q];
+        words[q][2] = static_cast<uint32_t>(key.revealed);
+        words[q][3] = static_cast<uint32_t>(static_cast<uint64_t>(key.revealed) >> 32);
+    }
+    uint32_t low = static_cast<uint32_t>(key.seed);
+    uint32_t high = static_cast<uint32_t>(static_cast<uint64_t>(key.seed) >> 32);
+#pragma unroll
+    for (int round = 0; round < PHILOX_ROUNDS; ++round) {
+#pragma unroll
+        for (int q = 0; q < QUADS; ++q) philox_round(words[q][0], words[q][1], words[q][2], words[q][3], low, high);
+        low += PHILOX_WEYL_LOW;
+        high += PHILOX_WEYL_HIGH;
+    }
 }
 
-SIMSD_DEVICE float noisy(const NoiseKey& key, int32_t id, float x) {
-    uint32_t words[4];
-    noise_words(key, static_cast<uint32_t>(id) >> 2, words);
-    const uint32_t low = id & 1 ? words[1] : words[0], high = id & 1 ? words[3] : words[2];
-    return sum(x, gumbel(id & 2 ? high : low));
-}
+// More than any noise: that of word 0, -log(-log1p(-2^-33)) = 22.874.
+constexpr float MOST_NOISE = 22.9f;
 
-// A lane's best score x + noise and its id (the lowest among equals), and what the warp knows.
+// The best score x + noise that the warp knows, and the lowest id that has it: the same in every lane.
 //
-// -log1p(-u) >= u, so noise is at most -log(u): an id can reach the warp's best only if u <= e^(x - best). With weight
-// e^(x - reference) at hand that is one product and one comparison; the two logarithms are left to the few that pass,
-// and where even the smallest u fails there is no need of the words. `scale` is e^(best - reference), lowered by what
-// rounding may have added, so nobody is turned away wrongly and the winner is that of a plain search.
+// -log1p(-u) >= u, so noise is at most -log(u): an id can reach the score only if u <= e^(x - score). That is one
+// product and one comparison; the two logarithms are left to the few that pass, and where even the most noise falls
+// short there is no need of the words. Every bound is lowered by what rounding may have added, so nobody is turned away
+// wrongly and the winner is that of a plain search, whoever comes first.
 struct Race {
     NoiseKey key;
-    float reference;
     float score = -INFINITE;
     int32_t id = NO_ID;
-    float shared = -INFINITE;  // the warp's best score
-    float scale = 0.0f;
 
+    // What x must be above to win: -inf before the first score.
+    SIMSD_DEVICE float reach() const { return lowered() - MOST_NOISE; }
+    // e^(score - reference) / 2^32: ids with word x this > e^(x - reference) cannot win.
+    SIMSD_DEVICE float scale(float reference) const {
+        return 0.999f * 0x1p-32f * exp2_fast((lowered() - reference) * LOG2_E);
+    }
+
+    // Takes the best of the lanes' candidates, -inf for none (warp).
     SIMSD_DEVICE void offer(float candidate, int32_t at) {
-        const bool better = candidate > score || (candidate == score && at < id);
-        score = better ? candidate : score;
-        id = better ? at : id;
+        const float best = warp_max_number(candidate);
+        if (best == -INFINITE || best < score) return;
+        const int32_t lowest = lanes_min(candidate == best ? at : NO_ID);
+        id = best > score ? lowest : smaller(id, lowest);
+        score = best;
     }
 
-    // All lanes take part.
-    SIMSD_DEVICE void agree() {
-        const float best = warp_max(score);
-        if (!(best > shared)) return;
-        shared = best;
-        const float rounding = 0x1p-21f * larger(best, -best);
-        scale = 0.999f * exp2_fast((best - rounding - reference) * LOG2_E);
+    // Offers the id that all lanes name (warp).
+    SIMSD_DEVICE void run_one(float x, int32_t at) {
+        if (!(x >= reach())) return;
+        uint32_t words[1][4];
+        noise_words<1>(key, {static_cast<uint32_t>(at) >> 2}, words);
+        const uint32_t low = at & 1 ? words[0][1] : words[0][0], high = at & 1 ? words[0][3] : words[0][2];
+        const uint32_t word = at & 2 ? high : low;
+        if (static_cast<float>(word) * scale(x) <= 1.0f) offer(sum(x, gumbel(word)), at);
     }
 
-    // Offers ids first .. first + COUNT - 1, first a multiple of 4, with weight e^(x - reference). All lanes take part.
+    // Offers ids first .. first + COUNT - 1, first a multiple of 4 (warp).
     template <int COUNT>
-    SIMSD_DEVICE void run(const float* x, const float* weight, int32_t first) {
-        float heaviest = weight[0];
+    SIMSD_DEVICE void run(const float (&x)[COUNT], int32_t first) {
+        float most = x[0];
 #pragma unroll
-        for (int e = 1; e < COUNT; ++e) heaviest = larger(heaviest, weight[e]);
-        if (!warp_any(heaviest >= 0x1p-33f * scale)) return;
-        uint32_t words[COUNT];
+        for (int e = 1; e < COUNT; ++e) most = larger(most, x[e]);
+        if (!warp_any(most >= reach() && most > -INFINITE)) return;
+        uint32_t quads[COUNT / 4], words[COUNT / 4][4];
 #pragma unroll
-        for (int e = 0; e < COUNT; e += 4) {
-            uint32_t quad[4];
-            noise_words(key, static_cast<uint32_t>(first + e) >> 2, quad);
-#pragma unroll
-            for (int i = 0; i < 4; ++i) words[e + i] = quad[i];
-        }
-        uint32_t open = within<COUNT>(words, weight);
-        while (warp_any(open != 0)) {
+        for (int q = 0; q < COUNT / 4; ++q) quads[q] = static_cast<uint32_t>(first) / 4 + q;
+        noise_words(key, quads, words);
+        for (uint32_t open = within(x, words); warp_any(open != 0);) {
             const int pick = lowest_bit(open);
             float chosen = -INFINITE;
             uint32_t word = 0;
 #pragma unroll
             for (int e = 0; e < COUNT; ++e) {
                 chosen = e == pick ? x[e] : chosen;
-                word = e == pick ? words[e] : word;
+                word = e == pick ? words[e / 4][e % 4] : word;
             }
+            const float before = score;
             offer(sum(chosen, gumbel(word)), first + pick);
-            const float before = shared;
-            agree();
             open &= open - 1;
-            if (shared > before) open &= within<COUNT>(words, weight);
+            if (score > before) open &= within(x, words);
         }
     }
 
-    // The warp's best score, and the lowest id that has it; NO_ID where nothing was finite.
-    SIMSD_DEVICE void finish() {
-        agree();
-        id = warp_min(score == shared && score > -INFINITE ? id : NO_ID);
-        score = shared;
-    }
-
   private:
-    // Which of the ids may still win, by the lower bound of u that the upper 23 bits of the word give.
+    SIMSD_DEVICE float lowered() const { return score - 0x1p-21f * larger(score, -score); }
+
+    // Which of the ids may still win.
     template <int COUNT>
-    SIMSD_DEVICE uint32_t within(const uint32_t* words, const float* weight) const {
+    SIMSD_DEVICE uint32_t within(const float (&x)[COUNT], const uint32_t (&words)[COUNT / 4][4]) const {
         uint32_t open = 0;
 #pragma unroll
         for (int e = 0; e < COUNT; ++e) {
-            const float u = bits_as_float(words[e] >> 9 | 0x3f800000u) - 1.0f;
-            open |= static_cast<uint32_t>(u * scale <= weight[e] && weight[e] > 0.0f) << e;
+            const float weight = exp2_fast((x[e] - score) * LOG2_E);
+            const bool fails = static_cast<float>(words[e / 4][e % 4]) * scale(score) > weight;
+            open |= static_cast<uint32_t>(!fails && x[e] > -INFINITE) << e;
         }
         return open;
     }

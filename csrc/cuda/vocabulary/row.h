@@ -23,26 +23,33 @@ constexpr int UNIT = 16 / sizeof(T);
 
 template <typename T>
 SIMSD_DEVICE int32_t id_at(int32_t segment, int index) {
-    return segment * SEGMENT + (index / UNIT<T> * WARP + lane_index()) * UNIT<T> + index % UNIT<T>;
+    const auto place = static_cast<uint32_t>(index);
+    const uint32_t within = (place / UNIT<T> * WARP + lane_index()) * UNIT<T> + place % UNIT<T>;
+    return segment * SEGMENT + static_cast<int32_t>(within);
 }
 
 // Division by one number, to the nearest float as `/` is, without its eight instructions and its call.
 struct Divisor {
     float value, inverse;
-    double inverse_wide;
-    bool plain;  // of ordinary size
 
-    SIMSD_DEVICE explicit Divisor(float divisor)
-        : value(divisor),
-          inverse(1.0f / divisor),
-          inverse_wide(1.0 / divisor),
-          plain(divisor >= 0x1p-20f && divisor <= 0x1p20f) {}
+    SIMSD_DEVICE explicit Divisor(float divisor) : value(divisor), inverse(reciprocal_fast(divisor)) {}
 
-    // Two corrections of a quotient by the nearest inverse give the nearest quotient (Markstein 1990), as long as
-    // nothing underflows or overflows. Else: in double, whose error is less than a quotient's distance from a tie.
+    SIMSD_DEVICE bool divides() const { return value != 1.0f; }
+    SIMSD_DEVICE bool is_ordinary() const { return value >= 0x1p-20f && value <= 0x1p20f; }
+
+    // By an ordinary number, where x is 0 or of magnitude 2^-100 to 2^100: two corrections of a quotient by the nearest
+    // inverse give the nearest quotient (Markstein 1990), as long as nothing underflows or overflows.
+    SIMSD_DEVICE float quotient(float x) const {
+        const float first = product(x, inverse);
+        const float second = fused(fused(-value, first, x), inverse, first);
+        return fused(fused(-value, second, x), inverse, second);
+    }
+
+    // Any x by any number: where the above does not hold in double, whose error is less than a quotient's distance from
+    // a tie.
     template <int COUNT>
     SIMSD_DEVICE void divide(float (&x)[COUNT]) const {
-        if (value == 1.0f) return;
+        if (!divides()) return;
         float smallest = larger(x[0], -x[0]), largest = smallest;
 #pragma unroll
         for (int i = 1; i < COUNT; ++i) {
@@ -50,16 +57,13 @@ struct Divisor {
             smallest = magnitude < smallest ? magnitude : smallest;
             largest = magnitude > largest ? magnitude : largest;
         }
-        if (plain && smallest >= 0x1p-100f && largest <= 0x1p100f) {
+        if (is_ordinary() && smallest >= 0x1p-100f && largest <= 0x1p100f) {
 #pragma unroll
-            for (int i = 0; i < COUNT; ++i) {
-                float quotient = product(x[i], inverse);
-                quotient = fused(fused(-value, quotient, x[i]), inverse, quotient);
-                x[i] = fused(fused(-value, quotient, x[i]), inverse, quotient);
-            }
+            for (int i = 0; i < COUNT; ++i) x[i] = quotient(x[i]);
         } else {
+            const double wide = 1.0 / value;
 #pragma unroll
-            for (int i = 0; i < COUNT; ++i) x[i] = static_cast<float>(static_cast<double>(x[i]) * inverse_wide);
+            for (int i = 0; i < COUNT; ++i) x[i] = static_cast<float>(static_cast<double>(x[i]) * wide);
         }
     }
 };
@@ -80,18 +84,8 @@ struct Row {
         return banned && (banned[id / 32] >> (id % 32) & 1) ? -INFINITE : x[0];
     }
 
-    // x[i] is of id_at<T>(segment, i); -inf past the vocabulary (warp).
-    SIMSD_DEVICE void load(int32_t segment, float (&x)[PER_LANE]) const {
-        if (vector && (segment + 1) * SEGMENT <= vocabulary) {
-#pragma unroll
-            for (int i = 0; i < PER_LANE; i += UNIT<T>) unpack(load_16(logits + id_at<T>(segment, i)), x + i);
-        } else {
-#pragma unroll
-            for (int i = 0; i < PER_LANE; i += UNIT<T>) read(id_at<T>(segment, i), x + i);
-        }
-        scale(x);
-        if (banned) drop_banned(segment, x);
-    }
+    // Whether it can be read in aligned units up to its end.
+    SIMSD_DEVICE bool has_whole_units() const { return vector && vocabulary % UNIT<T> == 0; }
 
     // x[e] is of id first + e; `first` is a multiple of COUNT, COUNT of the unit.
     template <int COUNT>
@@ -135,18 +129,6 @@ struct Row {
             }
         }
     }
-
-    SIMSD_DEVICE void drop_banned(int32_t segment, float (&x)[PER_LANE]) const {
-        const uint32_t word = banned[segment * WORDS + lane_index()];
-        if (!warp_any(word != 0)) return;
-#pragma unroll
-        for (int i = 0; i < PER_LANE; i += UNIT<T>) {
-            const int bit = id_at<T>(0, i);  // within the segment
-            const uint32_t unit = shuffle(word, bit / 32) >> (bit % 32);
-#pragma unroll
-            for (int e = 0; e < UNIT<T>; ++e) x[i + e] = unit >> e & 1 ? -INFINITE : x[i + e];
-        }
-    }
 };
 
 SIMSD_ANYWHERE int32_t segments_of(int32_t vocabulary) { return (vocabulary + SEGMENT - 1) / SEGMENT; }
@@ -154,6 +136,7 @@ SIMSD_ANYWHERE int32_t segments_of(int32_t vocabulary) { return (vocabulary + SE
 template <typename T>
 SIMSD_DEVICE T value_of(const sample::PerRow<T>& values, int32_t row, T otherwise) {
     if (!values.data) return otherwise;
+    if (values.inner == 1) return values.data[row * values.strides[0]];
     return values.data[row / values.inner * values.strides[0] + row % values.inner * values.strides[1]];
 }
 
@@ -172,8 +155,12 @@ SIMSD_DEVICE Row<T> row_of(const sample::Params& p, int32_t row, const uint32_t*
     const Divisor divisor(temperature > 0.0f ? temperature : 1.0f);
     Row<T> out{nullptr, p.logits_strides[2], p.vocabulary, false, banned, divisor};
     if (from < 0 || from >= p.logit_rows) return out;
-    out.logits = static_cast<const T*>(p.logits) + from / p.logits_inner * p.logits_strides[0] +
-                 from % p.logits_inner * p.logits_strides[1];
+    out.logits = static_cast<const T*>(p.logits);
+    if (p.logits_inner == 1) {
+        out.logits += from * p.logits_strides[0];
+    } else {
+        out.logits += from / p.logits_inner * p.logits_strides[0] + from % p.logits_inner * p.logits_strides[1];
+    }
     out.vector = out.stride == 1 && reinterpret_cast<uintptr_t>(out.logits) % 16 == 0;
     return out;
 }
