@@ -239,9 +239,7 @@ template <typename T>
 SIMSD_DEVICE uint32_t word_equal(uint32_t a, uint32_t b);
 template <>
 SIMSD_DEVICE uint32_t word_equal<float>(uint32_t a, uint32_t b) {
-    uint32_t out;
-    asm("set.eq.u32.f32 %0, %1, %2;" : "=r"(out) : "f"(bits_as_float(a)), "f"(bits_as_float(b)));
-    return out;
+    return bits_as_float(a) == bits_as_float(b) ? 0xffffffffu : 0u;
 }
 template <>
 SIMSD_DEVICE uint32_t word_equal<Float16>(uint32_t a, uint32_t b) {

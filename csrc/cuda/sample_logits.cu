@@ -74,35 +74,26 @@ __global__ void __launch_bounds__(MARK_THREADS) mark_banned(const Work work) {
 // A warp's segments of a row, while the next one is on its way to its registers. The race goes on from one to the next,
 // so a partial has the best score of its segment and those before.
 template <typename T>
-__global__ void __launch_bounds__(SCAN_WARPS* WARP, sizeof(T) == 4 ? 3 : 4) scan(const Work work) {
+__global__ void __launch_bounds__(SCAN_WARPS* WARP, 3) scan(const Work work) {
     const Params& p = work.params;
     const int32_t task = block_x(), index = draw_of(p, task), segments = segments_of(p.vocabulary);
     int32_t segment = block_y() * SCAN_WARPS + warp_index();
     if (segment >= segments || index < 0) return;
-    const int32_t step = blocks_y() * SCAN_WARPS;
-    const Row<T> row = row_of<T>(p, index, p.banned_ids ? work.scratch.banned : nullptr);
+    Row<T> row = unscaled_row_of<T>(p, index, p.banned_ids ? work.scratch.banned : nullptr);
     if (!row.logits) return;
     const bool whole = row.has_whole_units();
-    const T* first = row.logits + id_at<T>(segment, 0);
-    int32_t left = p.vocabulary - id_at<T>(segment, 0);
-    const uint32_t* banned = row.banned ? row.banned + segment * WORDS + lane_index() : nullptr;
-    Partial* partial = work.scratch.partials + static_cast<int64_t>(task) * segments + segment;
     Held<T> next;
-    if (whole) next.load(first, left, banned);
+    if (whole) next.load(row, segment);
+    row.divisor = divisor_of(p, index);  // settings are read while the logits come
     const bool noise = draws(p, index) && !filters(p, index);
     Race race{noise ? key_of_row(p, index) : NoiseKey{}};
-    while (true) {
-        Held<T> held = next;
-        const int32_t at = segment;
-        segment += step;
-        first += step * SEGMENT;
-        left -= step * SEGMENT;
-        if (banned) banned += step * WORDS;
-        if (whole && segment < segments) next.load(first, left, banned);
-        const Partial out = scan_segment(held, row, at, noise, race);
-        if (lane_index() == 0) *partial = out;
-        if (segment >= segments) return;
-        partial += step;
+    Partial* partials = work.scratch.partials + static_cast<int64_t>(task) * segments;
+    for (int32_t following; segment < segments; segment = following) {
+        following = segment + blocks_y() * SCAN_WARPS;
+        Held<T> held = prepared(next, row.divisor);
+        if (whole && following < segments) next.load(row, following);
+        const Partial out = scan_segment(held, row, segment, noise, race);
+        if (lane_index() == 0) partials[segment] = out;
     }
 }
 

@@ -361,15 +361,16 @@ def test_values_that_the_api_refuses_are_harmless(backend):
 
 @backends("emulation")
 @each_dtype
-def test_an_aligned_row_without_filters_is_read_once(counted, dtype):
+def test_an_aligned_row_without_filters_is_read_once_and_again_only_where_noise_may_win(counted, dtype):
     logits = random_logits(3, 5000, dtype=dtype)
     row_bytes = 5000 * dtype.itemsize
-    for temperature in (0.0, 1.0, 0.7):
+    for temperature, most in ((0.0, 1.0), (1.0, 1.5), (0.7, 1.5)):
         counters = counted(lambda heat=temperature: sample(logits, temperature=heat, backend="cuda"))
-        assert counters["loaded_bytes"] == 3 * row_bytes and counters["launches"] == 2
+        assert 3 * row_bytes <= counters["loaded_bytes"] <= most * 3 * row_bytes and counters["launches"] == 2
     one = counted(lambda: sample(logits[1:2], top_k=20, position=torch.tensor([1]), backend="cuda"))
     three = counted(lambda: sample(logits, top_k=torch.tensor([0, 20, 0]), backend="cuda"))
-    assert three["loaded_bytes"] == 2 * row_bytes + one["loaded_bytes"]
+    others = counted(lambda: sample(logits[::2], position=torch.tensor([0, 2]), backend="cuda"))
+    assert three["loaded_bytes"] == others["loaded_bytes"] + one["loaded_bytes"]
 
 
 @backends("emulation")

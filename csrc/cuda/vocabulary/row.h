@@ -121,7 +121,7 @@ struct Row {
 
     SIMSD_DEVICE void read(int32_t first, float* x) const {
         if (vector && first + UNIT<T> <= vocabulary) {
-            unpack(load_16(logits + first), x);
+            unpack(load_16_written(logits + first), x);  // kept in the L1 cache: who reads so comes again
         } else {
 #pragma unroll
             for (int e = 0; e < UNIT<T>; ++e) {
@@ -147,13 +147,16 @@ SIMSD_DEVICE int32_t draw_of(const sample::Params& p, int32_t task) {
     return draw >= 0 && draw < p.rows && p.row_index[draw] == task ? draw : -1;
 }
 
-// Row `row` of those to draw; null logits where it has none.
-template <typename T>
-SIMSD_DEVICE Row<T> row_of(const sample::Params& p, int32_t row, const uint32_t* banned) {
-    const int32_t from = p.row_index ? p.row_index[row] : row;
+SIMSD_DEVICE Divisor divisor_of(const sample::Params& p, int32_t row) {
     const float temperature = value_of(p.temperature, row, 0.0f);
-    const Divisor divisor(temperature > 0.0f ? temperature : 1.0f);
-    Row<T> out{nullptr, p.logits_strides[2], p.vocabulary, false, banned, divisor};
+    return Divisor(temperature > 0.0f ? temperature : 1.0f);
+}
+
+// Row `row` of those to draw, as it lies in memory; null logits where it has none.
+template <typename T>
+SIMSD_DEVICE Row<T> unscaled_row_of(const sample::Params& p, int32_t row, const uint32_t* banned) {
+    const int32_t from = p.row_index ? p.row_index[row] : row;
+    Row<T> out{nullptr, p.logits_strides[2], p.vocabulary, false, banned, Divisor(1.0f)};
     if (from < 0 || from >= p.logit_rows) return out;
     out.logits = static_cast<const T*>(p.logits);
     if (p.logits_inner == 1) {
@@ -162,6 +165,13 @@ SIMSD_DEVICE Row<T> row_of(const sample::Params& p, int32_t row, const uint32_t*
         out.logits += from / p.logits_inner * p.logits_strides[0] + from % p.logits_inner * p.logits_strides[1];
     }
     out.vector = out.stride == 1 && reinterpret_cast<uintptr_t>(out.logits) % 16 == 0;
+    return out;
+}
+
+template <typename T>
+SIMSD_DEVICE Row<T> row_of(const sample::Params& p, int32_t row, const uint32_t* banned) {
+    Row<T> out = unscaled_row_of<T>(p, row, banned);
+    out.divisor = divisor_of(p, row);
     return out;
 }
 

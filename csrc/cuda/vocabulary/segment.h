@@ -39,20 +39,22 @@ struct Held {
     uint32_t words[HELD<T>];
     uint32_t banned;  // of 32 neighbouring ids of the segment, not of those that the lane holds
 
-    // `first` is the lane's first id in memory; `left` ids of the vocabulary, in whole units, lie there and behind.
-    SIMSD_DEVICE void load(const T* first, int32_t left, const uint32_t* banned_word) {
+    // Of a row in whole units.
+    SIMSD_DEVICE void load(const Row<T>& row, int32_t segment) {
+        const int32_t id = id_at<T>(segment, 0), left = row.vocabulary - id;
+        const T* address = row.logits + id;
         if (left > (PER_LANE / UNIT<T> - 1) * WARP * UNIT<T>) {
 #pragma unroll
-            for (int w = 0; w < HELD<T>; w += 4) set(w, load_16(first + w / 4 * WARP * UNIT<T>));
+            for (int w = 0; w < HELD<T>; w += 4) set(w, load_16(address + w / 4 * WARP * UNIT<T>));
         } else {
 #pragma unroll
             for (int w = 0; w < HELD<T>; w += 4) {
                 Bytes16 bytes{{LEAST<T>, LEAST<T>, LEAST<T>, LEAST<T>}};
-                if (left > w / 4 * WARP * UNIT<T>) bytes = load_16(first + w / 4 * WARP * UNIT<T>);
+                if (left > w / 4 * WARP * UNIT<T>) bytes = load_16(address + w / 4 * WARP * UNIT<T>);
                 set(w, bytes);
             }
         }
-        banned = banned_word ? *banned_word : 0;
+        banned = row.banned ? row.banned[segment * WORDS + lane_index()] : 0;
     }
     SIMSD_DEVICE void set(int first, const Bytes16& bytes) {
 #pragma unroll
@@ -67,24 +69,31 @@ struct Held {
     }
 };
 
-// The two largest x and the id of the first. Takes that id out of what is held. False where the segment is not ordinary.
+// What was read as the rest takes it: without NaN and -inf, and floats divided, as equal quotients of two are a tie.
 template <typename T>
-SIMSD_DEVICE bool find_two(Held<T>& held, const Divisor& divisor, int32_t segment, Partial& out) {
-    if constexpr (sizeof(T) == 4) {  // equal quotients of two numbers are a tie
+SIMSD_DEVICE Held<T> prepared(const Held<T>& read, const Divisor& divisor) {
+    Held<T> out = read;
+    if constexpr (sizeof(T) == 4) {
         if (divisor.divides()) {
 #pragma unroll
-            for (int w = 0; w < HELD<T>; w += UNIT<T>) {
-                float x[UNIT<T>];
+            for (int w = 0; w < HELD<T>; w += 4) {
+                float x[4];
 #pragma unroll
-                for (int e = 0; e < UNIT<T>; ++e) x[e] = bits_as_float(held.words[w + e]);
+                for (int i = 0; i < 4; ++i) x[i] = bits_as_float(out.words[w + i]);
                 divisor.divide(x);
 #pragma unroll
-                for (int e = 0; e < UNIT<T>; ++e) held.words[w + e] = float_as_bits(x[e]);
+                for (int i = 0; i < 4; ++i) out.words[w + i] = float_as_bits(x[i]);
             }
         }
     }
 #pragma unroll
-    for (int w = 0; w < HELD<T>; ++w) held.words[w] = word_max<T>(held.words[w], LEAST<T>);
+    for (int w = 0; w < HELD<T>; ++w) out.words[w] = word_max<T>(out.words[w], LEAST<T>);
+    return out;
+}
+
+// The two largest x and the id of the first, which goes from what is held. False where the segment is not ordinary.
+template <typename T>
+SIMSD_DEVICE bool find_two(Held<T>& held, const Divisor& divisor, int32_t segment, Partial& out) {
     const float top = held.largest();
 
     // Where it is. Bit w: in word w; of two numbers the second is 16 bits above.
@@ -147,7 +156,7 @@ SIMSD_DEVICE uint32_t add_others(const Held<T>& held, const Divisor& divisor, in
                                  Partial& out) {
     const float scale = Noise ? race.scale(out.second) : 0.0f;
     const bool divides = sizeof(T) == 2 && divisor.divides();
-    constexpr int TOGETHER = 16;  // ids whose words are made side by side
+    constexpr int TOGETHER = 8;  // ids whose words are made side by side
     uint32_t open = 0;
     out.sum = out.moment = 0.0f;
 #pragma unroll
@@ -200,7 +209,7 @@ SIMSD_DEVICE void add_others(const Row<T>& row, int32_t segment, Partial& out) {
     }
 }
 
-// `held` is the segment where the row has whole units; else it is read from memory.
+// `held` is the segment, prepared, where the row has whole units; else it is read from memory.
 template <typename T>
 SIMSD_DEVICE Partial scan_segment(Held<T>& held, const Row<T>& row, int32_t segment, bool noise, Race& race) {
     constexpr uint32_t ALL_UNITS = (1u << (PER_LANE / UNIT<T>)) - 1;
@@ -233,6 +242,7 @@ SIMSD_DEVICE Partial scan_segment(Held<T>& held, const Row<T>& row, int32_t segm
     }
     out.score = race.score;
     out.drawn = race.id;
+    out.unused = 0;
     return out;
 }
 
