@@ -232,6 +232,12 @@ BENCHMARKS = {
         " stack and spills, where there are any); shared memory: KiB per block, at most. No GPU is needed.",
         asked=True,
     ),
+    "cuda_counts": Benchmark(
+        "cpu.cuda_counts:run",
+        "Instructions of a warp in one turn of the CUDA kernels' inner loops, as compiled / the most that a test"
+        " allows. No GPU is needed.",
+        asked=True,
+    ),
     "triton_resources": Benchmark(
         "cpu.triton_resources:run",
         "What each Triton kernel takes of each GPU, compiled ahead of time: registers per thread / shared memory in KiB"

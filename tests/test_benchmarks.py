@@ -22,6 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 RESULTS = sorted(environment.RESULTS.glob("*.json"))
 CPU = [name for name, one in registry.BENCHMARKS.items() if one.device == "cpu"]
+TESTED_ELSEWHERE = ("cuda_resources", "cuda_counts", "soak", "serve", "exactness", "ray_faults")
 
 
 def run(*options):
@@ -66,12 +67,9 @@ def canned(*words, environment=None):
     return kept["figures"], "\n".join([*report.tables_of(kept), *report.notes_of(kept)])
 
 
-ELSEWHERE = ("cuda_resources", "soak", "serve", "exactness", "ray_faults")
-
-
-@pytest.mark.parametrize("name", [name for name in CPU if name not in ELSEWHERE])
+@pytest.mark.parametrize("name", [name for name in CPU if name not in TESTED_ELSEWHERE])
 def test_a_benchmark_runs_in_short_and_every_column_has_a_figure(name, monkeypatch):
-    """Those of ELSEWHERE have tests of their own; what ray_faults does at length test_ray_*.py do in short."""
+    """What ray_faults does at length test_ray_*.py do in short."""
     monkeypatch.setattr(environment, "own", lambda seconds: {"threads": 1})
     if name != "tiny_pair_t08":
         for module in (commands, busy, revisions):

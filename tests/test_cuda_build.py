@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from benchmarks import contest, environment, report
-from benchmarks.cpu import cuda_resources
+from benchmarks.cpu import cuda_counts, cuda_resources
 from simsd_kernels import dispatch, ops
 
-TABLE = environment.RESULTS / "cuda_resources.json"
+TABLE, COUNTS = (environment.RESULTS / f"{name}.json" for name in ("cuda_resources", "cuda_counts"))
 PATH = cuda_resources.library()
 
 if PATH is None or not cuda_resources.contents(PATH)[0]:
@@ -27,6 +27,11 @@ MATRIX_KERNELS = re.compile(r"intervals::attend_(all|split)<|linear::multiply<")
 @pytest.fixture(scope="module")
 def resources():
     return {capability: cuda_resources.measure(PATH, capability) for capability in cuda_resources.TARGETS}
+
+
+@pytest.fixture(scope="module")
+def counts():
+    return {capability: cuda_counts.count(capability) for capability in cuda_resources.TARGETS}
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +65,25 @@ def test_half_precision_products_run_on_tensor_cores(resources, capability):
 def test_every_target_has_every_kernel_and_room_for_its_shared_memory(resources, shared, capability):
     assert resources[capability].keys() == shared.keys()
     assert max(shared.values()) <= cuda_resources.SHARED_BYTES
+
+
+def test_inner_loops_take_no_more_instructions_than_allowed(counts):
+    for capability, counted in counts.items():
+        for loop, instructions in zip(cuda_counts.LOOPS, counted, strict=True):
+            place = f"{loop.kernel}, {loop.what}, sm_{capability}"
+            assert instructions is not None, f"{place}: not in the machine code as cuda_counts.py looks for it"
+            assert instructions <= loop.ceilings[capability], place
+
+
+def test_the_table_of_counts_shows_this_build(counts):
+    release = cuda_resources.compiler(PATH)
+    kept = report.load(COUNTS)
+    if kept["machine"]["compiler"] != f"CUDA {release}":
+        pytest.skip(f"the table was made with another CUDA release than {release}")
+    bench = contest.Bench()
+    cuda_counts.tabulate(bench, counts, release)
+    shown = report.tables_of(kept["benchmarks"]["cuda_counts"])
+    assert shown == report.tables_of(bench.state()), "run `python -m benchmarks cuda_counts`"
 
 
 def test_the_table_shows_this_build(resources, shared):

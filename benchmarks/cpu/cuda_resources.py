@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from typing import TypeVar
 
 from triton.backends import nvidia
 
@@ -24,6 +25,7 @@ from ..contest import Bench
 from ..environment import ROOT
 from ..report import Table
 
+T = TypeVar("T")
 TOOLS = pathlib.Path(nvidia.__file__).parent / "bin"
 TARGETS = (80, 90, 100, 120)
 SHARED_BYTES = 99 * 1024  # that a block may have on all of them: sm_120's (CUDA programming guide)
@@ -48,22 +50,48 @@ def contents(path: pathlib.Path) -> tuple[list[int], list[int]]:
     return tuple(sorted(set(map(int, re.findall(rf"\.sm_(\d+)\.{kind}", listing)))) for kind in ("cubin", "ptx"))
 
 
+def compiled() -> pathlib.Path:
+    """The installed library. RuntimeError where it has no CUDA kernels."""
+    path = library()
+    if path is None or not contents(path)[0]:
+        raise RuntimeError(
+            "no CUDA kernels in the installed library: install with SIMSD_BUILD_CUDA=1 and a CUDA toolkit"
+        )
+    return path
+
+
 def measure(path: pathlib.Path, capability: int) -> dict[str, Resources]:
     """Kernel, as C++ writes it, to what it takes."""
+    found = {}
+    for symbol, (text, instructions) in _disassembled(path, capability).items():
+        numbers = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text))
+        found[symbol] = Resources(
+            registers=int(numbers["REG"]),
+            stack_bytes=int(numbers["STACK"]) + int(numbers["LOCAL"]),
+            spills=len(re.findall(r"\b(?:LDL|STL)\b", instructions)),
+            matrix_instructions=len(re.findall(r"\bHMMA\b", instructions)),
+        )
+    return _by_name(found)
+
+
+def machine_code(path: pathlib.Path, capability: int) -> dict[str, str]:
+    """Kernel, as C++ writes it, to its instructions as nvdisasm prints them."""
+    return _by_name({symbol: code for symbol, (_, code) in _disassembled(path, capability).items()})
+
+
+def _disassembled(path: pathlib.Path, capability: int) -> dict[str, tuple[str, str]]:
+    """Symbol of each kernel to the line of what it takes, and to its machine code."""
+    found = {}
     with tempfile.TemporaryDirectory() as folder:
-        found = {}
         for binary in extract(path, f"sm_{capability}", folder):
             usage = run_tool("cuobjdump", "--dump-resource-usage", binary)
             code = _instructions(run_tool("nvdisasm", "-c", binary))
-            for symbol, text in re.findall(r"Function (\S+):\n(.*)", usage):
-                numbers = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text))
-                instructions = code[symbol]
-                found[symbol] = Resources(
-                    registers=int(numbers["REG"]),
-                    stack_bytes=int(numbers["STACK"]) + int(numbers["LOCAL"]),
-                    spills=len(re.findall(r"\b(?:LDL|STL)\b", instructions)),
-                    matrix_instructions=len(re.findall(r"\bHMMA\b", instructions)),
-                )
+            found |= {symbol: (text, code[symbol]) for symbol, text in re.findall(r"Function (\S+):\n(.*)", usage)}
+    return found
+
+
+def _by_name(found: dict[str, T]) -> dict[str, T]:
+    """What was found by symbol, by the kernels' names, in their order."""
     names = subprocess.run(["c++filt"], input="\n".join(found), capture_output=True, text=True, check=True).stdout
     short = (re.sub(r"\(anonymous namespace\)::|\(simsd::.*|^void |simsd::", "", name) for name in names.splitlines())
     return dict(sorted(zip(short, found.values(), strict=True)))
@@ -105,11 +133,7 @@ def run_tool(tool: str, *arguments: object) -> str:
 
 
 def run(bench: Bench) -> None:
-    path = library()
-    if path is None or not contents(path)[0]:
-        raise RuntimeError(
-            "no CUDA kernels in the installed library: install with SIMSD_BUILD_CUDA=1 and a CUDA toolkit"
-        )
+    path = compiled()
     results = {capability: measure(path, capability) for capability in TARGETS}
     tabulate(bench, results, shared_memory(), compiler(path))
 

@@ -162,13 +162,13 @@ SIMSD_DEVICE void write(const Params& p, int32_t row, int32_t token, float x, fl
     if (p.law) p.law[row] = {summary.top, kept.total, overall, kept.cutoff.x, kept.cutoff.id};
 }
 
-// One block per row; rows without a filter need its first warp only.
-template <typename T>
+// One block per row; rows without a filter need its first warp only. Without `Filters` there are no others.
+template <typename T, bool Filters>
 __global__ void __launch_bounds__(MOST_WARPS* WARP, 1) finish(const Work work) {
     const Params& p = work.params;
     const int32_t task = block_x(), index = draw_of(p, task);
     if (index < 0) return;
-    const bool filtered = filters(p, index);
+    const bool filtered = Filters && filters(p, index);
     if (!filtered && warp_index() > 0) return;
     const Row<T> row = row_of<T>(p, index, p.banned_ids ? work.scratch.banned : nullptr);
     const Partial* partials = work.scratch.partials + static_cast<int64_t>(task) * segments_of(p.vocabulary);
@@ -183,14 +183,16 @@ __global__ void __launch_bounds__(MOST_WARPS* WARP, 1) finish(const Work work) {
     int32_t token = summary.best;
     float kept_others = 0.0f;
     if (filtered) {
-        Shared shared;
-        const Workspace workspace(shared);
-        const PerWarp per_warp(shared);
-        kept = filter_row(row, partials, summary.top, filter_of(p, index), p.law != nullptr, workspace);
-        if (draws(p, index)) {
-            const KeptDraw drawn = draw_kept(row, partials, summary, kept, key_of_row(p, index), per_warp);
-            token = drawn.id;
-            kept_others = drawn.others;
+        if constexpr (Filters) {
+            Shared shared;
+            const Workspace workspace(shared);
+            const PerWarp per_warp(shared);
+            kept = filter_row(row, partials, summary.top, filter_of(p, index), p.law != nullptr, workspace);
+            if (draws(p, index)) {
+                const KeptDraw drawn = draw_kept(row, partials, summary, kept, key_of_row(p, index), per_warp);
+                token = drawn.id;
+                kept_others = drawn.others;
+            }
         }
     } else if (draws(p, index)) {
         float score = -INFINITE;
@@ -222,12 +224,13 @@ void launch_kernels(const Work& work, Stream stream) {
     const int64_t per_warp = std::clamp<int64_t>(p.tasks() * segments / WARPS_AT_ONCE, 1, MOST_SEGMENTS);
     const int64_t blocks = (segments + per_warp * SCAN_WARPS - 1) / (per_warp * SCAN_WARPS);
     launch(OP, scan<T>, Grid{p.tasks(), std::min<int64_t>(blocks, 65535)}, SCAN_WARPS * WARP, 0, stream, work);
+    if (!(p.top_k || p.top_p) || !(p.seed || p.law))
+        return launch(OP, finish<T, false>, Grid{p.tasks()}, WARP, 0, stream, work);
     // A power of two, and no more warps than segments: a constant of V, like all that a sum could depend on.
     int warps = 1;
-    const bool may_filter = p.top_k || p.top_p;
-    while (may_filter && warps < MOST_WARPS && warps < segments) warps *= 2;
+    while (warps < MOST_WARPS && warps < segments) warps *= 2;
     constexpr int SHARED_BYTES = WORKSPACE_BYTES + 3 * MOST_WARPS * 4;
-    launch(OP, finish<T>, Grid{p.tasks()}, warps * WARP, may_filter ? SHARED_BYTES : 0, stream, work);
+    launch(OP, finish<T, true>, Grid{p.tasks()}, warps * WARP, SHARED_BYTES, stream, work);
 }
 
 }  // namespace
