@@ -1,19 +1,20 @@
 // sample_logits: argmax or seeded Gumbel-max over rows of logits, with their softmax statistics.
 //
-// Data path. `mark_banned` turns the banned ids into a bitmask of V bits. `scan` reads the logits once: a warp takes a
-// segment of 1024 ids to its registers, 16 bytes per load, and leaves a Partial of 32 bytes: largest x, sums of the
-// others relative to the largest of them, best noisy score. Segments are constant in length, so a row of 152k ids is
-// 149 warps whatever the rows: one row already spreads over 38 blocks, and no sum depends on what else runs. `finish`
-// merges the partials of a row in a fixed tree, in double. Where top-k or top-p is on, `scan` makes no noise and
-// `finish` first finds what they keep (vocabulary/filter.h) and then races over that: the block reads the row about
-// twice more, mostly from the L2 cache, as segments whose largest x is too small are skipped.
+// Data path. `mark_banned` turns the banned ids into a bitmask of V bits. `scan` reads the logits once: a warp takes
+// segments of 1024 ids to its registers, 16 bytes per load and one segment ahead, and leaves of each a Partial of 32
+// bytes: largest x, sums of the others relative to the largest of them, best noisy score (vocabulary/segment.h).
+// Segments are constant in length, so no sum depends on what else runs or on how many segments a warp takes: one of a
+// row of 152k ids while rows are few, up to 16 of many. `finish` merges the partials of a row in a fixed tree, in
+// double. Where top-k or top-p is on, `scan` makes no noise and `finish` first finds what they keep
+// (vocabulary/filter.h) and then races over that: the block reads the row about twice more, mostly from the L2 cache,
+// as segments whose largest x is too small are skipped.
 //
 // Bytes: R x V x itemsize, and 3 % (bfloat16) of that for the partials. 256 rows of 151936 in bfloat16: 77.8 MB, 23 us
-// at 3.35 TB/s; 64 rows 5.8 us. Operations per id at temperature 0: 1 to convert, 6 for the two largest, 6 for weight
-// and sums, one of them on the special function unit: 14 x 38.9 M ids = 17 M warp instructions, 19 us on 132
-// multiprocessors of 4 schedulers at 1.7 GHz, under the time of the bytes. Noise costs 11 for a quarter of Philox and
-// 4 for the bound that spares nearly all logarithms (vocabulary/noise.h), and nothing where the row is peaked; a
-// temperature other than 1 costs 7 to divide. So few rows are bound by bytes, 256 rows with noise by instructions.
+// at 3.35 TB/s; 64 rows 5.8 us. Instructions (benchmarks/results/cuda_counts.md, sm_90): at temperature 0 a warp issues
+// 424 for a segment, 16.1 M for 256 rows, 18 us on 132 multiprocessors of 4 schedulers at 1.7 GHz, under the time of
+// the bytes. Noise doubles that, Philox alone taking 300; a temperature other than 1 costs 5 more for each id. What may
+// win goes another way, a few units of 256 ids for each warp; a segment that cannot win makes no noise. So few rows are
+// bound by bytes, 256 rows with noise by instructions.
 #include <algorithm>
 
 #include "cuda/device.h"

@@ -2,8 +2,8 @@
 // noisy score.
 //
 // The ordinary segment stays in registers as it was read, in words of one float or two 16-bit numbers: its two largest
-// are found in words, and each id is made a float once, for its weight. What is not ordinary (banned ids, the end of the
-// vocabulary, a tie of the largest within a lane, one finite id, numbers beyond 2^100) is read from memory, pass by
+// are found in words, and each id is made a float once, for its weight. What is not ordinary (banned ids, the end of
+// the vocabulary, a tie of the largest within a lane, one finite id, numbers beyond 2^100) is read from memory, pass by
 // pass. Both ways add up in the same order.
 #pragma once
 
@@ -149,8 +149,8 @@ SIMSD_DEVICE void find_two(const Row<T>& row, int32_t segment, Partial& out) {
     out.second = warp_max_number(best == out.best ? second : own);
 }
 
-// Weights and sums of the others, as far as they are this lane's. With `Noise`: which of its units, one bit each, hold an
-// id that may win.
+// Weights and sums of the others, as far as they are this lane's. With `Noise`: which of its units, one bit each, hold
+// an id that may win.
 template <typename T, bool Noise>
 SIMSD_DEVICE uint32_t add_others(const Held<T>& held, const Divisor& divisor, int32_t segment, const Race& race,
                                  Partial& out) {
@@ -234,7 +234,7 @@ SIMSD_DEVICE Partial scan_segment(Held<T>& held, const Row<T>& row, int32_t segm
     if (noise && warp_any(open != 0)) {
 #pragma unroll 1
         for (int i = 0; i < PER_LANE; i += UNIT<T>) {
-            if (!warp_any(open >> (i / UNIT<T>) & 1)) continue;
+            if (!warp_any(open >> (i / UNIT<T>)&1)) continue;
             float x[UNIT<T>];
             row.load_ids(id_at<T>(segment, i), x);
             race.run(x, id_at<T>(segment, i));
