@@ -12,7 +12,7 @@
 // Bytes: R x V x itemsize, and 3 % (bfloat16) of that for the partials. 256 rows of 151936 in bfloat16: 77.8 MB, 23 us
 // at 3.35 TB/s; 64 rows 5.8 us. Instructions (benchmarks/results/cuda_counts.md, sm_90): at temperature 0 a warp issues
 // 424 for a segment, 16.1 M for 256 rows, 18 us on 132 multiprocessors of 4 schedulers at 1.7 GHz, under the time of
-// the bytes. Noise doubles that, Philox alone taking 300; a temperature other than 1 costs 5 more for each id. What may
+// the bytes. Noise doubles that, nearly all of it Philox; a temperature other than 1 costs 5 more for each id. What may
 // win goes another way, a few units of 256 ids for each warp; a segment that cannot win makes no noise. So few rows are
 // bound by bytes, 256 rows with noise by instructions.
 #include <algorithm>

@@ -234,7 +234,8 @@ SIMSD_DEVICE Partial scan_segment(Held<T>& held, const Row<T>& row, int32_t segm
     if (noise && warp_any(open != 0)) {
 #pragma unroll 1
         for (int i = 0; i < PER_LANE; i += UNIT<T>) {
-            if (!warp_any(open >> (i / UNIT<T>)&1)) continue;
+            const int unit = i / UNIT<T>;
+            if (!warp_any(open >> unit & 1)) continue;
             float x[UNIT<T>];
             row.load_ids(id_at<T>(segment, i), x);
             race.run(x, id_at<T>(segment, i));
