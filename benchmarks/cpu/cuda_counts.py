@@ -23,7 +23,8 @@ class Loop:
         kernel: as cuda_resources names it. what: a turn of its inner loop, by a warp.
         through: an opcode, as a regular expression, that each turn comes by once; counts: see `sass.shortest_loop`.
         ceilings: compute capability to the most instructions of a turn.
-        before: what sm_90 took for the same work as of commit 7cdc1e3, counted the same way.
+        before: what sm_90 took for the same work as of commit 7cdc1e3, counted the same way; of `scan`, whose warps took
+            one turn each, from the first instruction to the last.
     """
 
     kernel: str
@@ -46,8 +47,7 @@ def scan(dtype: str, loads: int, before: tuple[int, int], greedy: dict[int, int]
     ]
 
 
-GREEDY = {80: 450, 90: 450, 100: 450, 120: 460}
-NOISE = dict.fromkeys(cuda_resources.TARGETS, 900)
+GREEDY, NOISE = (dict.fromkeys(cuda_resources.TARGETS, most) for most in (450, 900))
 LOOPS = [
     *scan("Bfloat16", 4, (840, 1752), {**GREEDY, 80: 650}, {**NOISE, 80: 1100}),  # sm_80 compares no bfloat16 in pairs
     *scan("Float16", 4, (840, 1752), GREEDY, NOISE),

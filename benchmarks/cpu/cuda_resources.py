@@ -8,6 +8,7 @@ ptxas's; spills are local loads and stores counted in the machine code; shared m
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -79,6 +80,7 @@ def machine_code(path: pathlib.Path, capability: int) -> dict[str, str]:
     return _by_name({symbol: code for symbol, (_, code) in _disassembled(path, capability).items()})
 
 
+@functools.cache
 def _disassembled(path: pathlib.Path, capability: int) -> dict[str, tuple[str, str]]:
     """Symbol of each kernel to the line of what it takes, and to its machine code."""
     found = {}
