@@ -23,8 +23,8 @@ class Loop:
         kernel: as cuda_resources names it. what: a turn of its inner loop, by a warp.
         through: an opcode, as a regular expression, that each turn comes by once; counts: see `sass.shortest_loop`.
         ceilings: compute capability to the most instructions of a turn.
-        before: what sm_90 took for the same work as of commit 7cdc1e3, counted the same way; of `scan`, whose warps took
-            one turn each, from the first instruction to the last.
+        before: what sm_90 took for the same work as of commit 7cdc1e3, counted the same way; of `scan`, whose warps
+            took one turn each, from the first instruction to the last.
     """
 
     kernel: str
