@@ -38,11 +38,9 @@ SIMSD_DEVICE T warp_min(T value) {
     return warp_reduce(value, smaller<T>);
 }
 
-// Of floats without NaN, and of whole numbers, in one instruction and a few.
+// The largest of numbers, none of them NaN, by one instruction on whole numbers in the same order.
 SIMSD_DEVICE float warp_max_number(float value) {
-    const auto ordered = [](int32_t bits) {
-        return bits ^ (bits >> 31 & 0x7fffffff);
-    };  // as a signed number; its inverse
+    const auto ordered = [](int32_t bits) { return bits ^ (bits >> 31 & 0x7fffffff); };  // its own inverse
     const int32_t most = lanes_max(ordered(static_cast<int32_t>(float_as_bits(value))));
     return bits_as_float(static_cast<uint32_t>(ordered(most)));
 }
