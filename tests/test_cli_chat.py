@@ -193,6 +193,11 @@ def test_a_history_that_cannot_be_kept_is_no_obstacle(tmp_path, monkeypatch):
 # On a pseudo-terminal
 
 
+def heed_ctrl_c() -> None:
+    """As in a shell at a terminal: what a background job starts ignores it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Session:
     """A chat on a pseudo-terminal of its own, which is its controlling one: Ctrl-C is a signal."""
 
@@ -201,7 +206,8 @@ class Session:
         command = [sys.executable, "-m", "simsd", "chat", *options]
         # A session leader's first terminal becomes its controlling one.
         opened = ["sh", "-c", 'exec "$@" <"$0" >"$0" 2>&1', os.ttyname(self.slave), *command]
-        self.process = subprocess.Popen(opened, start_new_session=True, env=environment(home))
+        settings = {"start_new_session": True, "env": environment(home), "preexec_fn": heed_ctrl_c}
+        self.process = subprocess.Popen(opened, **settings)
         self.raw, self.since = "", 0
 
     def type(self, keys: str) -> None:
