@@ -62,7 +62,8 @@ def worker(folder: pathlib.Path) -> Iterator[subprocess.Popen]:
     """A process that decodes with a checkout's package, see revision_worker.py."""
     command = [sys.executable, "-P", pathlib.Path(__file__).with_name("revision_worker.py")]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, env=with_path(folder), **pipes) as process:
+    # One thread, as the command takes for models of this size.
+    with subprocess.Popen(command, env=with_path(folder) | {"OMP_NUM_THREADS": "1"}, **pipes) as process:
         try:
             yield process
         finally:
