@@ -20,11 +20,8 @@ inline bool weigh_block(const Problem& p, int64_t batch, const Head& head, const
     using F = typename Simd::F;
     constexpr int W = VECS * Simd::LANES;
     constexpr int KEYS = VECS == 1 ? Simd::KEYS_1 : Simd::KEYS_2;
-    const int32_t* birth = p.birth + batch * p.keys;
-    const int32_t* death = p.death + batch * p.keys;
-    const F minus_infinity = Simd::set1(-__builtin_inff());
     F max[VECS], shift[VECS], sum[VECS];
-    for (int v = 0; v < VECS; ++v) max[v] = minus_infinity;
+    for (int v = 0; v < VECS; ++v) max[v] = Simd::set1(-__builtin_inff());
     int64_t count = 0;
     for (int64_t split = 0; split * SPLIT < p.key_count[batch]; ++split) {
         KeyList list;
@@ -36,20 +33,7 @@ inline bool weigh_block(const Problem& p, int64_t batch, const Head& head, const
         for (int64_t i = 0; i < list.count; i += KEYS) {
             score_keys<Simd, KEYS, VECS>(k_rows + i, block.q, p.dim, scores + i * W);
         }
-        for (int64_t i = 0; i < list.count; ++i) {
-#pragma GCC unroll 4
-            for (int v = 0; v < VECS; ++v) {
-                float* key_scores = scores + i * W + v * Simd::LANES;
-                F score = Simd::load(key_scores);
-                if (list.tested[i]) {
-                    const int32_t j = list.key[i];
-                    score = Simd::select(Simd::visible(block.clock + v * Simd::LANES, birth[j], death[j]), score,
-                                         minus_infinity);
-                    Simd::store(key_scores, score);
-                }
-                max[v] = Simd::max(score, max[v]);
-            }
-        }
+        mask_scores<Simd, VECS>(p, batch, block, list, scores, max);
         count += list.count;
     }
     for (int v = 0; v < VECS; ++v) {

@@ -175,18 +175,15 @@ inline void list_keys(const Problem& p, int64_t batch, int64_t split, const RowB
     }
 }
 
-// Turns the listed keys' scores into weights, 0 where a row does not see a key, and notes their maximum and sum. V's
-// first rows come into the cache meanwhile.
+// Makes a score -inf where a row does not see its key, and raises the rows' maximum to what they see.
 template <typename Simd, int VECS>
-inline void weigh_keys(const Problem& p, int64_t batch, const RowBlock& block, const KeyList& list,
-                       const float* const* v_rows, float* scores, State partial) {
+inline void mask_scores(const Problem& p, int64_t batch, const RowBlock& block, const KeyList& list, float* scores,
+                        typename Simd::F (&max)[VECS]) {
     using F = typename Simd::F;
     constexpr int W = VECS * Simd::LANES;
     const int32_t* birth = p.birth + batch * p.keys;
     const int32_t* death = p.death + batch * p.keys;
     const F minus_infinity = Simd::set1(-__builtin_inff());
-    F max[VECS], shift[VECS], sum[VECS];
-    for (int v = 0; v < VECS; ++v) max[v] = minus_infinity;
     for (int64_t i = 0; i < list.count; ++i) {
 #pragma GCC unroll 4
         for (int v = 0; v < VECS; ++v) {
@@ -201,6 +198,18 @@ inline void weigh_keys(const Problem& p, int64_t batch, const RowBlock& block, c
             max[v] = Simd::max(score, max[v]);
         }
     }
+}
+
+// Turns the listed keys' scores into weights, 0 where a row does not see a key, and notes their maximum and sum. V's
+// first rows come into the cache meanwhile.
+template <typename Simd, int VECS>
+inline void weigh_keys(const Problem& p, int64_t batch, const RowBlock& block, const KeyList& list,
+                       const float* const* v_rows, float* scores, State partial) {
+    using F = typename Simd::F;
+    constexpr int W = VECS * Simd::LANES;
+    F max[VECS], shift[VECS], sum[VECS];
+    for (int v = 0; v < VECS; ++v) max[v] = Simd::set1(-__builtin_inff());
+    mask_scores<Simd, VECS>(p, batch, block, list, scores, max);
     for (int v = 0; v < VECS; ++v) {
         // A row that sees nothing here: -inf - (-inf) would be NaN.
         shift[v] = Simd::zero_below(max[v], LOWEST_FLOAT, max[v]);
