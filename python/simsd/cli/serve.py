@@ -135,9 +135,10 @@ def _engine_of(model: str, draft: str | None, dtype: str, device: str, config: E
         target_model, draft_model = opt.load_models(model, draft, dtype, device, config.max_batch)
     with _Step("warming up"):
         from simsd.engine.engine import Engine
+        from simsd.serve.service import warm_up
 
         engine = Engine(target_model, draft_model, config)
-        engine.generate([[]], max_new_tokens=2 * engine.block_length, end_token_ids=())
+        warm_up(engine)
     return engine
 
 

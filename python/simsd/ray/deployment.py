@@ -27,7 +27,7 @@ try:
     from simsd.ray.engine import engine_of
     from simsd.serve.app import build_app
     from simsd.serve.gate import MIB, Settings
-    from simsd.serve.service import MAX_FAILED, Service
+    from simsd.serve.service import MAX_FAILED, Service, warm_up
 except ImportError as error:
     raise SimsdError(f"{EXTRA} ({error})") from None
 
@@ -97,7 +97,7 @@ class Replica:
     def __init__(self, arguments: Arguments, device: str) -> None:
         given = arguments
         engine = engine_of(given.model, given.draft, given.engine(), device, given.dtype, given.cpus)
-        engine.generate([[]], max_new_tokens=2 * engine.block_length, end_token_ids=())  # warms up
+        warm_up(engine)
         self.service = Service(engine)
         self.settings = Settings(
             name=given.served_name,

@@ -29,6 +29,11 @@ class Draining(Exception):
     """The server is about to stop, and takes nothing new."""
 
 
+def warm_up(engine: Engine) -> None:
+    """Decodes two blocks: what libraries do at their first call is no client's to wait for."""
+    engine.generate([[]], max_new_tokens=2 * engine.block_length, end_token_ids=())
+
+
 class Running:
     """The choices of one request on their way. Iterate for (choice, update) until all are done; as a context it
     cancels what is not done on leaving."""
