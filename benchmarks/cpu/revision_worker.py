@@ -1,5 +1,5 @@
-"""Decodes for `revisions`, by whichever checkout comes first on the path: for each line of JSON, [mode, batch, prompts
-per family, tokens], the tokens per second of one call of `simsd.generate`, and the texts.
+"""Decodes for `revisions`, by whichever checkout comes first on the path: for each line of JSON, [prompts per
+family, settings], the tokens per second of one call of `simsd.generate`, and the texts.
 
 Uses what every revision has; it belongs to none of them.
 """
@@ -11,15 +11,12 @@ import time
 import simsd
 from simsd import tasks
 
-MODES = {"native": {"verify": "none"}, "exact-auto": {"verify": "exact", "drafter": "auto"}}
-
 
 def main() -> None:
     target, draft = simsd.load("tiny-target"), simsd.load("tiny-draft")
     for line in sys.stdin:
-        mode, batch, each, tokens = json.loads(line)
+        each, settings = json.loads(line)
         prompts = [task.prompt for family in tasks.FAMILIES for task in tasks.held_out(family, each, 0)]
-        settings = MODES[mode] | {"max_batch": batch, "max_new_tokens": tokens}
         began = time.perf_counter()
         results = simsd.generate(target, prompts, draft=draft, **settings)
         seconds = time.perf_counter() - began

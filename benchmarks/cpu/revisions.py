@@ -26,9 +26,8 @@ from ..environment import ROOT
 from ..report import Table, spread
 from ..timing import in_turn, interval
 from .commands import simsd
-from .loop import prompts_each
+from .loop import MODES, prompts_each
 
-MODES = ("native", "exact-auto")
 COLUMNS = [("before", "{before:.{digits}f}"), ("now", "{now:.{digits}f}"), ("now / before (95%)", spread("ratio"))]
 TABLE = Table([("", "{name}"), *COLUMNS], "One prompt at a time, `simsd bench`:")
 BATCHES = Table([("tok/s", "{mode}"), ("batch", "{batch}"), *COLUMNS], "A call of `simsd.generate`:")
@@ -110,10 +109,8 @@ def run(
     with contextlib.ExitStack() as stack:
         workers = {name: stack.enter_context(worker(folder)) for name, folder in checkouts.items()}
         for batch, mode in itertools.product(batches, MODES):
-            each = prompts_each(batch)
-            ask = {
-                name: functools.partial(asked, one, mode, batch, each, max_new_tokens) for name, one in workers.items()
-            }
+            given = prompts_each(batch), MODES[mode] | {"max_batch": batch, "max_new_tokens": max_new_tokens}
+            ask = {name: functools.partial(asked, one, *given) for name, one in workers.items()}
             found = list(in_turn(ask, turns, operator.itemgetter(1)))
             compared(
                 bench, BATCHES, {name: [one[name][0] for one in found] for name in workers}, mode=mode, batch=batch
