@@ -27,7 +27,7 @@ from ..report import Table, spread
 from ..timing import measure
 from .attention_cpu import milliseconds
 
-sys.path.insert(0, str(ROOT / "examples" / "tiny_pair"))  # first: an `evaluate` may be installed
+sys.path.insert(0, str(ROOT / "examples" / "tiny_pair"))
 import train  # noqa: E402
 from batches import Batch, Encoder, training_batches  # noqa: E402
 from forward import batch_loss, dense_mask, interval_attention  # noqa: E402

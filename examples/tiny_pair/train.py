@@ -18,9 +18,9 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 import typer
+from accuracy import accuracies
 from batches import BLOCK_LENGTH, Batch, Encoder, training_batches
 from build_tokenizer import build_tokenizer, save_tokenizer
-from evaluate import accuracies
 from forward import batch_loss, check
 from rich.console import Console
 from safetensors.torch import save_file
