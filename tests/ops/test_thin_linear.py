@@ -292,8 +292,8 @@ def test_rows_of_a_prefill_have_the_bits_of_rows_alone(multiprocessors):
 @backends("emulation")
 @pytest.mark.parametrize("dtype", FLOATS[1:], ids=str)
 def test_the_weight_is_read_once_and_products_serve_eight_rows(counted, dtype):
-    """Per block of 16 columns: the weight once, x once; a product per 16 k, 16 columns and 8 rows. A row alone is copied
-    by the lanes of 8."""
+    """Per block of 16 columns: the weight once, x once; a product per 16 k, 16 columns and 8 rows. A row alone is
+    copied by the lanes of 8."""
     for rows, tiles in ((1, 1), (8, 1), (16, 2), (32, 4), (64, 8)):
         x, weight = random_case((rows,), 48, 1024, dtype)
         counters = counted(lambda x=x, weight=weight: thin_linear(x, weight, backend="cuda"))
