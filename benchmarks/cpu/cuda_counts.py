@@ -86,6 +86,42 @@ LOOPS = [
 ]
 
 
+@dataclasses.dataclass(frozen=True)
+class Flight:
+    """A kernel that moves bytes and does little else, with what it needs to reach an H100's bandwidth.
+
+    Attributes:
+        threads: of a block, at the size of SDAR-8B. loads: of 16 bytes, of a thread, before it uses one.
+        before: `loads` as of commit 7cdc1e3.
+    """
+
+    kernel: str
+    threads: int
+    loads: int
+    before: int
+
+
+FLIGHTS = [
+    Flight("layer::add_norm<Bfloat16, 8, 2, true>", 256, 6, 3),
+    Flight("activation::silu_times<Bfloat16, true>", 128, 2, 2),
+]
+LEAST_BYTES = 32 * 1024  # in flight on a multiprocessor: 3.35 TB/s for 1.3 us, on each of 132
+REGISTERS, THREADS = 65536, 2048  # of an sm_90's multiprocessor
+
+
+def flights() -> list[tuple[int, int]]:
+    """Of each of FLIGHTS on sm_90: its loads, and the bytes in flight of as many blocks as have room."""
+    path = cuda_resources.compiled()
+    code, resources = cuda_resources.machine_code(path, 90), cuda_resources.measure(path, 90)
+    found = []
+    for flight in FLIGHTS:
+        loads = sass.loads_in_flight(code[flight.kernel])
+        registers = -(-resources[flight.kernel].registers // 8) * 8
+        blocks = min(REGISTERS // (registers * flight.threads), THREADS // flight.threads)
+        found.append((loads, loads * 16 * flight.threads * blocks))
+    return found
+
+
 def count(capability: int) -> list[int | None]:
     """The instructions of a turn of each of LOOPS in the installed library; None where no turn is as it should be."""
     code = cuda_resources.machine_code(cuda_resources.compiled(), capability)
@@ -96,15 +132,25 @@ def count(capability: int) -> list[int | None]:
 def run(bench: Bench) -> None:
     counted = {capability: count(capability) for capability in cuda_resources.TARGETS}
     products = cuda_resources.emulated("benchmarks.cpu.linear_counts")
-    tabulate(bench, counted, products, cuda_resources.compiler(cuda_resources.compiled()))
+    tabulate(bench, counted, flights(), products, cuda_resources.compiler(cuda_resources.compiled()))
 
 
-def tabulate(bench: Bench, counted: dict[int, list[int | None]], products: list[dict], release: str) -> None:
+def tabulate(
+    bench: Bench,
+    counted: dict[int, list[int | None]],
+    in_flight: list[tuple[int, int]],
+    products: list[dict],
+    release: str,
+) -> None:
     bench.machine["compiler"] = f"CUDA {release}"
     of_targets = [(f"sm_{capability}", f"{{sm_{capability}[0]}} / {{sm_{capability}[1]}}") for capability in counted]
     table = Table([("kernel", "`{kernel}`"), ("a turn", "{what}"), *of_targets, ("sm_90 before", "{before}")])
     for number, loop in enumerate(LOOPS):
         cells = {f"sm_{cc}": (found[number], loop.ceilings[cc]) for cc, found in counted.items()}
         bench.row(table, kernel=loop.kernel, what=loop.what, before=loop.before, **cells)
+    columns = [("kernel", "`{kernel}`"), ("16-byte loads of a thread", "{loads}"), ("before", "{before}")]
+    table = Table([*columns, ("KiB per multiprocessor", "{kib:.0f}")], "In flight on an sm_90, before one is used")
+    for flight, (loads, size) in zip(FLIGHTS, in_flight, strict=True):
+        bench.row(table, kernel=flight.kernel, loads=loads, before=flight.before, kib=size / 1024)
     for figures in products:
         bench.row(linear_counts.TABLE, **figures)
