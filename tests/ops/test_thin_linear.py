@@ -249,6 +249,20 @@ def test_blocks_of_32_columns_give_the_bits_of_blocks_of_16(backend, dtype, rows
     assert torch.equal(thin_linear(x, off, backend=backend), wide), "element by element"
 
 
+@backends("triton")
+@pytest.mark.parametrize("dtype", FLOATS[1:], ids=str)
+def test_tiles_of_many_rows_give_the_bits_of_rows_alone(backend, dtype):
+    from simsd_kernels.thin_linear import triton
+
+    x, weight = random_case((33,), 6100, 270, dtype)
+    (many, _), (one, _) = (triton.configuration(dtype, rows, len(weight)) for rows in (33, 1))
+    assert many["ROWS"] > one["ROWS"] and many["STEP"] == one["STEP"]
+    got = thin_linear(x, weight, backend=backend)
+    assert_right(got, x, weight)
+    for row in (0, 31, 32):
+        assert torch.equal(thin_linear(x[row], weight[-400:], backend=backend), got[row, -400:])
+
+
 FEW, MANY = 1, 10**6  # multiprocessors: the widest tiles suffice; none does, which leaves thin ones of 64 rows
 
 
