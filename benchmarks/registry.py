@@ -234,8 +234,8 @@ BENCHMARKS = {
     ),
     "cuda_counts": Benchmark(
         "cpu.cuda_counts:run",
-        "Instructions of a warp in one turn of the CUDA kernels' inner loops, as compiled / the most that a test"
-        " allows. No GPU is needed.",
+        "Instructions of a warp in the inner loops of CUDA kernels, as compiled / the most that a test allows; then"
+        " what products do in all. No GPU is needed.",
         asked=True,
     ),
     "triton_resources": Benchmark(

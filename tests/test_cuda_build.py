@@ -21,7 +21,7 @@ if PATH is None or not cuda_resources.contents(PATH)[0]:
     )
 
 
-MATRIX_KERNELS = re.compile(r"intervals::attend_(all|split)<|linear::multiply<")
+MATRIX_KERNELS = re.compile(r"intervals::attend_(all|split)<|linear::multiply(_wide)?<")
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +32,16 @@ def resources():
 @pytest.fixture(scope="module")
 def counts():
     return {capability: cuda_counts.count(capability) for capability in cuda_resources.TARGETS}
+
+
+@pytest.fixture(scope="module")
+def in_flight():
+    return cuda_counts.flights()
+
+
+@pytest.fixture(scope="module")
+def products():
+    return cuda_resources.emulated("benchmarks.cpu.linear_counts")
 
 
 @pytest.fixture(scope="module")
@@ -75,13 +85,18 @@ def test_inner_loops_take_no_more_instructions_than_allowed(counts):
             assert instructions <= loop.ceilings[capability], place
 
 
-def test_the_table_of_counts_shows_this_build(counts):
+def test_enough_bytes_are_in_flight_where_bandwidth_is_all(in_flight):
+    for flight, (loads, size) in zip(cuda_counts.FLIGHTS, in_flight, strict=True):
+        assert loads == flight.loads and size >= cuda_counts.LEAST_BYTES, flight.kernel
+
+
+def test_the_table_of_counts_shows_this_build(counts, in_flight, products):
     release = cuda_resources.compiler(PATH)
     kept = report.load(COUNTS)
     if kept["machine"]["compiler"] != f"CUDA {release}":
         pytest.skip(f"the table was made with another CUDA release than {release}")
     bench = contest.Bench()
-    cuda_counts.tabulate(bench, counts, release)
+    cuda_counts.tabulate(bench, counts, in_flight, products, release)
     shown = report.tables_of(kept["benchmarks"]["cuda_counts"])
     assert shown == report.tables_of(bench.state()), "run `python -m benchmarks cuda_counts`"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.cpu.sass import blocks, shortest_loop
+from benchmarks.cpu.sass import blocks, loads_in_flight, shortest_loop
 
 # As nvdisasm prints it: a loop with a rare branch, and another way around that does less.
 CODE = """
@@ -52,3 +52,17 @@ def test_the_shortest_turn_that_does_the_work_is_counted():
 def test_no_loop_is_found_where_none_is():
     assert shortest_loop(blocks(CODE), "EXIT", {}) is None
     assert shortest_loop(blocks(CODE), "HMMA", {}) is None
+
+
+def test_loads_in_flight_end_where_one_is_used():
+    loads = """
+        /*0010*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0020*/                   IADD3 R2, R2, 0x10, RZ ;
+        /*0030*/               @P0 LDG.E.NA.128.CONSTANT R8, desc[UR4][R2.64] ;
+"""
+    third = "/*0050*/ LDG.E.128 R12, desc[UR4][R2.64+0x10] ;"
+    assert loads_in_flight(loads) == 2 and loads_in_flight(loads + third) == 3
+    assert loads_in_flight(loads + "/*0040*/ IMAD.U32 R20, R11.reuse, 0x10000, RZ ;" + third) == 2
+    assert loads_in_flight(loads + "/*0040*/ STG.E.128 desc[UR4][R2.64], R4 ;" + third) == 2
+    assert loads_in_flight(loads + "/*0040*/ LDG.E.128 R12, desc[UR4][R4.64] ;") == 2
+    assert loads_in_flight("/*0010*/ LDG.E R4, desc[UR4][R2.64] ;") == 0

@@ -72,3 +72,15 @@ def test_compiles_without_spills_within_shared_memory(resources, number, variant
     assert found.spills <= (0 if pinned else SPILLS_ELSEWHERE), found
     assert found.stack_bytes <= (0 if pinned else STACK_BYTES_ELSEWHERE), found
     assert found.shared_bytes <= triton_resources.TARGETS[capability], found
+
+
+@pytest.mark.parametrize("capability", triton_resources.TARGETS)
+def test_products_of_any_number_of_rows_are_made_by_one_instruction(resources, capability):
+    """Another would add in another order: a row's bits would depend on how many rows there are."""
+    found = {
+        variant.label: resources[number, capability].products
+        for number, variant in CASES
+        if variant.kernel in ("multiply", "multiply_groups") and variant.label.startswith("bf16")
+    }
+    labels = ["bf16, linear", "bf16, linear, many rows", "bf16, experts", "bf16, experts, many rows"]
+    assert found == dict.fromkeys(labels, ["mma.sync"])

@@ -1,8 +1,9 @@
-"""Counts the instructions of the CUDA kernels' inner loops in the compiled library.
+"""Counts the instructions of the CUDA kernels' inner loops in the compiled library, and the work of whole launches.
 
 Needs what cuda_resources needs, and no GPU. A loop is followed in the machine code on the way that its ordinary turn
 takes (sass.py): which one that is, is said by how often some instructions come on it. An instruction that a predicate
-turns off counts, as it takes its turn all the same.
+turns off counts, as it takes its turn all the same. The work of launches is counted as the emulation does it
+(linear_counts.py).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import dataclasses
 
 from ..contest import Bench
 from ..report import Table
-from . import cuda_resources, sass
+from . import cuda_resources, linear_counts, sass
 
 PHILOX = {r"IMAD\.WIDE\.U32": range(100, 400)}  # multiplications of the ten rounds, that of eight counters at least
 
@@ -20,7 +21,7 @@ PHILOX = {r"IMAD\.WIDE\.U32": range(100, 400)}  # multiplications of the ten rou
 class Loop:
     """
     Attributes:
-        kernel: as cuda_resources names it. what: a turn of its inner loop, by a warp.
+        kernel: as cuda_resources names it. what: a turn of its inner loop, or some, by a warp.
         through: an opcode, as a regular expression, that each turn comes by once; counts: see `sass.shortest_loop`.
         ceilings: compute capability to the most instructions of a turn.
         before: what sm_90 took for the same work as of commit 7cdc1e3, counted the same way; of `scan`, whose warps
@@ -47,12 +48,78 @@ def scan(dtype: str, loads: int, before: tuple[int, int], greedy: dict[int, int]
     ]
 
 
-GREEDY, NOISE = (dict.fromkeys(cuda_resources.TARGETS, most) for most in (450, 900))
+def product(tile: str, work: str, matrices: int, copies: int, before: int, most: dict[int, int]) -> Loop:
+    """`thin_linear`, with so many products on tensor cores and 16-byte copies of a lane in the work."""
+    counts = {"HMMA": range(matrices, matrices + 1), "LDGSTS": range(copies, copies + 1)}
+    return Loop(f"linear::{tile}, linear::Params>", work, "LDGDEPBAR", counts, most, before)
+
+
+def alike(most: int) -> dict[int, int]:
+    return dict.fromkeys(cuda_resources.TARGETS, most)
+
+
+GREEDY, NOISE = alike(450), alike(900)
 LOOPS = [
     *scan("Bfloat16", 4, (840, 1752), {**GREEDY, 80: 650}, {**NOISE, 80: 1100}),  # sm_80 compares no bfloat16 in pairs
     *scan("Float16", 4, (840, 1752), GREEDY, NOISE),
     *scan("float", 8, (809, 1710), GREEDY, NOISE),
+    product("multiply<Bfloat16, 1, 1, true", "K 128: 8 rows x 16 columns", 8, 12, 322, alike(210)),
+    product("multiply<Bfloat16, 2, 2, true", "K 128: 16 x 32", 32, 24, 664, alike(300)),
+    product("multiply<Bfloat16, 8, 2, true", "K 128: 64 x 32", 128, 48, 1260, alike(560)),
+    product(
+        "multiply_wide<Bfloat16, linear::WideTile<1, 4, 4, 2>", "K 256: a fourth of 32 x 128", 128, 40, 1760, alike(520)
+    ),
+    product(
+        "multiply_wide<Bfloat16, linear::WideTile<2, 2, 4, 2>", "K 256: a fourth of 64 x 64", 128, 32, 1260, alike(520)
+    ),
+    product(
+        "multiply_wide<Bfloat16, linear::WideTile<2, 2, 4, 4>", "K 256: a fourth of 64 x 128", 256, 48, 2520, alike(800)
+    ),
+    product(
+        "multiply_wide<Bfloat16, linear::WideTile<4, 2, 4, 4>",
+        "K 256: an eighth of 128 x 128",
+        256,
+        32,
+        2520,
+        alike(800),
+    ),
 ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Flight:
+    """A kernel that moves bytes and does little else, with what it needs to reach an H100's bandwidth.
+
+    Attributes:
+        threads: of a block, at the size of SDAR-8B. loads: of 16 bytes, of a thread, before it uses one.
+        before: `loads` as of commit 7cdc1e3.
+    """
+
+    kernel: str
+    threads: int
+    loads: int
+    before: int
+
+
+FLIGHTS = [
+    Flight("layer::add_norm<Bfloat16, 8, 2, true>", 256, 6, 3),
+    Flight("activation::silu_times<Bfloat16, true>", 128, 2, 2),
+]
+LEAST_BYTES = 32 * 1024  # in flight on a multiprocessor: 3.35 TB/s for 1.3 us, on each of 132
+REGISTERS, THREADS = 65536, 2048  # of an sm_90's multiprocessor
+
+
+def flights() -> list[tuple[int, int]]:
+    """Of each of FLIGHTS on sm_90: its loads, and the bytes in flight of as many blocks as have room."""
+    path = cuda_resources.compiled()
+    code, resources = cuda_resources.machine_code(path, 90), cuda_resources.measure(path, 90)
+    found = []
+    for flight in FLIGHTS:
+        loads = sass.loads_in_flight(code[flight.kernel])
+        registers = -(-resources[flight.kernel].registers // 8) * 8
+        blocks = min(REGISTERS // (registers * flight.threads), THREADS // flight.threads)
+        found.append((loads, loads * 16 * flight.threads * blocks))
+    return found
 
 
 def count(capability: int) -> list[int | None]:
@@ -64,13 +131,26 @@ def count(capability: int) -> list[int | None]:
 
 def run(bench: Bench) -> None:
     counted = {capability: count(capability) for capability in cuda_resources.TARGETS}
-    tabulate(bench, counted, cuda_resources.compiler(cuda_resources.compiled()))
+    products = cuda_resources.emulated("benchmarks.cpu.linear_counts")
+    tabulate(bench, counted, flights(), products, cuda_resources.compiler(cuda_resources.compiled()))
 
 
-def tabulate(bench: Bench, counted: dict[int, list[int | None]], release: str) -> None:
+def tabulate(
+    bench: Bench,
+    counted: dict[int, list[int | None]],
+    in_flight: list[tuple[int, int]],
+    products: list[dict],
+    release: str,
+) -> None:
     bench.machine["compiler"] = f"CUDA {release}"
     of_targets = [(f"sm_{capability}", f"{{sm_{capability}[0]}} / {{sm_{capability}[1]}}") for capability in counted]
     table = Table([("kernel", "`{kernel}`"), ("a turn", "{what}"), *of_targets, ("sm_90 before", "{before}")])
     for number, loop in enumerate(LOOPS):
         cells = {f"sm_{cc}": (found[number], loop.ceilings[cc]) for cc, found in counted.items()}
         bench.row(table, kernel=loop.kernel, what=loop.what, before=loop.before, **cells)
+    columns = [("kernel", "`{kernel}`"), ("16-byte loads of a thread", "{loads}"), ("before", "{before}")]
+    table = Table([*columns, ("KiB per multiprocessor", "{kib:.0f}")], "In flight on an sm_90, before one is used")
+    for flight, (loads, size) in zip(FLIGHTS, in_flight, strict=True):
+        bench.row(table, kernel=flight.kernel, loads=loads, before=flight.before, kib=size / 1024)
+    for figures in products:
+        bench.row(linear_counts.TABLE, **figures)

@@ -47,12 +47,12 @@ def calls() -> Iterator[tuple]:
         for dim in (160, 1024, 2048, 4096, 8192, 16384):
             for odd in (0, 1):
                 yield kernels.add_rms_norm, add_norm(dtype, dim - odd)
-        for rows in (1, 2, 4, 8, 16, 32, 64):
-            for columns in (1024, 12288):
+        for rows in (1, 2, 4, 8, 16, 32, 64, 256):
+            for columns in (256, 4096, 12288):
                 weight = torch.zeros(columns, 4096, dtype=dtype)
                 yield kernels.thin_linear, {"x": torch.zeros(rows, 4096, dtype=dtype), "weight": weight}
                 yield kernels.thin_linear, {"x": torch.zeros(rows, 4095, dtype=dtype), "weight": weight[:, 1:]}
-        for rows in (2, 4, 8, 16, 32, 64, 128):
+        for rows in (2, 4, 8, 16, 32, 64, 128, 256):
             for columns in (256, 2048):
                 yield kernels.grouped_linear, grouped(dtype, rows, columns, 768)
                 yield kernels.grouped_linear, grouped(dtype, rows, columns, 767)
@@ -107,8 +107,10 @@ def plan(length: int, states: int, sampled: bool) -> dict:
 def measure() -> dict[str, int]:
     """Kernel, as C++ writes it, to the most bytes of shared memory that a block of it was given."""
     torch.ops.simsd_emulated.set_noting(True)
-    for function, arguments in calls():
-        function(**arguments, backend="cuda")
+    for multiprocessors in (4, 132):  # which kernel serves may depend on it
+        torch.ops.simsd_emulated.set_multiprocessors(multiprocessors)
+        for function, arguments in calls():
+            function(**arguments, backend="cuda")
     most: dict[int, int] = {}
     for line in torch.ops.simsd_emulated.take_notes().splitlines():
         address, size = map(int, line.split())

@@ -1,4 +1,4 @@
-"""Reads machine code as nvdisasm prints it: basic blocks, and the shortest way around a loop."""
+"""Reads machine code as nvdisasm prints it: basic blocks, the shortest way around a loop, and loads in flight."""
 
 from __future__ import annotations
 
@@ -80,3 +80,17 @@ def shortest_loop(code: list[Block], through: str, counts: dict[str, range]) -> 
             for target in code[place].next:
                 heapq.heappush(waiting, (steps + len(code[place].opcodes), next(order), target, after))
     return best
+
+
+def loads_in_flight(text: str) -> int:
+    """How many 16-byte loads from global memory come, as the code stands, before a register is used that one fills."""
+    filled, loads = set(), 0
+    for _, _, opcode, operands in INSTRUCTION.findall(text):
+        registers = [int(number) for number in re.findall(r"\bR(\d+)", operands)]
+        stores = opcode.startswith(("ST", "RED", "ATOM"))
+        if not filled.isdisjoint(registers if stores else registers[1:]):
+            break
+        if re.match(r"LDG\.E\.([\w.]+\.)?128", opcode):
+            filled |= set(range(registers[0], registers[0] + 4))
+            loads += 1
+    return loads

@@ -65,6 +65,7 @@ class Resources:
     stack_bytes: int
     spills: int
     shared_bytes: int
+    products: list[str]  # kinds of instructions on tensor cores
 
 
 def variants() -> Iterator[Variant]:
@@ -85,10 +86,17 @@ def variants() -> Iterator[Variant]:
         yield from verify_variants(name)
         pointers = dict.fromkeys(("p_x", "p_weight", "p_out"), name)
         yield from layer_variants(name)
-        yield Variant(f"{name}, linear", thin, "multiply", pointers, *thin.configuration(dtype))
+        for case, configuration in products(dtype).items():
+            yield Variant(f"{name}, linear{case}", thin, "multiply", pointers, *configuration)
         yield from expert_variants(dtype, name)
     pointers = {"p_experts": "i64", **dict.fromkeys(("p_offsets", "p_rows", "p_places"), "i32")}
     yield Variant("experts", sort, "place_choices", pointers, {"BLOCK": sort.BLOCK}, sort.OPTIONS)
+
+
+def products(dtype: torch.dtype) -> dict[str, tuple[dict[str, int], dict[str, int]]]:
+    """What follows in a label to the configuration of a product."""
+    few, many = (thin.configuration(dtype, rows, 4096) for rows in (16, 2048))
+    return {"": few} if few == many else {"": few, ", many rows": many}
 
 
 def attention_variants(dtype: torch.dtype, name: str, dim: int) -> Iterator[Variant]:
@@ -137,8 +145,9 @@ def layer_variants(name: str) -> Iterator[Variant]:
 
 def expert_variants(dtype: torch.dtype, name: str) -> Iterator[Variant]:
     pointers = {**dict.fromkeys(("p_x", "p_weight", "p_out"), name), "p_offsets": "i32"}
-    tiles, options = thin.configuration(dtype)
-    yield Variant(f"{name}, experts", grouped, "multiply_groups", pointers, {**tiles, "EXPERTS": EXPERTS}, options)
+    for case, (tiles, options) in products(dtype).items():
+        constants = {**tiles, "EXPERTS": EXPERTS}
+        yield Variant(f"{name}, experts{case}", grouped, "multiply_groups", pointers, constants, options)
     pointers = {**dict.fromkeys(("p_y", "p_weights", "p_out"), name), "p_places": "i32"}
     yield Variant(f"{name}, experts", combine, "add_choices", pointers, {"BLOCK": combine.BLOCK}, combine.OPTIONS)
 
@@ -213,7 +222,8 @@ def measure(variant: Variant, capability: int) -> Resources:
     found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage))
     spills = len(re.findall(r"\b(?:LDL|STL)\b", code))
     stack = int(found["STACK"]) + int(found["LOCAL"])
-    return Resources(int(found["REG"]), stack, spills, compiled.metadata.shared)
+    products = sorted(set(re.findall(r"\b(?:mma\.sync|wgmma|tcgen05\.mma)\b", compiled.asm["ptx"])))
+    return Resources(int(found["REG"]), stack, spills, compiled.metadata.shared, products)
 
 
 def _measure_by_number(number: int, capability: int) -> Resources:

@@ -76,21 +76,25 @@ __global__ void __launch_bounds__(threads_of(WARPS)) add_norm(const NormParams p
 
     float total = 0.0f;
     if constexpr (HELD > 0) {
-        Columns<T> held[HELD], added[HELD], weight[HELD];  // all on their way at once
+        static_assert(Vector);
+        Bytes16 read[HELD], added[HELD], weight[HELD];  // as they are: nothing is done before all are on their way
 #pragma unroll
         for (int j = 0; j < HELD; ++j) {
             const int unit = thread + j * THREADS;
             if (unit >= units) continue;
-            held[j] = load_residual(unit);
-            if (x != nullptr) added[j] = load_x(unit);
-            weight[j] = load_weight(unit);
+            read[j] = load_16_written(residual + unit * UNIT<T>);
+            if (x != nullptr) added[j] = load_16(x + unit * UNIT<T>);
+            weight[j] = load_16(static_cast<const T*>(p.weight) + unit * UNIT<T>);
         }
+        Columns<T> held[HELD];
 #pragma unroll
         for (int j = 0; j < HELD; ++j) {
             const int unit = thread + j * THREADS;
             if (unit >= units) continue;
+            held[j] = columns_of<T>(read[j]);
             if (x != nullptr) {
-                held[j] = add_unit<T, Vector>(held[j], added[j], residual, stride, unit * UNIT<T>, count_of(unit));
+                const Columns<T> own = columns_of<T>(added[j]);
+                held[j] = add_unit<T, Vector>(held[j], own, residual, stride, unit * UNIT<T>, count_of(unit));
             }
             total = squares<T>(held[j], total);
         }
@@ -98,7 +102,7 @@ __global__ void __launch_bounds__(threads_of(WARPS)) add_norm(const NormParams p
 #pragma unroll
         for (int j = 0; j < HELD; ++j) {
             const int unit = thread + j * THREADS;
-            if (unit < units) finish(unit, held[j], weight[j], inverse);
+            if (unit < units) finish(unit, held[j], columns_of<T>(weight[j]), inverse);
         }
     } else {
         for (int unit = thread; unit < units; unit += THREADS) {

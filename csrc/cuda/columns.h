@@ -62,23 +62,29 @@ SIMSD_DEVICE T element_of(const Bytes16& bytes, int i) {
     }
 }
 
+template <typename T>
+SIMSD_DEVICE Columns<T> columns_of(const Bytes16& bytes) {
+    Columns<T> out;
+#pragma unroll
+    for (int i = 0; i < UNIT<T>; ++i) out.x[i] = to_float(element_of<T>(bytes, i));
+    return out;
+}
+
 // `count` columns, at most a unit; those past them are 0. With Vector they are a whole unit, contiguous and aligned.
 // With Written the kernel writes them too.
 template <typename T, bool Vector, bool Written = false>
 SIMSD_DEVICE Columns<T> load_columns(const void* row, int64_t stride, int first, int count) {
     const T* from = static_cast<const T*>(row) + first * stride;
-    Columns<T> out;
     if constexpr (Vector) {
-        const Bytes16 bytes = Written ? load_16_written(from) : load_16(from);
-#pragma unroll
-        for (int i = 0; i < UNIT<T>; ++i) out.x[i] = to_float(element_of<T>(bytes, i));
+        return columns_of<T>(Written ? load_16_written(from) : load_16(from));
     } else {
+        Columns<T> out;
 #pragma unroll
         for (int i = 0; i < UNIT<T>; ++i) {
             if (i < count) out.x[i] = to_float(from[i * stride]);
         }
+        return out;
     }
-    return out;
 }
 
 template <typename T, bool Vector>

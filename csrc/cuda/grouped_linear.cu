@@ -1,5 +1,5 @@
 // grouped_linear: rows sorted by expert, each times its expert's weight, by the kernels of thin_linear
-// (linear/halves.h, linear/floats.h): a row's bits are thin_linear's. The grid has room for any partition of the rows;
+// (linear/launch.h): a row's bits are thin_linear's. The grid has room for any partition of the rows;
 // a block finds its expert on the device (linear/place.h), and one that finds none ends.
 //
 // Floor: the weights of the experts that have rows, once. SDAR-30B-A3B, gate and up, 128 x 1536 x 2048 in bf16: 8 of

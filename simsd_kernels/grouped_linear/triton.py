@@ -1,7 +1,7 @@
 """`grouped_linear` on Triton: `thin_linear`'s tiles over every expert's rows in turn, so a row's bits are the same.
 
 The grid has room for any partition of the rows; a program finds its expert from the offsets, and one that finds none
-reads and writes nothing. Floor: the weights of the experts that have rows, once per 16 rows, from L2 after the first.
+reads and writes nothing. Floor: the weights of the experts that have rows, once, and from L2 for every other row tile.
 """
 
 from __future__ import annotations
@@ -67,8 +67,9 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     out = x.new_empty(rows, columns)
     if out.numel() == 0 or experts == 0:
         return out
-    tiles, options = configuration(x.dtype)
     groups = min(rows, experts)
+    # Twice the rows that an expert has on average fit a tile: few experts need a second.
+    tiles, options = configuration(x.dtype, triton.cdiv(2 * rows, experts), columns * groups)
     row_tiles = groups + (rows - groups) // tiles["ROWS"]  # every expert may have one that is not full
     grid = row_tiles * triton.cdiv(columns, tiles["COLUMNS"])
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():

@@ -1,9 +1,12 @@
 """`thin_linear` on Triton: one program per tile of rows and columns walks K in steps of a constant size.
 
-Bits. A row always is one of 16 in a tile and K is always cut alike, so no sum knows how many rows there are; rows and
-columns that are not there are zeros. float32 goes by FMAs, never by tf32. Floor: the weight once per 16 rows, from L2
-after the first; 4096 x 4096 in bf16 are 33.6 MB, 10 us at 3.35 TB/s. 128 programs have up to 48 KiB of it on their way
-each, which is what that takes.
+Bits. However many rows there are, K is cut alike and added, ascending, by the same instruction: rows and columns that
+are not there are zeros. For 16 bits that is m16n8k16; a tile of 64 rows would be given to wgmma or tcgen05, whose order
+of summation is their own, so none is higher than 32. float32 goes by FMAs, never by tf32.
+
+Floor: the weight once; 4096 x 4096 in bf16 are 33.6 MB, 10 us at 3.35 TB/s. For few rows 128 programs have up to 48 KiB
+of it on their way each, which is what that takes. From L2 come the weight once per row tile and x once per column tile:
+for many rows 2.4 times less with tiles of 32 x 128 than of 16 x 32.
 """
 
 from __future__ import annotations
@@ -84,10 +87,17 @@ def multiply(
     )
 
 
-def configuration(dtype: torch.dtype) -> tuple[dict[str, int], dict[str, int]]:
-    """Tile sizes and launch options. They decide the order of summation, so they depend on the dtype alone."""
-    step = 64 if dtype == torch.float32 else 256
-    return {"ROWS": 16, "COLUMNS": 32, "STEP": step}, {"num_warps": 4, "num_stages": 4}
+ENOUGH_PROGRAMS = 96  # for most multiprocessors of a large GPU to have one
+
+
+def configuration(dtype: torch.dtype, rows: int, columns: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Tile sizes and launch options. STEP and the instruction decide the order of summation, so they depend on the
+    dtype alone."""
+    if dtype == torch.float32:
+        return {"ROWS": 16, "COLUMNS": 32, "STEP": 64}, {"num_warps": 4, "num_stages": 4}
+    if triton.cdiv(rows, 32) * triton.cdiv(columns, 128) < ENOUGH_PROGRAMS or rows <= 32:
+        return {"ROWS": 16, "COLUMNS": 32, "STEP": 256}, {"num_warps": 4, "num_stages": 4}
+    return {"ROWS": 32, "COLUMNS": 128, "STEP": 256}, {"num_warps": 4, "num_stages": 2}
 
 
 def thin_linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -97,7 +107,7 @@ def thin_linear(x: Tensor, weight: Tensor) -> Tensor:
     out = x.new_empty((*x.shape[:-1], columns))
     if out.numel() == 0:
         return out
-    tiles, options = configuration(x.dtype)
+    tiles, options = configuration(x.dtype, rows, columns)
     grid = triton.cdiv(rows, tiles["ROWS"]) * triton.cdiv(columns, tiles["COLUMNS"])
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
         multiply[(grid,)](x.contiguous(), weight, out, rows, columns, k, *weight.stride(), **tiles, **options)

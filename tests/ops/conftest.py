@@ -79,6 +79,14 @@ def counted():
     return run
 
 
+@pytest.fixture
+def multiprocessors():
+    """Sets how many the emulated GPU has, by which tiles are chosen, for one test."""
+    emulated = torch.ops.simsd_emulated
+    yield emulated.set_multiprocessors
+    emulated.set_multiprocessors(4)
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory():
     """New tensors hold NaN (or the largest integer): an output that is not written everywhere shows."""

@@ -307,6 +307,28 @@ def test_blocks_of_32_columns_give_the_bits_of_blocks_of_16(backend, dtype, grou
 
 
 @backends("emulation")
+@pytest.mark.parametrize("dtype", FLOATS[1:], ids=str)
+@pytest.mark.parametrize(
+    "groups, count, blocks",
+    [
+        pytest.param((30, 0, 1, 9), 4, 2 * (4 + 36 // 32), id="tiles of 32 x 128"),
+        pytest.param((64, 0, 0, 65, 1), 4, 2 * (5 + 125 // 64), id="tiles of 64 x 128"),
+        pytest.param((64, 0, 0, 65, 1), 20, 4 * (5 + 125 // 64), id="tiles of 64 x 64"),
+        pytest.param((130, 0, 1, 128), 1, 2 * (4 + 255 // 128), id="tiles of 128 x 128"),
+    ],
+)
+def test_wide_tiles_give_the_bits_of_thin_linear(counted, multiprocessors, dtype, groups, count, blocks):
+    given = random_case(groups, 200, 200, dtype)
+    multiprocessors(10**6)
+    expected = alone(*given, "cuda")
+    multiprocessors(count)
+    out = []
+    counters = counted(lambda: out.append(run(*given, "cuda")))
+    assert counters["launches"] == 1 and counters["blocks"] == blocks
+    assert torch.equal(out[0], expected)
+
+
+@backends("emulation")
 @each_dtype
 def test_weights_of_experts_without_rows_are_not_read(counted, dtype):
     x, weight, offsets = random_case((0, 4, 0, 0, 9, 0, *[0] * 60), 48, 128, dtype)
@@ -316,7 +338,7 @@ def test_weights_of_experts_without_rows_are_not_read(counted, dtype):
         # Tiles of 8 rows: expert 1 has one, expert 4 two. 3 blocks of 16 columns each.
         tiles, columns = 3, 3
         bytes_of_weights = tiles * 48 * 128 * 2
-        assert counters["async_bytes"] == bytes_of_weights + columns * x.numel() * 2
+        assert counters["async_bytes"] == bytes_of_weights + columns * tiles * 8 * 128 * 2
         assert counters["matrix_products"] == tiles * columns * 128 // 16
 
 

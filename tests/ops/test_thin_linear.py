@@ -230,9 +230,9 @@ def test_nan_and_infinity_stay_in_their_rows_and_columns(backend, dtype, k):
 @backends("cuda")
 @each_dtype
 def test_no_number_of_rows_changes_a_bit(backend, dtype):
-    x, weight = random_case((130,), 33, 584, dtype)
+    x, weight = random_case((300,), 33, 584, dtype)
     alone = torch.cat([thin_linear(row, weight, backend=backend) for row in x[:70].split(1)])
-    for rows in (*range(1, 71), 128, 130):
+    for rows in (*range(1, 71), 127, 128, 129, 192, 255, 256, 257, 300):
         got = thin_linear(x[:rows], weight, backend=backend)
         assert torch.equal(got[:70], alone[:rows]), f"{rows} rows"
 
@@ -249,13 +249,68 @@ def test_blocks_of_32_columns_give_the_bits_of_blocks_of_16(backend, dtype, rows
     assert torch.equal(thin_linear(x, off, backend=backend), wide), "element by element"
 
 
+@backends("triton")
+@pytest.mark.parametrize("dtype", FLOATS[1:], ids=str)
+def test_tiles_of_many_rows_give_the_bits_of_rows_alone(backend, dtype):
+    from simsd_kernels.thin_linear import triton
+
+    x, weight = random_case((33,), 6100, 270, dtype)
+    (many, _), (one, _) = (triton.configuration(dtype, rows, len(weight)) for rows in (33, 1))
+    assert many["ROWS"] > one["ROWS"] and many["STEP"] == one["STEP"]
+    got = thin_linear(x, weight, backend=backend)
+    assert_right(got, x, weight)
+    for row in (0, 31, 32):
+        assert torch.equal(thin_linear(x[row], weight[-400:], backend=backend), got[row, -400:])
+
+
+FEW, MANY = 1, 10**6  # multiprocessors: the widest tiles suffice; none does, which leaves thin ones of 64 rows
+
+
+@backends("emulation")
+@pytest.mark.parametrize("dtype", FLOATS[1:], ids=str)
+@pytest.mark.parametrize("k", [8, 136, 584, 1160])  # 1, 3, 10 and 19 chunks of 64: 1, 3, 5 and 7 segments
+@pytest.mark.parametrize(
+    "rows, n, count, blocks",
+    [
+        pytest.param(17, 136, FEW, 2, id="17 rows, tiles of 32 x 128"),
+        pytest.param(32, 136, FEW, 2, id="32 rows, tiles of 32 x 128"),
+        pytest.param(33, 136, FEW, 2, id="33 rows, tiles of 64 x 128"),
+        pytest.param(300, 200, 12, 10, id="300 rows, tiles of 64 x 128"),
+        pytest.param(300, 200, 16, 20, id="300 rows, tiles of 64 x 64"),
+        pytest.param(65, 129, FEW, 2, id="65 rows, tiles of 128 x 128"),
+        pytest.param(300, 203, FEW, 6, id="300 rows, tiles of 128 x 128"),
+    ],
+)
+def test_wide_tiles_give_the_bits_of_thin_ones(counted, multiprocessors, dtype, k, rows, n, count, blocks):
+    x, weight = random_case((rows,), n, k, dtype)
+    multiprocessors(MANY)
+    expected = thin_linear(x, weight, backend="cuda")
+    multiprocessors(count)
+    out = []
+    counters = counted(lambda: out.append(thin_linear(x, weight, backend="cuda")))
+    assert counters["launches"] == 1 and counters["blocks"] == blocks
+    assert torch.equal(out[0], expected)
+
+
+@backends("emulation")
+def test_rows_of_a_prefill_have_the_bits_of_rows_alone(multiprocessors):
+    x, weight = random_case((2048,), 130, 136, torch.bfloat16)
+    multiprocessors(132)
+    thin = thin_linear(x, weight, backend="cuda")
+    multiprocessors(FEW)
+    assert torch.equal(thin_linear(x, weight, backend="cuda"), thin)
+    for row in (0, 1000, 2047):
+        assert torch.equal(thin_linear(x[row], weight, backend="cuda"), thin[row])
+
+
 @backends("emulation")
 @pytest.mark.parametrize("dtype", FLOATS[1:], ids=str)
 def test_the_weight_is_read_once_and_products_serve_eight_rows(counted, dtype):
-    """Per block of 16 columns: the weight once, x once; a product per 16 k, 16 columns and 8 rows."""
+    """Per block of 16 columns: the weight once, x once; a product per 16 k, 16 columns and 8 rows. A row alone is
+    copied by the lanes of 8."""
     for rows, tiles in ((1, 1), (8, 1), (16, 2), (32, 4), (64, 8)):
         x, weight = random_case((rows,), 48, 1024, dtype)
         counters = counted(lambda x=x, weight=weight: thin_linear(x, weight, backend="cuda"))
         assert counters["launches"] == 1 and counters["blocks"] == 3
-        assert counters["async_bytes"] == weight.numel() * 2 + 3 * x.numel() * 2
+        assert counters["async_bytes"] == weight.numel() * 2 + 3 * tiles * 8 * 1024 * 2
         assert counters["matrix_products"] == 3 * 64 * tiles

@@ -19,6 +19,7 @@ Tensor grouped_linear(const Tensor x, const Tensor weight, const Tensor offsets)
     params.rows = x.size(0);
     params.columns = weight.size(1);
     params.k = weight.size(2);
+    params.multiprocessors = multiprocessors(x);
     params.weight_stride = weight.stride(1);
     params.k_stride = weight.stride(2);
     params.offsets = static_cast<const int32_t*>(offsets.const_data_ptr());

@@ -34,6 +34,7 @@ Tensor thin_linear(const Tensor x, const Tensor weight) {
         params.rows = rows;
         params.columns = weight.size(0);
         params.k = weight.size(1);
+        params.multiprocessors = multiprocessors(x);
         params.weight_stride = weight.stride(0);
         params.k_stride = weight.stride(1);
         linear::launch_thin_linear(params, element_of<linear::Element>(x), device.stream());

@@ -51,6 +51,7 @@ struct Warp {
 
 uint64_t schedule_seed = 0;
 int multiprocessor_count = 4;
+int64_t most_blocks = 0;
 bool noting = false;
 std::string notes;
 
@@ -319,6 +320,8 @@ int multiprocessors() { return multiprocessor_count; }
 
 void set_multiprocessors(int count) { multiprocessor_count = count; }
 
+void set_most_blocks(int64_t count) { most_blocks = count; }
+
 void set_noting(bool on) { noting = on; }
 
 std::string take_notes() { return std::exchange(notes, ""); }
@@ -343,6 +346,7 @@ void launch(const char* op, const void* kernel, int64_t blocks_x, int64_t blocks
     }
     ++counters.launches;
     counters.blocks += static_cast<int64_t>(order.size());
+    if (most_blocks > 0 && most_blocks < static_cast<int64_t>(order.size())) order.resize(most_blocks);
     for (int64_t index : order) {
         here = {0,
                 threads,

@@ -13,6 +13,8 @@ void set_schedule(int64_t seed) { simsd::emulation::set_schedule(static_cast<uin
 
 void set_multiprocessors(int64_t count) { simsd::emulation::set_multiprocessors(static_cast<int>(count)); }
 
+void set_most_blocks(int64_t count) { simsd::emulation::set_most_blocks(count); }
+
 void set_noting(bool on) { simsd::emulation::set_noting(on); }
 
 std::string take_notes() { return simsd::emulation::take_notes(); }
@@ -33,6 +35,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(simsd_emulated, m) {
     m.def("set_schedule(int seed) -> ()");
     m.def("set_multiprocessors(int count) -> ()");
     m.def("take_counters() -> str");
+    m.def("set_most_blocks(int count) -> ()");
     m.def("set_noting(bool on) -> ()");
     m.def("take_notes() -> str");
 }
@@ -41,6 +44,7 @@ STABLE_TORCH_LIBRARY_IMPL(simsd_emulated, CompositeExplicitAutograd, m) {
     m.impl("set_schedule", TORCH_BOX(&set_schedule));
     m.impl("set_multiprocessors", TORCH_BOX(&set_multiprocessors));
     m.impl("take_counters", TORCH_BOX(&take_counters));
+    m.impl("set_most_blocks", TORCH_BOX(&set_most_blocks));
     m.impl("set_noting", TORCH_BOX(&set_noting));
     m.impl("take_notes", TORCH_BOX(&take_notes));
 }

@@ -18,6 +18,9 @@ void set_schedule(uint64_t seed);
 int multiprocessors();
 void set_multiprocessors(int count);
 
+// Of a launch no more blocks than these are run, though all are counted; 0: all.
+void set_most_blocks(int64_t count);
+
 // While it is on, launches are noted and not run: a line for each of them, the kernel's address in this library and its
 // bytes of shared memory.
 void set_noting(bool on);

@@ -3,7 +3,8 @@
 
 #include "cuda/launch.h"
 #include "cuda/linear/floats.h"
-#include "cuda/linear/halves.h"
+#include "cuda/linear/thin.h"
+#include "cuda/linear/wide.h"
 
 namespace simsd::linear {
 namespace {
@@ -28,23 +29,24 @@ struct Work {
 };
 
 template <typename P>
-void launch_cut(const char* op, void (*kernel)(P), P p, int rows, int columns, int shared_bytes, Stream stream) {
+void launch_cut(const char* op, void (*kernel)(P), P p, int rows, int columns, int threads, int shared_bytes,
+                Stream stream) {
     const int64_t tiles = row_tiles(p, rows);
     const Grid grid{tiles * divide_up(p.columns, columns)};
     p.row_tiles = static_cast<int32_t>(tiles);  // the grid, which is larger, fits 32 bits
-    launch(op, kernel, grid, WARPS * WARP, shared_bytes, stream, p);
+    launch(op, kernel, grid, threads, shared_bytes, stream, p);
 }
 
 template <typename T, int ROWS, int COLUMNS, bool Vector, typename P>
 void launch_tile(const char* op, const P& p, Stream stream) {
-    launch_cut(op, multiply<T, ROWS, COLUMNS, Vector, P>, p, ROWS * 8, COLUMNS * 16, Tile<ROWS, COLUMNS>::BYTES,
-               stream);
+    launch_cut(op, multiply<T, ROWS, COLUMNS, Vector, P>, p, ROWS * 8, COLUMNS * 16, WARPS * WARP,
+               Tile<ROWS, COLUMNS>::BYTES, stream);
 }
 
 template <typename T, int ROWS, typename P>
-void launch_rows(const char* op, const P& p, Work work, Stream stream) {
+void launch_thin(const char* op, const P& p, Work work, Stream stream) {
     if (ROWS < MOST_ROW_TILES && work.rows > ROWS * 8) {
-        launch_rows<T, least(2 * ROWS, MOST_ROW_TILES)>(op, p, work, stream);
+        launch_thin<T, least(2 * ROWS, MOST_ROW_TILES)>(op, p, work, stream);
     } else if (work.columns >= WIDE_FROM[ROWS > 1]) {
         launch_tile<T, ROWS, 2, true>(op, p, stream);
     } else {
@@ -52,10 +54,34 @@ void launch_rows(const char* op, const P& p, Work work, Stream stream) {
     }
 }
 
+template <typename T, typename W, typename P>
+void launch_wide(const char* op, const P& p, Stream stream) {
+    launch_cut(op, multiply_wide<T, W, P>, p, W::HEIGHT, W::WIDTH, W::THREADS, W::BYTES, stream);
+}
+
+// Whether two thirds of the multiprocessors or more get a block of their own.
+template <typename W>
+bool enough(Work work, int multiprocessors) {
+    return divide_up(work.rows, W::HEIGHT) * divide_up(work.columns, W::WIDTH) * 3 >= 2 * multiprocessors;
+}
+
+// The tile that reads least from L2 of those that are filled and keep the multiprocessors busy; thin ones, whose warps
+// share a sum among them, where none does.
+template <typename T, typename P>
+void launch_aligned(const char* op, const P& p, Work work, Stream stream) {
+    const int64_t rows = work.rows;
+    const int count = p.multiprocessors;
+    if (rows > 64 && enough<Wide128x128>(work, count)) return launch_wide<T, Wide128x128>(op, p, stream);
+    if (rows > 32 && enough<Wide64x128>(work, count)) return launch_wide<T, Wide64x128>(op, p, stream);
+    if (rows > 32 && enough<Wide64x64>(work, count)) return launch_wide<T, Wide64x64>(op, p, stream);
+    if (rows > 16 && enough<Wide32x128>(work, count)) return launch_wide<T, Wide32x128>(op, p, stream);
+    launch_thin<T, 1>(op, p, work, stream);
+}
+
 template <int ROWS, bool Vector, typename P>
 void launch_float32(const char* op, const P& p, Work work, Stream stream) {
     if (Vector && ROWS < 8 && work.rows > ROWS) return launch_float32<least(2 * ROWS, 8), Vector>(op, p, work, stream);
-    launch_cut(op, multiply_float32<ROWS, Vector, P>, p, ROWS, WARPS * WARP_COLUMNS, 0, stream);
+    launch_cut(op, multiply_float32<ROWS, Vector, P>, p, ROWS, WARPS * WARP_COLUMNS, WARPS * WARP, 0, stream);
 }
 
 inline bool experts_aligned(const Params&, int) { return true; }
@@ -75,7 +101,7 @@ bool aligned(const P& p, int element_bytes) {
 template <typename T, typename P>
 void launch_16_bit(const char* op, const P& p, Work work, Stream stream) {
     // Strided and unaligned weights come through the same steps, an element at a time.
-    aligned(p, 2) ? launch_rows<T, 1>(op, p, work, stream) : launch_tile<T, MOST_ROW_TILES, 1, false>(op, p, stream);
+    aligned(p, 2) ? launch_aligned<T>(op, p, work, stream) : launch_tile<T, MOST_ROW_TILES, 1, false>(op, p, stream);
 }
 
 template <typename P>

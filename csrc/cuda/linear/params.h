@@ -14,6 +14,7 @@ struct Params {
     void* out;                        // [M, N], contiguous
     int64_t rows, columns, k;         // M, N, K
     int64_t weight_stride, k_stride;  // of the weight
+    int32_t multiprocessors;          // of the device
     int32_t row_tiles;                // as the launch cuts M
 };
 
