@@ -59,7 +59,7 @@ PAGE_SIZE, KV_MEMORY = EngineConfig.page_size, 2**40
 
 # Kernels that a call of an op of ours launches at these sizes on an H100, by its arguments where they decide: what
 # tests/emulated/test_cuda_launches.py counts on the kernels themselves.
-DRAW = 3  # sample_logits: marks what is banned, reads the logits, finishes
+DRAW = 2  # sample_logits: reads the logits, finishes
 KERNELS: dict[str, int | Callable[[dict], int]] = {
     "masked_attention": 2,
     "store_kv": 1,
@@ -75,7 +75,7 @@ KERNELS: dict[str, int | Callable[[dict], int]] = {
     # Where states have draws of their own, a round for each state that may be taken.
     "plan_block": lambda given: 3 + (0 if given["draft_logits"] is None else (given["max_states"] - 1) * (DRAW + 1)),
     "verify_graph": DRAW + 2,
-    # With noise a round for each step that a schedule may have; what is banned is marked in the first.
+    # With noise a round for each step that a schedule may have.
     "propose_block": lambda given: 2 + given["rows"].shape[1] * DRAW if given["noise"] else DRAW + 1,
     "advance_slots": 1,
     "block_verify": lambda given: 2 + DRAW * (2 if given["rule"] == "mrs" else 1),
@@ -340,7 +340,8 @@ def trace(
         models = [name and fake_model(name, block_length, layers) for name in (target, draft)]
         banned = range(models[0].vocab_size - BANNED, models[0].vocab_size)
         lookahead = max(shape.lookahead, 1)
-        slots = Slots(batch, block_length, CAPACITY, lookahead, STOP_IDS, banned, torch.device(DEVICE), top_logprobs)
+        slots = Slots(batch, block_length, CAPACITY, lookahead, STOP_IDS, torch.device(DEVICE), top_logprobs)
+        slots.ban(banned, models[0].vocab_size)
         if shape.noise:
             slots.allow_noise(models[0].vocab_size, models[0].dtype)
         places = places_of(

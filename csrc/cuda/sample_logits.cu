@@ -1,13 +1,12 @@
 // sample_logits: argmax or seeded Gumbel-max over rows of logits, with their softmax statistics.
 //
-// Data path. `mark_banned` turns the banned ids into a bitmask of V bits. `scan` reads the logits once: a warp takes
-// segments of 1024 ids to its registers, 16 bytes per load and one segment ahead, and leaves of each a Partial of 32
-// bytes: largest x, sums of the others relative to the largest of them, best noisy score (vocabulary/segment.h).
-// Segments are constant in length, so no sum depends on what else runs or on how many segments a warp takes: one of a
-// row of 152k ids while rows are few, up to 16 of many. `finish` merges the partials of a row in a fixed tree, in
-// double. Where top-k or top-p is on, `scan` makes no noise and `finish` first finds what they keep
-// (vocabulary/filter.h) and then races over that: the block reads the row about twice more, mostly from the L2 cache,
-// as segments whose largest x is too small are skipped.
+// Data path. `scan` reads the logits once: a warp takes segments of 1024 ids to its registers, 16 bytes per load and
+// one segment ahead, with 128 bytes of the mask of banned ids, and leaves of each a Partial of 32 bytes: largest x,
+// sums of the others relative to the largest of them, best noisy score (vocabulary/segment.h). Segments are constant in
+// length, so no sum depends on what else runs or on how many segments a warp takes: one of a row of 152k ids while rows
+// are few, up to 16 of many. `finish` merges the partials of a row in a fixed tree, in double. Where top-k or top-p is
+// on, `scan` makes no noise and `finish` first finds what they keep (vocabulary/filter.h) and then races over that: the
+// block reads the row about twice more, mostly from the L2 cache, as segments whose largest x is too small are skipped.
 //
 // Bytes: R x V x itemsize, and 3 % (bfloat16) of that for the partials. 256 rows of 151936 in bfloat16: 77.8 MB, 23 us
 // at 3.35 TB/s; 64 rows 5.8 us. Instructions (benchmarks/results/cuda_counts.md, sm_90): at temperature 0 a warp issues
@@ -31,13 +30,7 @@ using namespace vocabulary;
 
 constexpr const char* OP = "sample_logits";
 constexpr int SCAN_WARPS = 4;
-constexpr int MARK_THREADS = 1024;
 constexpr int WARPS_AT_ONCE = 2048, MOST_SEGMENTS = 16;
-
-struct Work {
-    Params params;
-    Scratch scratch;
-};
 
 // Whether the row's token is drawn with noise, and whether top-k or top-p has a say in what is asked of it.
 SIMSD_DEVICE bool hot(const Params& p, int32_t row) { return value_of(p.temperature, row, 0.0f) > 0.0f; }
@@ -51,36 +44,14 @@ SIMSD_DEVICE NoiseKey key_of_row(const Params& p, int32_t row) {
     return {value_of(p.seed, row, int64_t{0}), value_of(p.position, row, 0), value_of(p.revealed, row, int64_t{0})};
 }
 
-__global__ void __launch_bounds__(MARK_THREADS) mark_banned(const Work work) {
-    const Params& p = work.params;
-    const int32_t words = segments_of(p.vocabulary) * WORDS;
-    for (int32_t word = thread_index(); word < words; word += thread_count()) work.scratch.banned[word] = 0;
-    if (thread_index() == 0) *work.scratch.lowest = NO_ID;
-    block_barrier();
-    for (int64_t i = thread_index(); i < p.banned_count; i += thread_count()) {
-        const int64_t id = p.banned_ids[i * p.banned_stride];
-        if (id >= 0 && id < p.vocabulary) atomic_or(work.scratch.banned + id / 32, 1u << (id % 32));
-    }
-    device_fence();
-    block_barrier();
-    int32_t lowest = NO_ID;
-    for (int32_t word = thread_index(); word < words && lowest == NO_ID; word += thread_count()) {
-        const uint32_t allowed = ~load_fresh(work.scratch.banned + word);
-        if (allowed && word * 32 + lowest_bit(allowed) < p.vocabulary) lowest = word * 32 + lowest_bit(allowed);
-    }
-    lowest = warp_min(lowest);
-    if (lane_index() == 0 && lowest != NO_ID) atomic_min(work.scratch.lowest, lowest);
-}
-
 // A warp's segments of a row, while the next one is on its way to its registers. The race goes on from one to the next,
 // so a partial has the best score of its segment and those before.
 template <typename T>
-__global__ void __launch_bounds__(SCAN_WARPS* WARP, 3) scan(const Work work) {
-    const Params& p = work.params;
+__global__ void __launch_bounds__(SCAN_WARPS* WARP, 3) scan(const Params p) {
     const int32_t task = block_x(), index = draw_of(p, task), segments = segments_of(p.vocabulary);
     int32_t segment = block_y() * SCAN_WARPS + warp_index();
     if (segment >= segments || index < 0) return;
-    Row<T> row = unscaled_row_of<T>(p, index, p.banned_ids ? work.scratch.banned : nullptr);
+    Row<T> row = unscaled_row_of<T>(p, index);
     if (!row.logits) return;
     const bool whole = row.has_whole_units();
     Held<T> next;
@@ -88,7 +59,7 @@ __global__ void __launch_bounds__(SCAN_WARPS* WARP, 3) scan(const Work work) {
     row.divisor = divisor_of(p, index);  // settings are read while the logits come
     const bool noise = draws(p, index) && !filters(p, index);
     Race race{noise ? key_of_row(p, index) : NoiseKey{}};
-    Partial* partials = work.scratch.partials + static_cast<int64_t>(task) * segments;
+    Partial* partials = partials_of(p, task);
     for (int32_t following; segment < segments; segment = following) {
         following = segment + blocks_y() * SCAN_WARPS;
         Held<T> held = prepared(next, row.divisor);
@@ -165,19 +136,17 @@ SIMSD_DEVICE void write(const Params& p, int32_t row, int32_t token, float x, fl
 
 // One block per row; rows without a filter need its first warp only. Without `Filters` there are no others.
 template <typename T, bool Filters>
-__global__ void __launch_bounds__(MOST_WARPS* WARP, 1) finish(const Work work) {
-    const Params& p = work.params;
+__global__ void __launch_bounds__(MOST_WARPS* WARP, 1) finish(const Params p) {
     const int32_t task = block_x(), index = draw_of(p, task);
     if (index < 0) return;
     const bool filtered = Filters && filters(p, index);
     if (!filtered && warp_index() > 0) return;
-    const Row<T> row = row_of<T>(p, index, p.banned_ids ? work.scratch.banned : nullptr);
-    const Partial* partials = work.scratch.partials + static_cast<int64_t>(task) * segments_of(p.vocabulary);
+    const Row<T> row = row_of<T>(p, index);
+    const Partial* partials = partials_of(p, task);
     const Summary summary = merge(partials, row.logits ? segments_of(p.vocabulary) : 0);
     if (summary.empty()) {
-        const int32_t lowest = p.banned_ids ? *work.scratch.lowest : 0;
-        if (thread_index() == 0)
-            write(p, index, lowest == NO_ID ? 0 : lowest, -INFINITE, -INFINITE, summary, Kept{Cutoff{}, 1.0f});
+        const int32_t lowest = lowest_allowed(p);
+        if (thread_index() == 0) write(p, index, lowest, -INFINITE, -INFINITE, summary, Kept{Cutoff{}, 1.0f});
         return;
     }
     Kept kept{Cutoff{}, static_cast<float>(summary.total())};
@@ -218,42 +187,37 @@ __global__ void __launch_bounds__(MOST_WARPS* WARP, 1) finish(const Work work) {
 }
 
 template <typename T>
-void launch_kernels(const Work& work, Stream stream) {
-    const Params& p = work.params;
+void launch_kernels(const Params& p, Stream stream) {
     const int64_t segments = segments_of(p.vocabulary);
     // Few rows are spread out; many take more segments to a warp, whose race then starts ahead.
     const int64_t per_warp = std::clamp<int64_t>(p.tasks() * segments / WARPS_AT_ONCE, 1, MOST_SEGMENTS);
     const int64_t blocks = (segments + per_warp * SCAN_WARPS - 1) / (per_warp * SCAN_WARPS);
-    launch(OP, scan<T>, Grid{p.tasks(), std::min<int64_t>(blocks, 65535)}, SCAN_WARPS * WARP, 0, stream, work);
+    launch(OP, scan<T>, Grid{p.tasks(), std::min<int64_t>(blocks, 65535)}, SCAN_WARPS * WARP, 0, stream, p);
     if (!(p.top_k || p.top_p) || !(p.seed || p.law))
-        return launch(OP, finish<T, false>, Grid{p.tasks()}, WARP, 0, stream, work);
+        return launch(OP, finish<T, false>, Grid{p.tasks()}, WARP, 0, stream, p);
     // A power of two, and no more warps than segments: a constant of V, like all that a sum could depend on.
     int warps = 1;
     while (warps < MOST_WARPS && warps < segments) warps *= 2;
     constexpr int SHARED_BYTES = WORKSPACE_BYTES + 3 * MOST_WARPS * 4;
-    launch(OP, finish<T, true>, Grid{p.tasks()}, warps * WARP, SHARED_BYTES, stream, work);
+    launch(OP, finish<T, true>, Grid{p.tasks()}, warps * WARP, SHARED_BYTES, stream, p);
 }
 
 }  // namespace
 
 int64_t scratch_bytes(int64_t tasks, int64_t vocabulary) {
     const int64_t segments = segments_of(vocabulary);
-    return tasks * segments * static_cast<int64_t>(sizeof(Partial)) + segments * WORDS * 4 + 16;
+    return tasks * segments * static_cast<int64_t>(sizeof(Partial));
 }
 
 void launch_sample(const Params& params, Stream stream) {
     if (params.tasks() == 0) return;
-    Work work{params, scratch_of(params)};
-    if (params.banned_count == 0) work.params.banned_ids = nullptr;
-    if (work.params.banned_ids && !params.banned_are_marked)
-        launch(OP, mark_banned, Grid{1}, MARK_THREADS, 0, stream, work);
     switch (params.element) {
         case Element::float32:
-            return launch_kernels<float>(work, stream);
+            return launch_kernels<float>(params, stream);
         case Element::bfloat16:
-            return launch_kernels<Bfloat16>(work, stream);
+            return launch_kernels<Bfloat16>(params, stream);
         case Element::float16:
-            return launch_kernels<Float16>(work, stream);
+            return launch_kernels<Float16>(params, stream);
     }
 }
 

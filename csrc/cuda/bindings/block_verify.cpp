@@ -28,9 +28,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> block_verify(
     const Tensor temperature, const std::optional<Tensor> top_k, const std::optional<Tensor> top_p,
     const std::optional<Tensor> seed, const std::optional<Tensor> position, const std::optional<Tensor> revealed,
     const std::optional<Tensor> draft_logits, const std::optional<Tensor> coin, const std::optional<Tensor> residual,
-    const std::optional<Tensor> banned_ids, const std::string rule) {
+    const std::optional<Tensor> banned, const std::string rule) {
     check_block_verify(check_same_device, target_logits, draft_ids, known, drafted, temperature, top_k, top_p, seed,
-                       position, revealed, draft_logits, coin, residual, banned_ids, rule);
+                       position, revealed, draft_logits, coin, residual, banned, rule);
     const int64_t batch = target_logits.size(0), length = target_logits.size(1), vocabulary = target_logits.size(2);
     const bool mrs = rule == "mrs";
     check_vocabulary(OP, "target_logits", vocabulary);
@@ -81,7 +81,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> block_verify(
     target.temperature = per_row<float>(temperature, group);
     target.top_k = per_row<int32_t>(top_k, group);
     target.top_p = per_row<float>(top_p, group);
-    set_banned(target, banned_ids);
+    const auto mask = set_banned(target, banned);
     target.scratch = bytes(scratch, 0);
     target.token = params.target_ids;
     if (mrs) {

@@ -54,7 +54,8 @@ struct Held {
                 set(w, bytes);
             }
         }
-        banned = row.banned ? row.banned[segment * WORDS + lane_index()] : 0;
+        const int32_t word = segment * WORDS + lane_index();
+        banned = row.banned && word * 32 < row.vocabulary ? row.banned[word] : 0;
     }
     SIMSD_DEVICE void set(int first, const Bytes16& bytes) {
 #pragma unroll
