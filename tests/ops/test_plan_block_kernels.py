@@ -105,4 +105,4 @@ def test_launches_do_not_depend_on_what_grows(counted):
     few, many = (arguments(4, 2, 4, max_states=16, min_visit_prob=torch.full((4,), floor)) for floor in (1.0, 0.0))
     assert launches(few) == launches(many) == 3
     drawn = good_arguments()  # 8 states, top-k and top-p
-    assert launches(drawn) == 3 + 7 * 3
+    assert launches(drawn) == 3 + 7 * 4

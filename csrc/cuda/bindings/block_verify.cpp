@@ -46,7 +46,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> block_verify(
     Tensor prob = allocate({batch, length}, ScalarType::Float),
            draw_logprob = allocate({batch, length}, ScalarType::Float);
     const int64_t rows = batch * length, laws_bytes = rows * static_cast<int64_t>(sizeof(sample::Law));
-    Tensor scratch = allocate({mrs ? 2 : 1, sample::scratch_bytes(rows, vocabulary)}, ScalarType::Byte);
+    const int64_t scratch_bytes = sample::scratch_bytes(rows, vocabulary, top_k || top_p);
+    Tensor scratch = allocate({mrs ? 2 : 1, scratch_bytes}, ScalarType::Byte);
     Tensor chosen = allocate({2, rows}, ScalarType::Int);
     Tensor laws = allocate({2, mrs ? laws_bytes : 0}, ScalarType::Byte);
     Tensor draft_tokens = allocate({mrs ? rows : 0}, ScalarType::Long);
@@ -90,7 +91,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> block_verify(
         params.draft.row_index = params.draft_rows;
         params.draft.token = static_cast<int64_t*>(bytes(draft_tokens, 0));
         params.draft.law = static_cast<sample::Law*>(bytes(laws, laws_bytes));
-        params.draft.scratch = bytes(scratch, sample::scratch_bytes(rows, vocabulary));
+        params.draft.scratch = bytes(scratch, scratch_bytes);
         target.law = static_cast<sample::Law*>(bytes(laws, 0));
     } else if (seed) {
         target.seed = per_row<int64_t>(seed, group);

@@ -122,7 +122,7 @@ control::PlanTensors plan_block(
             logits = torch::stable::contiguous(logits);
             fold_rows(logits, draw);
         }
-        scratch_bytes = sample::scratch_bytes(rows, draw.vocabulary);
+        scratch_bytes = sample::scratch_bytes(rows, draw.vocabulary, top_k || top_p);
     }
     const bool draws = draft_logits.has_value();
     const int64_t bytes = place(w, draws, scratch_bytes, &draw.scratch, nullptr);

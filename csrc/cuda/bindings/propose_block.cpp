@@ -69,7 +69,8 @@ void propose_block(const Tensor logits, const Tensor rows, Tensor text, const Te
     draw.prob = draws.prob;
     draw.log_odds = draws.log_odds;
     draw.entropy = draws.entropy;
-    const Tensor scratch = allocate(sample::scratch_bytes(draw.tasks(), vocabulary), ScalarType::Byte);
+    const Tensor scratch =
+        allocate(sample::scratch_bytes(draw.tasks(), vocabulary, draw.may_filter()), ScalarType::Byte);
     draw.scratch = scratch.mutable_data_ptr();
 
     // The argmax needs no key, and revealed positions may be drawn in vain.

@@ -28,7 +28,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sample_logits(const T
     Tensor prob = statistic(), log_odds = statistic(), entropy = statistic(), logsumexp = statistic();
     Tensor draw_logprob = statistic();
     if (rows == 0) return {token, prob, log_odds, entropy, logsumexp, draw_logprob};
-    Tensor scratch = allocate_like(logits, {sample::scratch_bytes(rows, vocabulary)}, ScalarType::Byte);
+    Tensor scratch = allocate_like(logits, {sample::scratch_bytes(rows, vocabulary, true)}, ScalarType::Byte);
 
     sample::Params params{};
     params.logits = logits.const_data_ptr();

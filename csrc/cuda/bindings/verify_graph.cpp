@@ -79,7 +79,8 @@ control::WalkTensors verify_graph(const Tensor target_logits, const Tensor rows,
     draw.log_odds = draws.log_odds;
     draw.entropy = draws.entropy;
     draw.draw_logprob = draws.logprob;
-    const Tensor scratch = allocate({sample::scratch_bytes(draw.tasks(), vocabulary)}, ScalarType::Byte);
+    const Tensor scratch =
+        allocate({sample::scratch_bytes(draw.tasks(), vocabulary, draw.may_filter())}, ScalarType::Byte);
     draw.scratch = scratch.mutable_data_ptr();
     if (count > 0) sample::launch_sample(draw, device.stream());
     control::launch_walk(draws, device.stream());
