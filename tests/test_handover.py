@@ -152,7 +152,7 @@ def test_blocks_behind_one_that_the_target_proposes_otherwise_are_dropped(tokens
 def test_nothing_waits_for_the_host(noise):
     with tracing.without_a_gpu():
         slots = Slots(3, LENGTH, 40, BLOCKS, 1, torch.device(tracing.DEVICE))
-        slots.ban((3, 4), VOCABULARY)
+        slots.ban((3, 4), 2 * VOCABULARY)  # fake tensors of one number are computed, which would take a GPU
         slots.allow_noise(VOCABULARY, torch.float32)
         copy = slots.twin(slots.device)
         copy.allow_noise(VOCABULARY, torch.float32)
