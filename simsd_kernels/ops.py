@@ -38,7 +38,7 @@ SCHEMAS = {
     "silu_mul": "(Tensor gate_up) -> Tensor",
     "sample_logits": (
         "(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor seed, Tensor position,"
-        " Tensor revealed, Tensor? banned_ids=None)"
+        " Tensor revealed, Tensor? banned=None)"
         " -> (Tensor token, Tensor prob, Tensor log_odds, Tensor entropy, Tensor logsumexp, Tensor draw_logprob)"
     ),
     "thin_linear": "(Tensor x, Tensor weight) -> Tensor",
@@ -50,7 +50,7 @@ SCHEMAS = {
         "(Tensor target_logits, Tensor draft_ids, Tensor known, Tensor drafted, Tensor temperature,"
         " Tensor? top_k=None, Tensor? top_p=None, Tensor? seed=None, Tensor? position=None,"
         " Tensor? revealed=None, Tensor? draft_logits=None, Tensor? coin=None, Tensor? residual=None,"
-        " Tensor? banned_ids=None, str rule='match')"
+        " Tensor? banned=None, str rule='match')"
         " -> (Tensor accepted, Tensor bonus, Tensor tokens, Tensor target_ids, Tensor prob, Tensor draw_logprob)"
     ),
     "verify_graph": verify_graph.SIGNATURE.schema,
@@ -199,7 +199,7 @@ def _(gate_up) -> Tensor:
 
 
 @fake("sample_logits")
-def _(logits, temperature, top_k, top_p, seed, position, revealed, banned_ids=None):
+def _(logits, temperature, top_k, top_p, seed, position, revealed, banned=None):
     rows = logits.shape[:1]
     statistic = [logits.new_empty(rows, dtype=torch.float32) for _ in range(5)]
     return logits.new_empty(rows, dtype=torch.int64), *statistic
@@ -242,7 +242,7 @@ def _(
     draft_logits=None,
     coin=None,
     residual=None,
-    banned_ids=None,
+    banned=None,
     rule="match",
 ):
     batch, length = draft_ids.shape

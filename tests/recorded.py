@@ -41,9 +41,10 @@ class Batch:
         length, lookahead = target.block_length, max(1, *(shape.lookahead for shape in shapes))
         self.shapes = shapes
         self.slots = Slots(
-            *(count, length, aligned(capacity, length), lookahead, STOP_IDS, target.banned_ids, target.device),
+            *(count, length, aligned(capacity, length), lookahead, STOP_IDS, target.device),
             top_logprobs=top_logprobs,
         )
+        self.slots.ban(target.banned_ids, target.vocab_size)
         if any(shape.noise for shape in shapes):
             self.slots.allow_noise(target.vocab_size, target.dtype)
         self.commands = Commands(count, target.device)

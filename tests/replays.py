@@ -8,7 +8,7 @@ import math
 import torch
 
 from simsd import GenerationConfig
-from simsd_kernels import INF, sample_logits
+from simsd_kernels import INF, banned_mask, sample_logits
 from stand_ins import END, MASK, VOCABULARY
 
 PROMPTS = [[5, 3], [7], [1, 2, 3, 4, 5, 6], [9, 8, 7, 6], list(range(1, 20))]
@@ -35,7 +35,7 @@ def draw(x: torch.Tensor, config: GenerationConfig, position: int, revealed: int
         torch.tensor([config.seed]),
         torch.tensor([position], dtype=torch.int32),
         torch.tensor([0 if config.strategy == "sequential" else revealed]),
-        torch.tensor([MASK]),
+        banned_mask([MASK], len(x)),
         backend="reference",
     )
     return int(token)

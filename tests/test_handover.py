@@ -23,7 +23,8 @@ SETTINGS = {
 
 def opened(start: int = 8, **settings) -> Slots:
     """Two slots, of which the first has a text of `start` tokens."""
-    slots = Slots(2, LENGTH, 40, BLOCKS, 1, (), torch.device("cpu"))
+    slots = Slots(2, LENGTH, 40, BLOCKS, 1, torch.device("cpu"))
+    slots.ban((), VOCABULARY)
     slots.allow_noise(VOCABULARY, torch.float32)
     slots.open(0, list(range(1, start + 1)), SETTINGS | settings, (start, start - LENGTH))
     return slots
@@ -150,7 +151,8 @@ def test_blocks_behind_one_that_the_target_proposes_otherwise_are_dropped(tokens
 @pytest.mark.parametrize("noise", [False, True])
 def test_nothing_waits_for_the_host(noise):
     with tracing.without_a_gpu():
-        slots = Slots(3, LENGTH, 40, BLOCKS, 1, (3, 4), torch.device(tracing.DEVICE))
+        slots = Slots(3, LENGTH, 40, BLOCKS, 1, torch.device(tracing.DEVICE))
+        slots.ban((3, 4), 2 * VOCABULARY)  # fake tensors of one number are computed, which would take a GPU
         slots.allow_noise(VOCABULARY, torch.float32)
         copy = slots.twin(slots.device)
         copy.allow_noise(VOCABULARY, torch.float32)

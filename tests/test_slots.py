@@ -9,13 +9,14 @@ from simsd import SamplingParams
 from simsd.decode.slots import NO_STOP_ID, Slots, layout
 from simsd.engine.request import Request
 from simsd_kernels.advance_slots.api import NO_END
+from simsd_kernels.banned import is_banned
 
 LENGTH, STOP_IDS, LOOKAHEAD = 4, 3, 2
-BANNED = (5, 6, 7)
+BANNED, VOCABULARY = (5, 6, 7), 40
 
 
 def made(count: int = 2, length: int = LENGTH, capacity: int = 16) -> Slots:
-    return Slots(count, length, capacity, LOOKAHEAD, STOP_IDS, BANNED, torch.device("cpu"))
+    return Slots(count, length, capacity, LOOKAHEAD, STOP_IDS, torch.device("cpu"))
 
 
 def settings(tokens: list[int], epoch: int = 1, length: int = LENGTH, ends: tuple = (), **params) -> dict:
@@ -123,13 +124,14 @@ def test_the_longest_sequence_has_room_for_a_walk_behind_it():
 
 def test_end_tokens_that_are_asked_for_are_not_banned_and_captured_bans_stay_where_they_are():
     slots = made()
-    slots.ban(BANNED, allowed=(6,))
+    slots.ban(BANNED, VOCABULARY)
+    slots.ban(BANNED, VOCABULARY, allowed=(6,))
     first = slots.banned((6,))
-    slots.ban(BANNED, allowed=(6,))
+    slots.ban(BANNED, VOCABULARY, allowed=(6,))
     assert slots.banned((6,)) is first
-    assert (first.tolist(), slots.banned(()).tolist()) == ([5, 7], [5, 6, 7])
-    slots.ban(BANNED, allowed=BANNED)
-    assert slots.banned(BANNED).tolist() == []
+    slots.ban(BANNED, VOCABULARY, allowed=BANNED)
+    found = [is_banned(slots.banned(allowed), VOCABULARY, slots.device) for allowed in ((), (6,), BANNED)]
+    assert [mask.nonzero().flatten().tolist() for mask in found] == [[5, 6, 7], [5, 7], []]
 
 
 def test_logits_for_noise_take_memory_only_once_they_are_needed():

@@ -11,6 +11,7 @@ import torch
 
 import pretended_cuda
 import simsd
+import simsd_kernels as kernels
 from benchmarks.cpu import trace_iteration as tracing
 from recorded import Batch, decode, record, request
 from replays import PROMPTS, STRATEGIES, replay_block, temporal_logits
@@ -184,7 +185,7 @@ def test_there_is_one_list_per_token_however_a_text_ends(pair, ending):
 
 def test_equals_come_by_the_lower_id_whatever_their_sign():
     logits = torch.tensor([[1.0, 2.0, 2.0, -0.0, 0.0, 2.0], [-3.0, -3.0, -1.0, -3.0, -2.0, -3.0]])
-    temperature, banned = torch.zeros(2), torch.tensor([1])
+    temperature, banned = torch.zeros(2), kernels.banned_mask([1], 6)
     tops = rank(logits, torch.tensor([2, 0]), temperature, banned, 4)
     assert tops.ids.tolist() == [[2, 5, 0, 3], [2, 4, 0, 3]]
     assert tops.margin.tolist() == [[0.0, 0.0, -1.0, -2.0], [2.0, 1.0, 0.0, 0.0]]

@@ -57,9 +57,21 @@ DEVICE = "cuda:0"  # with its number: else torch would ask for the current one
 STOP_IDS, CAPACITY = 8, 4096
 PAGE_SIZE, KV_MEMORY = EngineConfig.page_size, 2**40
 
+
+def draws(given: dict, of_law: bool = False) -> int:
+    """Of sample_logits and whoever draws as it does: reads the logits, finishes, filters where that may be asked for
+    (`of_law`: whether or not there is noise)."""
+    filters = given["top_k"] is not None or given["top_p"] is not None
+    return 3 if filters and (of_law or given["seed"] is not None) else 2
+
+
+def rounds_of_plan(given: dict) -> int:
+    """Where states have draws of their own, a round for each state that may be taken."""
+    return 0 if given["draft_logits"] is None else (given["max_states"] - 1) * (draws(given) + 1)
+
+
 # Kernels that a call of an op of ours launches at these sizes on an H100, by its arguments where they decide: what
 # tests/emulated/test_cuda_launches.py counts on the kernels themselves.
-DRAW = 3  # sample_logits: marks what is banned, reads the logits, finishes
 KERNELS: dict[str, int | Callable[[dict], int]] = {
     "masked_attention": 2,
     "store_kv": 1,
@@ -70,15 +82,14 @@ KERNELS: dict[str, int | Callable[[dict], int]] = {
     "grouped_linear": 1,
     "sort_by_expert": 1,
     "combine_experts": 1,
-    "sample_logits": DRAW,
+    "sample_logits": draws,
     "reveal": 1,
-    # Where states have draws of their own, a round for each state that may be taken.
-    "plan_block": lambda given: 3 + (0 if given["draft_logits"] is None else (given["max_states"] - 1) * (DRAW + 1)),
-    "verify_graph": DRAW + 2,
-    # With noise a round for each step that a schedule may have; what is banned is marked in the first.
-    "propose_block": lambda given: 2 + given["rows"].shape[1] * DRAW if given["noise"] else DRAW + 1,
+    "plan_block": lambda given: 3 + rounds_of_plan(given),
+    "verify_graph": lambda given: draws(given) + 2,
+    # With noise a round for each step that a schedule may have.
+    "propose_block": lambda given: 1 + given["rows"].shape[1] * (draws(given) + 1) if given["noise"] else 3,
     "advance_slots": 1,
-    "block_verify": lambda given: 2 + DRAW * (2 if given["rule"] == "mrs" else 1),
+    "block_verify": lambda given: 2 + (2 * draws(given, True) if given["rule"] == "mrs" else draws(given)),
 }
 # Torch's ops that launch more than one kernel on CUDA; all others count as one.
 SEVERAL = {"aten::topk": 2, "aten::sort": 2, "aten::argsort": 2}
@@ -340,7 +351,8 @@ def trace(
         models = [name and fake_model(name, block_length, layers) for name in (target, draft)]
         banned = range(models[0].vocab_size - BANNED, models[0].vocab_size)
         lookahead = max(shape.lookahead, 1)
-        slots = Slots(batch, block_length, CAPACITY, lookahead, STOP_IDS, banned, torch.device(DEVICE), top_logprobs)
+        slots = Slots(batch, block_length, CAPACITY, lookahead, STOP_IDS, torch.device(DEVICE), top_logprobs)
+        slots.ban(banned, models[0].vocab_size)
         if shape.noise:
             slots.allow_noise(models[0].vocab_size, models[0].dtype)
         places = places_of(

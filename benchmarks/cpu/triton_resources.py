@@ -155,9 +155,9 @@ def expert_variants(dtype: torch.dtype, name: str) -> Iterator[Variant]:
 def sample_variants(name: str) -> Iterator[Variant]:
     """With everything on; what `block_verify` launches of these kernels is less, but for the rows it leaves out."""
     pointers = {
-        "p_logits": name, "p_banned": "u8", "p_known": "i32", "p_drafted": "i64", "p_temperature": "fp32",
+        "p_logits": name, "p_banned": "i32", "p_known": "i32", "p_drafted": "i64", "p_temperature": "fp32",
         "p_top_k": "i32", "p_top_p": "fp32", "p_seed": "i64", "p_position": "i32", "p_revealed": "i64",
-        "p_cutoff": "i32", "p_stats": "fp32", "p_ids": "i32", "p_allowed": "i64", "p_token": "i64",
+        "p_cutoff": "i32", "p_stats": "fp32", "p_ids": "i32", "p_token": "i64",
     }  # fmt: skip
     pointers |= dict.fromkeys(("p_prob", "p_log_odds", "p_entropy", "p_logsumexp", "p_draw_logprob"), "fp32")
     sweep = {"LANES": sample.SWEEP_LANES}
@@ -171,7 +171,7 @@ def verify_variants(name: str) -> Iterator[Variant]:
     for rule in ("match", "mrs"):
         draft = name if rule == "mrs" else None
         pointers = {
-            "p_target": name, "p_draft": draft, "p_banned": "u8", "p_allowed": "i64", "p_stats": "fp32",
+            "p_target": name, "p_draft": draft, "p_banned": "i32", "p_stats": "fp32",
             "p_ids": "i32", "p_cutoff": "i32", "p_draft_stats": draft and "fp32", "p_draft_tops": draft and "i32",
             "p_draft_cutoff": draft and "i32", "p_draft_ids": "i64", "p_known": "i32", "p_drafted": "i64",
             "p_temperature": "fp32", "p_coin": draft and "fp32", "p_residual": "fp32", "p_accepted": "i32",

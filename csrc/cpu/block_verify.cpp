@@ -150,12 +150,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> block_verify(
     const Tensor temperature, const std::optional<Tensor> top_k, const std::optional<Tensor> top_p,
     const std::optional<Tensor> seed, const std::optional<Tensor> position, const std::optional<Tensor> revealed,
     const std::optional<Tensor> draft_logits, const std::optional<Tensor> coin, const std::optional<Tensor> residual,
-    const std::optional<Tensor> banned_ids, const std::string rule) {
+    const std::optional<Tensor> banned, const std::string rule) {
     check_block_verify(check_cpu, target_logits, draft_ids, known, drafted, temperature, top_k, top_p, seed, position,
-                       revealed, draft_logits, coin, residual, banned_ids, rule);
+                       revealed, draft_logits, coin, residual, banned, rule);
     const int64_t batch = target_logits.size(0), length = target_logits.size(1), vocabulary = target_logits.size(2);
     const bool mrs = rule == "mrs";
-    const auto banned = vocabulary::read_banned(OP, banned_ids, vocabulary);
+    const Banned mask(banned, vocabulary);
 
     const Logits target = read_logits(target_logits);
     const Logits draft = draft_logits ? read_logits(*draft_logits) : target;
@@ -178,7 +178,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> block_verify(
     }
 
     const auto judge = [&](int64_t b, int64_t i, Verdict& verdict, Workspace& work) {
-        const Row row = target.row(b, i, vocabulary, *heat.at(b), banned);
+        const Row row = target.row(b, i, vocabulary, *heat.at(b), mask);
         const Filter filter = filter_of(b);
         const bool hot = *heat.at(b) > 0.0f;
         const int64_t drafted_id = *ids.at(b, i);
@@ -197,13 +197,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> block_verify(
             return;
         }
         verdict.summary = summarise(row, filter, work);
-        verdict.target_id = verdict.summary.empty() ? banned.lowest_allowed : verdict.summary.best;
+        verdict.target_id = verdict.summary.empty() ? mask.lowest_allowed() : verdict.summary.best;
         verdict.target_prob = verdict.summary.prob(verdict.summary.top);
         verdict.target_logprob = verdict.summary.empty() ? vocabulary::NEGATIVE_INFINITY : 0.0f;
         verdict.accept = false;
         if (!is_drafted(b, i)) return;
         verdict.target = law_of(row, verdict.summary, filter, work);
-        const Row draft_row = draft.row(b, i, vocabulary, *heat.at(b), banned);
+        const Row draft_row = draft.row(b, i, vocabulary, *heat.at(b), mask);
         verdict.draft = law_of(draft_row, summarise(draft_row, filter, work), filter, work);
         if (drafted_id < 0 || drafted_id >= vocabulary) return;
         const float x = row.at(drafted_id);
@@ -266,8 +266,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> block_verify(
                 stopped = true;
                 int64_t token = verdict.target_id;
                 if (mrs && *heat.at(b) > 0.0f) {
-                    const Row p_row = target.row(b, i, vocabulary, *heat.at(b), banned);
-                    const Row q_row = draft.row(b, i, vocabulary, *heat.at(b), banned);
+                    const Row p_row = target.row(b, i, vocabulary, *heat.at(b), mask);
+                    const Row q_row = draft.row(b, i, vocabulary, *heat.at(b), mask);
                     const float uniform = *strided_const<float, 1>(*residual).at(b);
                     const int64_t drawn = residual_draw(p_row, verdict.target, q_row, verdict.draft, uniform);
                     if (drawn >= 0) {

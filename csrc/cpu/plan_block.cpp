@@ -137,7 +137,7 @@ control::PlanTensors plan_block(
     const Tensor order_sharpness, const Tensor min_visit_prob, const Tensor row_budget, const Tensor schedule,
     const Tensor steps, const Tensor strategy, const Tensor threshold, const std::optional<Tensor> draft_logits,
     const std::optional<Tensor> temperature, const std::optional<Tensor> top_k, const std::optional<Tensor> top_p,
-    const std::optional<Tensor> seed, const std::optional<Tensor> banned_ids, int64_t mask_id, int64_t pending,
+    const std::optional<Tensor> seed, const std::optional<Tensor> banned, int64_t mask_id, int64_t pending,
     int64_t max_states, int64_t logits_rows, int64_t scratch, int64_t kv_slots, int64_t stride) {
     PlanParams p = control::plan_params(
         check_cpu, text, revealed, start, end, step, kv_len, draft_tokens, proposal_depth, draft_end, prob, log_odds,
@@ -154,9 +154,9 @@ control::PlanTensors plan_block(
     const Extent extent = control::extent_of(p);
     if (draft_logits) {
         const control::Sampling sampling =
-            control::draft_sampling(check_cpu, p, text, *draft_logits, temperature, top_k, top_p, seed, banned_ids);
+            control::draft_sampling(check_cpu, p, text, *draft_logits, temperature, top_k, top_p, seed, banned);
         taken.proposed = memory.take<int64_t>(states * p.length);
-        grow(p, extent, taken, {*draft_logits, {OP, *draft_logits, sampling, banned_ids, p.batch}});
+        grow(p, extent, taken, {*draft_logits, {OP, *draft_logits, sampling, banned, p.batch}});
     } else {
         grow(p, extent, taken);
     }

@@ -25,11 +25,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sample_logits(const T
                                                                          const Tensor top_k, const Tensor top_p,
                                                                          const Tensor seed, const Tensor position,
                                                                          const Tensor revealed,
-                                                                         const std::optional<Tensor> banned_ids) {
-    check_sample_logits(check_cpu, logits, temperature, top_k, top_p, seed, position, revealed, banned_ids);
+                                                                         const std::optional<Tensor> banned) {
+    check_sample_logits(check_cpu, logits, temperature, top_k, top_p, seed, position, revealed, banned);
     const int64_t rows = logits.size(0), vocabulary = logits.size(1);
     const auto element = element_of<vocabulary::Element>(logits);
-    const auto banned = vocabulary::read_banned(OP, banned_ids, vocabulary);
+    const vocabulary::Banned mask(banned, vocabulary);
 
     Tensor token = torch::stable::new_empty(logits, {rows}, ScalarType::Long);
     Tensor prob = torch::stable::new_empty(logits, {rows}, ScalarType::Float);
@@ -60,7 +60,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sample_logits(const T
                           id_stride,
                           vocabulary,
                           vocabulary::divisor_of(heat),
-                          &banned};
+                          &mask};
             const NoiseKey key{*seeds.at(r), *places.at(r), *sets.at(r)};
             const Draw draw =
                 vocabulary::draw_row(row, Filter{*ks.at(r), *ps.at(r)}, heat > 0.0f ? &key : nullptr, work);

@@ -29,14 +29,14 @@ control::WalkTensors verify_graph(const Tensor target_logits, const Tensor rows,
                                   const Tensor schedule, const Tensor steps, const Tensor strategy,
                                   const Tensor threshold, const std::optional<Tensor> top_k,
                                   const std::optional<Tensor> top_p, const std::optional<Tensor> seed,
-                                  const std::optional<Tensor> banned_ids) {
+                                  const std::optional<Tensor> banned) {
     control::VerifyParams p = control::verify_params(
         check_cpu, target_logits, rows, states, state_revealed, block, draft_tokens, draft_blocks_in_rows,
         proposal_depth, start, step, step_map, prob, draw_logprob, origin, schedule, steps, strategy, threshold);
     const control::Arguments take(OP, check_cpu, target_logits);
-    take.view<const int64_t>("banned_ids", banned_ids, {-1}, "[n]");
+    take.expect.banned(banned, target_logits.size(1));
     const control::Sampling sampling = take.sampling(temperature, top_k, top_p, seed, p.batch);
-    const vocabulary::SlotLogits logits(OP, target_logits, sampling, banned_ids, p.batch);
+    const vocabulary::SlotLogits logits(OP, target_logits, sampling, banned, p.batch);
     const control::WalkTensors out = control::walk_outputs(
         p, [](std::initializer_list<int64_t> sizes, ScalarType type) { return allocate(sizes, type); });
 

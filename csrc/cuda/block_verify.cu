@@ -159,7 +159,7 @@ struct Verdict {
     float draft_logprob;  // under what the token is drawn from
 };
 
-SIMSD_DEVICE Verdict judge_position(const Params& p, int32_t n, int32_t i, const uint32_t* banned) {
+SIMSD_DEVICE Verdict judge_position(const Params& p, int32_t n, int32_t i) {
     Verdict out{is_known(p, n, i), is_drafted(p, n, i), false, value_of(p.draft_ids, n, int64_t{0}),
                 p.prob[n],         p.draw_logprob[n]};
     if (!out.drafted) return out;
@@ -169,7 +169,7 @@ SIMSD_DEVICE Verdict judge_position(const Params& p, int32_t n, int32_t i, const
     if (out.draft_id < 0 || out.draft_id >= p.target.vocabulary) return out;
     const int32_t id = static_cast<int32_t>(out.draft_id);
     const Law target = p.target.law[n], draft = p.draft.law[n];
-    const float x = any_row_of(p.target, n, banned).at(id), y = any_row_of(p.draft, n, banned).at(id);
+    const float x = any_row_of(p.target, n).at(id), y = any_row_of(p.draft, n).at(id);
     out.accept = product(value_of(p.coin, n, 0.0f), prob_of(draft, y, id)) < prob_of(target, x, id);
     out.draft_prob = unfiltered_prob_of(target, x);
     out.draft_logprob = log_prob_of(target, x);
@@ -181,9 +181,8 @@ __global__ void __launch_bounds__(MRS_THREADS, 1) judge(const Params p) {
     uint32_t* fails = shared.take<uint32_t>(2);   // bit i of both words: position i is rejected
     uint32_t* counts = shared.take<uint32_t>(2);  // position i was drafted
     const int32_t b = block_x(), i = thread_index(), n = b * p.length + i;
-    const uint32_t* banned = p.target.banned_ids ? scratch_of(p.target).banned : nullptr;
     Verdict verdict{false, false, false, 0, 0.0f, 0.0f};
-    if (i < p.length) verdict = judge_position(p, n, i, banned);
+    if (i < p.length) verdict = judge_position(p, n, i);
     if (warp_index() < 2) {
         const uint32_t failed = ballot(verdict.drafted && !verdict.accept), counted = ballot(verdict.drafted);
         if (lane_index() == 0) {
@@ -205,8 +204,8 @@ __global__ void __launch_bounds__(MRS_THREADS, 1) judge(const Params p) {
         bonus_prob = p.prob[at];
         bonus_logprob = p.draw_logprob[at];
         if (is_mixed(p, at)) {
-            Residual residual{any_row_of(p.target, at, banned), any_row_of(p.draft, at, banned), p.target.law[at],
-                              p.draft.law[at], true};
+            Residual residual{any_row_of(p.target, at), any_row_of(p.draft, at), p.target.law[at], p.draft.law[at],
+                              true};
             double* reached = p.reached + static_cast<int64_t>(b) * segments_of(p.target.vocabulary);
             int32_t* drawn = shared.take<int32_t>(1);
             for (int round = 0; round < 2; ++round) {

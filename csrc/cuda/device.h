@@ -131,6 +131,17 @@ SIMSD_DEVICE T atomic_compare_exchange(T* address, T expected, T desired) {
 }
 // This thread's writes before it are seen by other blocks that see a later write or atomic of its.
 SIMSD_DEVICE void device_fence() { __threadfence(); }
+// Waits until another block has raised *address to `least` or more, and returns it: what that block wrote before its
+// `device_fence` is seen then, by the block's other threads after a barrier. The other block must be one that runs
+// already and waits for nothing that this one has yet to do.
+SIMSD_DEVICE int32_t wait_for(const int32_t* address, int32_t least) {
+    for (;;) {
+        int32_t value;
+        asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+        if (value >= least) return value;
+        __nanosleep(50);
+    }
+}
 
 SIMSD_DEVICE uint32_t shared_address(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));

@@ -51,9 +51,7 @@ struct Params {
     PerRow<int32_t> position;
     PerRow<int64_t> revealed;
 
-    const int64_t* banned_ids;  // [banned_count] or nullptr; ids outside [0, V) are ignored
-    int64_t banned_count, banned_stride;
-    bool banned_are_marked;  // by an earlier launch with these ids, this scratch and as many tasks
+    const uint32_t* banned;  // [ceil(V / 32)], bit id % 32 of word id / 32, or nullptr
 
     // Outputs, contiguous [rows]; all but `token` may be nullptr.
     int64_t* token;
@@ -61,12 +59,15 @@ struct Params {
     float* draw_logprob;  // of the token under what it was drawn from: 0 for an argmax, -inf where nothing is finite
     Law* law;             // nullptr unless the caller judges by the filtered softmax
 
-    void* scratch;  // scratch_bytes(tasks, vocabulary), 16-byte aligned, in any state unless banned_are_marked
+    void* scratch;  // scratch_bytes(tasks, vocabulary, may_filter()), 16-byte aligned, in any state
 
+    // Whether top-k or top-p could have a say in what is asked.
+    SIMSD_ANYWHERE bool may_filter() const { return (top_k.data || top_p.data) && (seed.data || law); }
     SIMSD_ANYWHERE int32_t tasks() const { return draw_of_row ? logit_rows : rows; }
 };
 
-int64_t scratch_bytes(int64_t tasks, int64_t vocabulary);
+// `filters`: whether top_k or top_p are given.
+int64_t scratch_bytes(int64_t tasks, int64_t vocabulary, bool filters);
 
 // The statistics and the draw of `sample_logits`. A row's outputs do not depend on other rows, bit by bit.
 void launch_sample(const Params& params, Stream stream);

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from simsd_kernels import dispatch, validate
+from simsd_kernels.banned import check_banned
 from simsd_kernels.block_verify import reference
 from simsd_kernels.ops import implement, refuse_gradients
-from simsd_kernels.sample_logits.api import check_banned, check_sampling
+from simsd_kernels.sample_logits.api import check_sampling
 
 OP = "block_verify"
 RULES = ("match", "mrs")
@@ -44,7 +45,7 @@ def block_verify(
     draft_logits: Tensor | None = None,
     coin: Tensor | None = None,
     residual: Tensor | None = None,
-    banned_ids: Tensor | None = None,
+    banned: Tensor | None = None,
     rule: str = "match",
     *,
     backend: str | None = None,
@@ -72,7 +73,8 @@ def block_verify(
         draft_logits: [B, L, V], any of the dtypes above; needed by `mrs`, whatever the temperature, and read at
             drafted positions only.
         coin: float32 [B, L] in [0, 1), residual: float32 [B] in [0, 1): the uniform variates of `mrs`.
-        banned_ids: int64 [n], ids at -inf in target and draft before anything, or None.
+        banned: int32 [ceil(V / 32)] or None, the mask that `simsd_kernels.banned_mask` makes of ids at -inf in target
+            and draft before anything.
         rule: "match" or "mrs".
         backend: "reference", "cpu", "triton" or "cuda"; None chooses (see `simsd_kernels.dispatch`).
 
@@ -95,7 +97,7 @@ def block_verify(
     """
     arguments = (
         *(target_logits, draft_ids, known, drafted, temperature, top_k, top_p, seed, position, revealed),
-        *(draft_logits, coin, residual, banned_ids, rule),
+        *(draft_logits, coin, residual, banned, rule),
     )
     check(*arguments)
     refuse_gradients(OP, *arguments)
@@ -125,7 +127,7 @@ def check(
     draft_logits,
     coin,
     residual,
-    banned_ids,
+    banned,
     rule,
 ) -> None:
     validate.tensor(OP, "target_logits", target_logits)
@@ -160,10 +162,8 @@ def check(
         validate.tensor(OP, name, value)
         validate.shape(OP, name, value, expected, letters)
         validate.dtype(OP, name, value, dtype)
-    check_banned(OP, banned_ids, vocabulary)
-    validate.same_device(
-        OP, target_logits=target_logits, **{name: value for name, value, *_ in given}, banned_ids=banned_ids
-    )
+    check_banned(OP, banned, target_logits)
+    validate.same_device(OP, target_logits=target_logits, **{name: value for name, value, *_ in given}, banned=banned)
     validate.within(OP, "known", known, 0, length, f"in [0, {length}]")
     check_sampling(OP, temperature, top_k, top_p)
     if rule == "match":
@@ -219,12 +219,12 @@ def _reference(
     draft_logits=None,
     coin=None,
     residual=None,
-    banned_ids=None,
+    banned=None,
     rule="match",
 ):
     arguments = (
         *(target_logits, draft_ids, known, drafted, temperature, top_k, top_p, seed, position, revealed),
-        *(draft_logits, coin, residual, banned_ids, rule),
+        *(draft_logits, coin, residual, banned, rule),
     )
     check(*arguments)
     return reference.block_verify(*arguments)
@@ -244,12 +244,12 @@ def _triton(
     draft_logits=None,
     coin=None,
     residual=None,
-    banned_ids=None,
+    banned=None,
     rule="match",
 ):
     arguments = (
         *(target_logits, draft_ids, known, drafted, temperature, top_k, top_p, seed, position, revealed),
-        *(draft_logits, coin, residual, banned_ids, rule),
+        *(draft_logits, coin, residual, banned, rule),
     )
     from simsd_kernels.block_verify import triton
 

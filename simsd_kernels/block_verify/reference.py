@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from simsd_kernels.sample_logits.reference import banned_mask, draw, draw_logprob, keep, scale
+from simsd_kernels.banned import is_banned
+from simsd_kernels.sample_logits.reference import draw, draw_logprob, keep, scale
 
 
 def block_verify(
@@ -22,7 +23,7 @@ def block_verify(
     draft_logits: Tensor | None = None,
     coin: Tensor | None = None,
     residual: Tensor | None = None,
-    banned_ids: Tensor | None = None,
+    banned: Tensor | None = None,
     rule: str = "match",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `api.block_verify`. Computes in float32 (float64 for float64 logits)."""
@@ -44,7 +45,7 @@ def block_verify(
         x = scale(logits.flatten(0, 1), per_row(temperature), banned)
         return x, keep(x, per_row(top_k), per_row(top_p))
 
-    banned = banned_mask(banned_ids, vocabulary, target_logits.device)
+    banned = is_banned(banned, vocabulary, target_logits.device)
     x, kept = filtered(target_logits)
     if rule == "match" and seed is not None:
         noise_key = (per_row(seed), position.flatten(), revealed.flatten())

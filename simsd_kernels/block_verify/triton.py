@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from simsd_kernels.block_verify.triton_kernels import draw_residual, judge, weigh_residual
-from simsd_kernels.sample_logits.triton import CHUNK, CHUNKS_AT_ONCE, OPTIONS, ban, scan
+from simsd_kernels.sample_logits.triton import CHUNK, CHUNKS_AT_ONCE, OPTIONS, scan
 
 
 def block_verify(
@@ -26,7 +26,7 @@ def block_verify(
     draft_logits: Tensor | None = None,
     coin: Tensor | None = None,
     residual: Tensor | None = None,
-    banned_ids: Tensor | None = None,
+    banned: Tensor | None = None,
     rule: str = "match",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `api.block_verify`, which has checked the arguments. No host sync."""
@@ -43,14 +43,13 @@ def block_verify(
         seed = position = revealed = None
     if rule == "match" and seed is None:  # greedy
         top_k = top_p = None
-    draft_ids, known, drafted, temperature, top_k, top_p, seed, position, revealed, coin, residual = (
+    draft_ids, known, drafted, temperature, top_k, top_p, seed, position, revealed, coin, residual, banned = (
         None if value is None else value.contiguous()
         for value in (
             *(draft_ids, known, drafted, temperature, top_k, top_p),
-            *(seed, position, revealed, coin, residual),
+            *(seed, position, revealed, coin, residual, banned),
         )
     )
-    banned, allowed = ban(banned_ids, vocabulary, target_logits.device)
     stop, rejected = known.new_empty((batch,)), prob.new_empty((batch, 5))
     sizes = {"n_length": length, "n_ids": vocabulary, "n_chunks": chunks}
     strides = (*target_logits.stride(), *((0, 0, 0) if draft_logits is None else draft_logits.stride()))
@@ -64,7 +63,7 @@ def block_verify(
         if rule == "mrs":
             draft_stats, draft_tops, draft_cutoff = scan(draft_logits, banned, known, drafted, *settings)
         judge[(batch,)](
-            target_logits, draft_logits, banned, allowed, stats, ids, cutoff, draft_stats, draft_tops, draft_cutoff,
+            target_logits, draft_logits, banned, stats, ids, cutoff, draft_stats, draft_tops, draft_cutoff,
             draft_ids, known, drafted, temperature, coin, accepted, bonus, tokens, target_ids, prob, draw_logprob,
             stop, rejected, rows, *sizes.values(), *strides, NOISY=seed is not None, LENGTH=length_padded,
             CHUNKS=CHUNKS_AT_ONCE, **OPTIONS,

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from simsd_kernels.sample_logits.triton_filters import NO_ID, is_kept, load_scaled, scaled
+from simsd_kernels.sample_logits.triton_filters import NO_ID, is_banned, is_kept, load_scaled, lowest_allowed, scaled
 from simsd_kernels.sample_logits.triton_kernels import (
     SIZES,
     best_ids,
@@ -43,7 +43,7 @@ def scaled_at(p_logits, p_banned, b_offset, b_id, b_wanted, temperature):
     b_x = tl.load(p_logits + b_offset, b_wanted, other=float("-inf"))
     b_banned = b_wanted == 0
     if p_banned is not None:
-        b_banned = tl.load(p_banned + b_id, b_wanted, other=1) != 0
+        b_banned = b_banned | is_banned(p_banned, b_id, b_id, b_wanted)
     return scaled(b_x, temperature, b_banned)
 
 
@@ -63,8 +63,7 @@ def probability(p_cutoff, b_x, b_row, b_id, b_wanted, b_top, b_sum):
 def judge(
     p_target,  # [B, L, V]
     p_draft,  # [B, L, V] or None
-    p_banned,  # uint8 [V] or None
-    p_allowed,  # int64 [1]: the lowest id that is not banned
+    p_banned,  # int32 [ceil(V / 32)] or None, see simsd_kernels.banned_mask
     p_stats,  # float32 [6, B * L, chunks], see scan_chunks
     p_ids,  # int32 [2, B * L, chunks]
     p_cutoff,  # int32 [B * L, 2] or None, see find_cutoffs: used under rule mrs, where the draw is not by noise
@@ -116,8 +115,10 @@ def judge(
     n_stats = n_rows * n_chunks
     b_top, b_sum, b_kept_sum = totals(p_stats, p_ids, p_cutoff, o_row, b_wanted, n_stats, n_chunks, CHUNKS)
     b_best, b_target_ids = best_ids(p_stats + 4 * n_stats, p_ids + n_stats, o_row, b_wanted, n_chunks, CHUNKS)
-    b_target_ids = b_target_ids.to(tl.int64)
-    b_target_ids = tl.where(b_best > float("-inf"), b_target_ids, tl.load(p_allowed))
+    allowed = 0
+    if p_banned is not None:
+        allowed = lowest_allowed(p_banned, n_ids)
+    b_target_ids = tl.where(b_best > float("-inf"), b_target_ids, allowed).to(tl.int64)
     b_accept = b_draft_ids == b_target_ids
 
     b_target_row = i_b * stride_target_b + o_l.to(tl.int64) * stride_target_l
@@ -174,7 +175,7 @@ def judge(
 def kept_softmax(p_row, p_banned, p_cutoff, p_rejected, b_v, n_ids, stride_v, temperature):
     """exp(x - top) and the softmax over what is kept, at ids b_v of a row with its top and kept sum at p_rejected."""
     # [CHUNK]
-    b_x = load_scaled(p_row, p_banned, b_v, n_ids, stride_v, temperature)
+    b_x = load_scaled(p_row, p_banned, b_v, b_v, n_ids, stride_v, temperature)
     b_weight = tl.exp(b_x - tl.load(p_rejected))
     b_kept = b_weight
     if p_cutoff is not None:
@@ -204,7 +205,7 @@ def residual(p_target, p_draft, p_banned, p_cutoff, p_draft_cutoff, p_rejected, 
 def weigh_residual(
     p_target,  # [B, L, V]
     p_draft,  # [B, L, V]
-    p_banned,  # uint8 [V] or None
+    p_banned,  # int32 [ceil(V / 32)] or None, see simsd_kernels.banned_mask
     p_temperature,  # float32 [B]
     p_cutoff,  # int32 [B * L, 2] or None
     p_draft_cutoff,  # int32 [B * L, 2] or None
@@ -250,7 +251,7 @@ def crossing(b_mass, b_at, start, goal):
 def draw_residual(
     p_target,  # [B, L, V]
     p_draft,  # [B, L, V]
-    p_banned,  # uint8 [V] or None
+    p_banned,  # int32 [ceil(V / 32)] or None, see simsd_kernels.banned_mask
     p_temperature,  # float32 [B]
     p_residual,  # float32 [B]
     p_cutoff,  # int32 [B * L, 2] or None

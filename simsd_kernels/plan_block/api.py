@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from simsd_kernels import dispatch, validate
+from simsd_kernels.banned import check_banned
 from simsd_kernels.ops import implement, refuse_gradients
 from simsd_kernels.plan_block import reference
 from simsd_kernels.plan_block.arguments import SIGNATURE
 from simsd_kernels.plan_block.reference import copy_stride
-from simsd_kernels.sample_logits.api import check_banned
 
 OP = SIGNATURE.op
 
@@ -87,8 +87,9 @@ def plan_block(*given, backend: str | None = None, **named) -> Plan:
 
 
 def check(*arguments) -> None:
-    sizes = SIGNATURE.check(*arguments)
     given = SIGNATURE.named(arguments)
+    check_banned(OP, given["banned"], given["draft_logits"])
+    sizes = SIGNATURE.check(*arguments)
     length, scratch = sizes["L"], sizes["scratch"]
     needed = scratch + sizes["max_states"] * copy_stride(length)
     if needed > sizes["kv_slots"]:
@@ -99,7 +100,6 @@ def check(*arguments) -> None:
     if given["draft_logits"] is not None:
         if given["temperature"] is None:
             raise ValueError(f"{OP}: draft_logits need temperature, got None")
-        check_banned(OP, given["banned_ids"], sizes["V"])
         if given["seed"] is None:
             validate.within(OP, "temperature", given["temperature"], 0.0, 0.0, "0 without seed")
     start = given["start"]

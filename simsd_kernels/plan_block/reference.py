@@ -80,7 +80,7 @@ class Slot:
             every("seed", 0, torch.int64),
             torch.arange(first, first + length, dtype=torch.int32, device=logits.device),
             torch.full((length,), key, dtype=torch.int64, device=logits.device),
-            self.sampling["banned_ids"],
+            self.sampling["banned"],
         )
         return tuple(x.tolist() for x in out[:4])
 
@@ -121,7 +121,7 @@ def _slot(given: dict, b: int) -> Slot:
         sharpness=of_slot("order_sharpness"),
         logits=None if given["draft_logits"] is None else given["draft_logits"][b],
         sampling={name: None if given[name] is None else given[name][b] for name in of_slots}
-        | {"banned_ids": given["banned_ids"]},
+        | {"banned": given["banned"]},
     )
 
 

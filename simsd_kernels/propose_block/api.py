@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from simsd_kernels import dispatch, validate
+from simsd_kernels.banned import check_banned
 from simsd_kernels.ops import implement, refuse_gradients
 from simsd_kernels.propose_block import reference
 from simsd_kernels.propose_block.arguments import SIGNATURE
-from simsd_kernels.sample_logits.api import check_banned
 
 OP = SIGNATURE.op
 
@@ -47,9 +47,9 @@ def propose_block(*given, backend: str | None = None, **named) -> None:
 
 
 def check(*arguments) -> None:
-    sizes = SIGNATURE.check(*arguments)
     given = SIGNATURE.named(arguments)
-    check_banned(OP, given["banned_ids"], sizes["V"])
+    check_banned(OP, given["banned"], given["logits"])
+    sizes = SIGNATURE.check(*arguments)
     temperature = given["temperature"]
     if given["seed"] is None:
         validate.within(OP, "temperature", temperature, 0.0, 0.0, "0 without seed")

@@ -32,7 +32,7 @@ def propose_block(
     top_k: Tensor | None,
     top_p: Tensor | None,
     seed: Tensor | None,
-    banned_ids: Tensor | None,
+    banned: Tensor | None,
     block: int,
     noise: int,
 ) -> None:
@@ -51,7 +51,7 @@ def propose_block(
 
     def draw(known: Tensor) -> tuple[Tensor, ...]:
         key = noise_key(strategy, known)[:, None]
-        return draw_slots(logits, rows, place, key, temperature, top_k, top_p, seed, banned_ids)[:4]
+        return draw_slots(logits, rows, place, key, temperature, top_k, top_p, seed, banned)[:4]
 
     first, *statistics = draw(revealed)
     tokens = torch.where(masked, first, before)

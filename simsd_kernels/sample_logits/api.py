@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from simsd_kernels import dispatch, validate
+from simsd_kernels.banned import check_banned
 from simsd_kernels.ops import implement, refuse_gradients
 from simsd_kernels.sample_logits import reference
 
@@ -35,7 +36,7 @@ def sample_logits(
     seed: Tensor,
     position: Tensor,
     revealed: Tensor,
-    banned_ids: Tensor | None = None,
+    banned: Tensor | None = None,
     *,
     backend: str | None = None,
 ) -> Sample:
@@ -54,7 +55,8 @@ def sample_logits(
         top_p: float32 [R], in [0, 1]; 1 is off. Acts on what top-k left, renormalised, in order of decreasing x; the id
             that crosses top_p is kept, so at least one is.
         seed: int64 [R]. position: int32 [R]. revealed: int64 [R], the bitmask of revealed positions of the block.
-        banned_ids: int64 [n], ids that are never drawn and count as -inf in every statistic, or None.
+        banned: int32 [ceil(V / 32)] or None, the mask that `simsd_kernels.banned_mask` makes of the ids that are never
+            drawn; they count as -inf in every statistic.
         backend: "reference", "cpu", "triton" or "cuda"; None chooses (see `simsd_kernels.dispatch`).
 
     Returns:
@@ -67,13 +69,13 @@ def sample_logits(
 
     Raises:
         TypeError, ValueError: a wrong dtype, shape, device or value, naming what was given. On CUDA tensors values are
-            trusted: negative temperature is 0, top_k < 0 and top_p > 1 are off, banned ids outside [0, V) are ignored.
+            trusted: negative temperature is 0, top_k < 0 and top_p > 1 are off.
         RuntimeError: an explicit backend cannot serve the call, or an argument requires grad: there is no backward.
 
     Source: Gumbel-max: Gumbel 1954; Philox: Salmon et al., SC 2011. Confidence before filtering as in SDAR's
     evaluation code.
     """
-    arguments = (logits, temperature, top_k, top_p, seed, position, revealed, banned_ids)
+    arguments = (logits, temperature, top_k, top_p, seed, position, revealed, banned)
     check(*arguments)
     refuse_gradients(OP, *arguments)
     match dispatch.choose(OP, backend, logits.device, lambda name: obstacle(name, logits)):
@@ -88,7 +90,7 @@ def sample_logits(
     return Sample(*out)
 
 
-def check(logits, temperature, top_k, top_p, seed, position, revealed, banned_ids) -> None:
+def check(logits, temperature, top_k, top_p, seed, position, revealed, banned) -> None:
     vectors = (
         ("temperature", temperature, torch.float32),
         ("top_k", top_k, torch.int32),
@@ -99,16 +101,16 @@ def check(logits, temperature, top_k, top_p, seed, position, revealed, banned_id
     )
     validate.tensor(OP, "logits", logits)
     validate.shape(OP, "logits", logits, (None, None), "[R, V]")
-    rows, vocabulary = logits.shape
-    if vocabulary == 0:
+    rows = logits.shape[0]
+    if logits.shape[1] == 0:
         raise ValueError(f"{OP}: logits must have at least one vocabulary entry, got {list(logits.shape)}")
     validate.dtype(OP, "logits", logits, (*validate.FLOATS, torch.float64))
     for name, value, dtype in vectors:
         validate.tensor(OP, name, value)
         validate.shape(OP, name, value, (rows,), "[R]")
         validate.dtype(OP, name, value, dtype)
-    check_banned(OP, banned_ids, vocabulary)
-    validate.same_device(OP, logits=logits, **{name: value for name, value, _ in vectors}, banned_ids=banned_ids)
+    check_banned(OP, banned, logits)
+    validate.same_device(OP, logits=logits, **{name: value for name, value, _ in vectors}, banned=banned)
     check_sampling(OP, temperature, top_k, top_p)
 
 
@@ -120,19 +122,6 @@ def check_sampling(op: str, temperature: Tensor, top_k: Tensor | None, top_p: Te
         validate.within(op, "top_p", top_p, 0.0, 1.0, "in [0, 1] (1 is off)")
 
 
-def check_banned(op: str, banned_ids: Tensor | None, vocabulary: int) -> None:
-    if banned_ids is None:
-        return
-    validate.tensor(op, "banned_ids", banned_ids)
-    validate.shape(op, "banned_ids", banned_ids, (None,), "[n]")
-    validate.dtype(op, "banned_ids", banned_ids, torch.int64)
-    validate.within(op, "banned_ids", banned_ids, 0, vocabulary - 1, f"in [0, {vocabulary})")
-    if banned_ids.shape[0] < vocabulary or banned_ids.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    if banned_ids.unique().numel() == vocabulary:
-        raise ValueError(f"{op}: banned_ids must leave an id to draw, got all {vocabulary} of them")
-
-
 def obstacle(backend: str, logits: Tensor) -> str | None:
     """What about these arguments keeps `backend` from serving; None if nothing does."""
     if backend != "reference" and logits.dtype not in validate.FLOATS:
@@ -140,16 +129,16 @@ def obstacle(backend: str, logits: Tensor) -> str | None:
     return None
 
 
-def _reference(logits, temperature, top_k, top_p, seed, position, revealed, banned_ids=None):
-    check(logits, temperature, top_k, top_p, seed, position, revealed, banned_ids)
-    return reference.sample_logits(logits, temperature, top_k, top_p, seed, position, revealed, banned_ids)
+def _reference(logits, temperature, top_k, top_p, seed, position, revealed, banned=None):
+    check(logits, temperature, top_k, top_p, seed, position, revealed, banned)
+    return reference.sample_logits(logits, temperature, top_k, top_p, seed, position, revealed, banned)
 
 
-def _triton(logits, temperature, top_k, top_p, seed, position, revealed, banned_ids=None):
+def _triton(logits, temperature, top_k, top_p, seed, position, revealed, banned=None):
     from simsd_kernels.sample_logits import triton
 
-    check(logits, temperature, top_k, top_p, seed, position, revealed, banned_ids)
-    return triton.sample_logits(logits, temperature, top_k, top_p, seed, position, revealed, banned_ids)
+    check(logits, temperature, top_k, top_p, seed, position, revealed, banned)
+    return triton.sample_logits(logits, temperature, top_k, top_p, seed, position, revealed, banned)
 
 
 implement(OP, _reference, _triton, lambda logits, *_: obstacle("triton", logits))

@@ -14,10 +14,10 @@ TEMPERATURE = Argument(
     high=FLOAT32_MAX,
     bounds="finite and >= 0",
 )
-# V is the vocabulary of the logits.
+# W = ceil(V / 32), for V ids of the logits.
 OPTIONS = (
     Argument("top_k", torch.int32, "B", "", optional=True, low=0, bounds=">= 0 (0 is off)"),
     Argument("top_p", torch.float32, "B", "", optional=True, low=0.0, high=1.0, bounds="in [0, 1] (1 is off)"),
     Argument("seed", torch.int64, "B", "Needed where temperature > 0.", optional=True),
-    Argument("banned_ids", torch.int64, "n", "Ids that are never drawn.", optional=True, low=0, high="V-1"),
+    Argument("banned", torch.int32, "W", "Of the ids that are never drawn, by `banned_mask`.", optional=True),
 )

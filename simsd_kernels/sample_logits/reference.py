@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from simsd_kernels import noise
+from simsd_kernels.banned import is_banned
 
 
 def sample_logits(
@@ -19,23 +20,14 @@ def sample_logits(
     seed: Tensor,
     position: Tensor,
     revealed: Tensor,
-    banned_ids: Tensor | None = None,
+    banned: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `api.sample_logits`. Computes in float32 (float64 for float64 logits)."""
-    banned = banned_mask(banned_ids, logits.shape[1], logits.device)
+    banned = is_banned(banned, logits.shape[1], logits.device)
     x = scale(logits, temperature, banned)
     kept = keep(x, top_k, top_p)
     token = draw(x, kept, banned, temperature, seed, position, revealed)
     return token, *statistics(x, token), draw_logprob(x, kept, token, temperature > 0)
-
-
-def banned_mask(banned_ids: Tensor | None, vocabulary: int, device: torch.device) -> Tensor:
-    """Boolean [V]. Ids outside [0, V) are ignored here; `check` refuses them where looking costs nothing."""
-    mask = torch.zeros(vocabulary + 1, dtype=torch.bool, device=device)  # the last entry takes the ids out of range
-    if banned_ids is not None:
-        inside = (banned_ids >= 0) & (banned_ids < vocabulary)
-        mask[torch.where(inside, banned_ids, vocabulary)] = True
-    return mask[:vocabulary]
 
 
 def scale(logits: Tensor, temperature: Tensor, banned: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ def draw_slots(
     top_k: Tensor | None,
     top_p: Tensor | None,
     seed: Tensor | None,
-    banned_ids: Tensor | None,
+    banned: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """token, prob, log_odds, entropy and draw_logprob, each [B, ...], of logits [N, V] at rows [B, ...] (clamped into
     [0, N)).
@@ -43,7 +43,7 @@ def draw_slots(
         spread(seed, 0, torch.int64),
         position.expand(rows.shape).flatten().to(torch.int32),
         key.expand(rows.shape).flatten(),
-        banned_ids,
+        banned,
     )
     token, prob, log_odds, entropy, _, draw_logprob = (x.view(rows.shape) for x in drawn)
     return token, prob, log_odds, entropy, draw_logprob

@@ -8,7 +8,6 @@ import torch
 import triton
 from torch import Tensor
 
-from simsd_kernels.sample_logits.reference import banned_mask
 from simsd_kernels.sample_logits.triton_filters import find_cutoffs
 from simsd_kernels.sample_logits.triton_kernels import finish_rows, scan_chunks
 
@@ -30,7 +29,7 @@ def sample_logits(
     seed: Tensor,
     position: Tensor,
     revealed: Tensor,
-    banned_ids: Tensor | None = None,
+    banned: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `api.sample_logits`, which has checked the arguments. No host sync."""
     rows, vocabulary = logits.shape
@@ -41,23 +40,15 @@ def sample_logits(
     temperature, top_k, top_p, seed, position, revealed = (
         value.contiguous() for value in (temperature, top_k, top_p, seed, position, revealed)
     )
-    banned, allowed = ban(banned_ids, vocabulary, logits.device)
+    banned = None if banned is None else banned.contiguous()
     chunks = triton.cdiv(vocabulary, CHUNK)
     with torch.cuda.device(logits.device) if logits.is_cuda else contextlib.nullcontext():
         stats, ids, _ = scan(logits[:, None], banned, None, None, temperature, top_k, top_p, seed, position, revealed)
         finish_rows[(triton.cdiv(rows, ROWS_AT_ONCE),)](
-            logits, banned, allowed, temperature, stats, ids, token, *statistics,
+            logits, banned, temperature, stats, ids, token, *statistics,
             rows, vocabulary, chunks, *logits.stride(), ROWS=ROWS_AT_ONCE, CHUNKS=CHUNKS_AT_ONCE, **OPTIONS,
         )  # fmt: skip
     return token, *statistics
-
-
-def ban(banned_ids: Tensor | None, vocabulary: int, device: torch.device) -> tuple[Tensor | None, Tensor]:
-    """The banned ids as uint8 [V], None for none, and the lowest id that is not one of them, int64 [1]."""
-    if banned_ids is None:
-        return None, torch.zeros((1,), dtype=torch.int64, device=device)
-    banned = banned_mask(banned_ids, vocabulary, device).to(torch.uint8)
-    return banned, banned.argmin(dim=0, keepdim=True)
 
 
 def scan(

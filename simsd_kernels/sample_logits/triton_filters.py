@@ -32,11 +32,33 @@ def scaled(b_logits, temperature, b_banned):
 
 
 @triton.jit
-def load_scaled(p_row, p_banned, b_v, n_ids, stride_v, temperature):
-    """x at ids b_v of the row at p_row; -inf past the end of the vocabulary."""
+def is_banned(p_banned, b_v, b_start, b_wanted):
+    """Whether ids b_v are banned: the mask's words are read at b_start, where b_wanted, of the same shape or of one id
+    for each row of b_v, of which the others share the word."""
+    b_word = tl.load(p_banned + (b_start >> 5), b_wanted, other=0)
+    return ((b_word >> (b_v & 31).to(tl.int32)) & 1) != 0
+
+
+@triton.jit
+def lowest_allowed(p_banned, n_ids):
+    """The lowest id that is not banned, 0 where all are."""
+    found = tl.full([], NO_ID, tl.int32)
+    i_v = 0
+    while (found == NO_ID) & (i_v < n_ids):
+        b_v = i_v + tl.arange(0, 1024)
+        b_allowed = b_v < n_ids
+        b_allowed = b_allowed & (is_banned(p_banned, b_v, b_v, b_allowed) == 0)
+        found = tl.min(tl.where(b_allowed, b_v, NO_ID))
+        i_v += 1024
+    return tl.where(found == NO_ID, 0, found)
+
+
+@triton.jit
+def load_scaled(p_row, p_banned, b_v, b_start, n_ids, stride_v, temperature):
+    """x at ids b_v of the row at p_row; -inf past the end of the vocabulary. b_start as `is_banned` takes it."""
     b_banned = b_v >= n_ids
     if p_banned is not None:
-        b_banned = tl.load(p_banned + b_v, b_v < n_ids, other=1) != 0
+        b_banned = b_banned | is_banned(p_banned, b_v, b_start, b_start < n_ids)
     b_logits = tl.load(p_row + b_v.to(tl.int64) * stride_v, b_v < n_ids, other=float("-inf"))
     return scaled(b_logits, temperature, b_banned)
 
@@ -79,9 +101,10 @@ def measure(p_row, p_banned, n_ids, stride_v, temperature, top, low, high, pivot
     b_first = tl.full([LANES], high, tl.int32)
     b_last = tl.full([LANES], low, tl.int32)
     for i_v in range(0, n_ids, LANES * COLUMNS):
-        b_v = i_v + tl.arange(0, LANES)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+        b_start = i_v + tl.arange(0, LANES)[:, None] * COLUMNS
+        b_v = b_start + tl.arange(0, COLUMNS)[None, :]
         # [LANES, COLUMNS]
-        b_x = load_scaled(p_row, p_banned, b_v, n_ids, stride_v, temperature)
+        b_x = load_scaled(p_row, p_banned, b_v, b_start, n_ids, stride_v, temperature)
         b_key = ordered(b_x)
         if WEIGH:
             b_size = weight(b_x, top)
@@ -152,7 +175,7 @@ def nth_id(p_row, p_banned, n_ids, stride_v, temperature, key, n, LANES: tl.cons
     i_v = 0
     while (found == NO_ID) & (i_v < n_ids):
         b_v = i_v + tl.arange(0, LANES * COLUMNS)
-        b_x = load_scaled(p_row, p_banned, b_v, n_ids, stride_v, temperature)
+        b_x = load_scaled(p_row, p_banned, b_v, b_v, n_ids, stride_v, temperature)
         b_same = (ordered(b_x) == key).to(tl.int32)
         b_rank = tl.cumsum(b_same, 0)
         found = tl.min(tl.where((b_same > 0) & (b_rank == left), b_v, NO_ID))
@@ -164,7 +187,7 @@ def nth_id(p_row, p_banned, n_ids, stride_v, temperature, key, n, LANES: tl.cons
 @triton.jit(do_not_specialize=["n_length"])
 def find_cutoffs(
     p_logits,  # [B, L, V]
-    p_banned,  # uint8 [V] or None
+    p_banned,  # int32 [ceil(V / 32)] or None, see simsd_kernels.banned_mask
     p_known,  # int32 [B] or None: rows below are of no interest
     p_drafted,  # int64 [B] or None: rows whose bit is not set are of no interest
     p_temperature,  # float32 [B]
@@ -206,8 +229,9 @@ def find_cutoffs(
         # [LANES]
         b_top = tl.full([LANES], float("-inf"), tl.float32)
         for i_v in range(0, n_ids, LANES * COLUMNS):
-            b_v = i_v + tl.arange(0, LANES)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-            b_x = load_scaled(p_logits, p_banned, b_v, n_ids, stride_logits_v, temperature)
+            b_start = i_v + tl.arange(0, LANES)[:, None] * COLUMNS
+            b_v = b_start + tl.arange(0, COLUMNS)[None, :]
+            b_x = load_scaled(p_logits, p_banned, b_v, b_start, n_ids, stride_logits_v, temperature)
             b_top = tl.maximum(b_top, tl.max(b_x, 1))
         top = tl.max(b_top)
         if top > float("-inf"):

@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from simsd_kernels.sample_logits.triton_filters import NO_ID, is_kept, load_scaled, scaled
+from simsd_kernels.sample_logits.triton_filters import NO_ID, is_banned, is_kept, load_scaled, lowest_allowed, scaled
 from simsd_kernels.triton_noise import gumbel, log1p, noise_words
 
 # A vocabulary is specialised to being a multiple of 16, as it mostly is: then whole vectors are masked, and loaded.
@@ -32,7 +32,7 @@ def finite(b_max):
 @triton.jit(do_not_specialize=SIZES)
 def scan_chunks(
     p_logits,  # [B, L, V]
-    p_banned,  # uint8 [V] or None
+    p_banned,  # int32 [ceil(V / 32)] or None, see simsd_kernels.banned_mask
     p_known,  # int32 [B] or None: rows below are of no interest
     p_drafted,  # int64 [B] or None: rows whose bit is not set are of no interest
     p_temperature,  # float32 [B]
@@ -67,7 +67,7 @@ def scan_chunks(
     o_v = o_quad[:, None] * 4 + tl.arange(0, 4)[None, :]
     p_logits += i_b * stride_logits_b + i_l * stride_logits_l
     # [CHUNK / 4, 4]
-    b_x = load_scaled(p_logits, p_banned, o_v, n_ids, stride_logits_v, temperature)
+    b_x = load_scaled(p_logits, p_banned, o_v, o_quad[:, None] * 4, n_ids, stride_logits_v, temperature)
     top = tl.max(b_x)
     top_id = tl.min(tl.where(b_x == top, o_v, NO_ID))
     b_others = tl.where(o_v == top_id, float("-inf"), b_x)
@@ -183,8 +183,7 @@ def draw_logprob(b_x, b_top, b_kept_sum, b_noisy):
 @triton.jit(do_not_specialize=SIZES)
 def finish_rows(
     p_logits,  # [R, V]
-    p_banned,  # uint8 [V] or None
-    p_allowed,  # int64 [1]: the lowest id that is not banned
+    p_banned,  # int32 [ceil(V / 32)] or None, see simsd_kernels.banned_mask
     p_temperature,  # float32 [R]
     p_stats,  # float32 [6, R, chunks], see scan_chunks
     p_ids,  # int32 [2, R, chunks]
@@ -211,12 +210,15 @@ def finish_rows(
     b_top, b_top_id, b_second, b_sum, b_moment = summary(p_stats, p_ids, o_r, exists, n_stats, n_chunks, CHUNKS)
     b_best, b_token = best_ids(p_stats + 4 * n_stats, p_ids + n_stats, o_r, exists, n_chunks, CHUNKS)
     b_something = b_best > float("-inf")
-    b_token = tl.where(b_something, b_token.to(tl.int64), tl.load(p_allowed))
+    allowed = 0
+    if p_banned is not None:
+        allowed = lowest_allowed(p_banned, n_ids)
+    b_token = tl.where(b_something, b_token, allowed).to(tl.int64)
     tl.store(p_token + o_r, b_token, exists)
 
     b_banned = b_something == 0
     if p_banned is not None:
-        b_banned = b_banned | (tl.load(p_banned + b_token, exists, other=1) != 0)
+        b_banned = b_banned | is_banned(p_banned, b_token, b_token, exists)
     b_logit = tl.load(p_logits + o_r * stride_logits_r + b_token * stride_logits_v, exists, other=0.0)
     b_x = scaled(b_logit, b_temperature, b_banned)
     b_rest = rescaled(b_sum, b_second, b_top)

@@ -7,8 +7,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from simsd_kernels import dispatch, validate
+from simsd_kernels.banned import check_banned
 from simsd_kernels.ops import implement, refuse_gradients
-from simsd_kernels.sample_logits.api import check_banned
 from simsd_kernels.verify_graph import reference
 from simsd_kernels.verify_graph.arguments import SIGNATURE
 from simsd_kernels.verify_graph.reference import DENOISED, DRAFTED
@@ -73,9 +73,9 @@ def verify_graph(*given, backend: str | None = None, **named) -> Walk:
 
 
 def check(*arguments) -> None:
-    sizes = SIGNATURE.check(*arguments)
     given = SIGNATURE.named(arguments)
-    check_banned(OP, given["banned_ids"], sizes["V"])
+    check_banned(OP, given["banned"], given["target_logits"])
+    SIGNATURE.check(*arguments)
     if given["seed"] is None:
         validate.within(OP, "temperature", given["temperature"], 0.0, 0.0, "0 without seed")
 

@@ -35,7 +35,7 @@ def verify_graph(
     top_k: Tensor | None,
     top_p: Tensor | None,
     seed: Tensor | None,
-    banned_ids: Tensor | None,
+    banned: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """See `api.verify_graph`."""
     batch, states_count, length = states.shape
@@ -56,7 +56,7 @@ def verify_graph(
     draft_blocks_in_rows, proposal_depth = draft_blocks_in_rows.clamp(max=blocks), proposal_depth.clamp(max=blocks)
     rule = schedule, steps, strategy, threshold
     token, *statistics = _draw(
-        *(target_logits, rows, state_revealed, block, start, strategy, temperature, top_k, top_p, seed, banned_ids)
+        *(target_logits, rows, state_revealed, block, start, strategy, temperature, top_k, top_p, seed, banned)
     )
 
     at = torch.zeros_like(slot)  # [B], the state that the walk is at
@@ -135,14 +135,14 @@ def verify_graph(
 
 
 def _draw(
-    target_logits, rows, state_revealed, block, start, strategy, temperature, top_k, top_p, seed, banned_ids
+    target_logits, rows, state_revealed, block, start, strategy, temperature, top_k, top_p, seed, banned
 ) -> tuple[Tensor, ...]:
     """token, prob, log_odds, entropy, draw_logprob, each [B, C, L]: what the target draws at every position of every
     state."""
     index = torch.arange(rows.shape[2], dtype=torch.int32, device=rows.device)
     position = (start[:, None] + block * rows.shape[2])[:, :, None] + index
     key = noise_key(strategy[:, None], state_revealed)[:, :, None]
-    return draw_slots(target_logits, rows, position, key, temperature, top_k, top_p, seed, banned_ids)
+    return draw_slots(target_logits, rows, position, key, temperature, top_k, top_p, seed, banned)
 
 
 def _union(chosen: Tensor, bit: Tensor) -> Tensor:

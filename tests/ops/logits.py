@@ -6,6 +6,7 @@ import math
 
 import torch
 
+import simsd_kernels
 from arguments import Pick, relaid
 from backends import FLOATS, callable_of, sized
 
@@ -48,7 +49,7 @@ def random_banned(pick: Pick, vocabulary: int) -> list[int] | None:
 
 
 sample_logits = callable_of("sample_logits")
-NAMES = ("logits", "temperature", "top_k", "top_p", "seed", "position", "revealed", "banned_ids")
+NAMES = ("logits", "temperature", "top_k", "top_p", "seed", "position", "revealed", "banned")
 
 
 def arguments(logits, temperature=1.0, top_k=0, top_p=1.0, seed=0, position=None, revealed=0, banned=None):
@@ -67,7 +68,7 @@ def arguments(logits, temperature=1.0, top_k=0, top_p=1.0, seed=0, position=None
         spread(seed, torch.int64),
         spread(position, torch.int32),
         spread(revealed, torch.int64),
-        None if banned is None else torch.tensor(banned, dtype=torch.int64),
+        None if banned is None else simsd_kernels.banned_mask(banned, logits.shape[1]),
     )
 
 

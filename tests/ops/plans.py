@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from backends import callable_of
 from rules import STRATEGIES, even, rule
+from simsd_kernels import banned_mask
 from simsd_kernels.plan_block.api import copy_stride
 
 plan_block = callable_of("plan_block")
@@ -16,7 +17,7 @@ plan_block = callable_of("plan_block")
 MASK = 99
 VOCABULARY = 20
 NEVER = 2**30  # draft_end of a draft that did not end the text
-SHARED = ("row_budget", "banned_ids")  # by all slots
+SHARED = ("row_budget", "banned")  # by all slots
 PER_SLOT_RESULTS = (
     *("tokens", "positions", "slots", "clock", "birth", "death"),
     *("states", "state_revealed", "block", "draft_blocks_in_rows"),
@@ -57,7 +58,7 @@ def arguments(batch=1, ahead=1, length=4, number=0, rules=None, blocks_left=None
         "min_visit_prob": torch.zeros(batch),
         "row_budget": ints(10**6),
         **rule(length, *(rules or [(even(length, length), "low_confidence_static", 0.9)] * batch)),
-        **dict.fromkeys(("draft_logits", "temperature", "top_k", "top_p", "seed", "banned_ids")),
+        **dict.fromkeys(("draft_logits", "temperature", "top_k", "top_p", "seed", "banned")),
         "mask_id": MASK,
         "pending": 1,
         "max_states": states,
@@ -169,7 +170,7 @@ def random_case(number, logits=False):
         made["seed"] = slots(range(-9, 9), torch.int64)
         if chance.random() < 0.5:
             made["top_k"], made["top_p"] = slots([0, 5], torch.int32), slots([1.0, 0.9], torch.float32)
-            made["banned_ids"] = torch.tensor([3])
+            made["banned"] = banned_mask([3], VOCABULARY)
     return made
 
 

@@ -7,6 +7,7 @@ import torch
 from arguments import copy_of, same_bits, signed
 from backends import callable_of
 from rules import STRATEGIES, even, rule
+from simsd_kernels import banned_mask
 from simsd_kernels.propose_block.arguments import SIGNATURE
 
 propose_block, sample_logits, reveal = callable_of("propose_block"), callable_of("sample_logits"), callable_of("reveal")
@@ -47,7 +48,7 @@ def slot(tokens=(5, 6, 7, 8), blocks=2, block=0, noise=0, rules=((2, 2), "sequen
         "top_k": None,
         "top_p": None,
         "seed": None,
-        "banned_ids": None,
+        "banned": None,
     }
     return {**made, **given, "block": block, "noise": noise}
 
@@ -109,7 +110,7 @@ def random_case(seed, noise, batch=3, length=4, blocks=2, dtype=torch.float32, f
         "top_k": ints(0, 6, batch) if filters else None,
         "top_p": torch.rand(batch, generator=generator) * 0.5 + 0.5 if filters else None,
         "seed": ints(-(2**63), 2**63 - 1, batch, dtype=torch.int64) if noise else None,
-        "banned_ids": ints(0, VOCABULARY, 2, dtype=torch.int64) if filters else None,
+        "banned": banned_mask(ints(0, VOCABULARY, 2), VOCABULARY) if filters else None,
         "block": block,
         "noise": noise,
     }
@@ -137,7 +138,7 @@ def loop(case, b, backend):
             one("seed", 0),
             torch.tensor([first + i], dtype=torch.int32),
             torch.tensor([0 if sequential else known]),
-            case["banned_ids"],
+            case["banned"],
             backend=backend,
         )
 

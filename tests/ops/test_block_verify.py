@@ -111,7 +111,7 @@ def test_match_at_temperature_draws_as_sample_logits_does(backend):
         rows(seed, torch.int64),
         position.flatten().int(),
         revealed.flatten(),
-        torch.tensor([0, 7]),
+        simsd_kernels.banned_mask([0, 7], target.shape[2]),
         backend=backend,
     )
     expected = drawn.token.view(batch, length)
@@ -281,7 +281,12 @@ REFUSED = [
     ("coin", torch.ones(2, 4), ValueError, r"coin must be in \[0, 1\), got 1.0"),
     ("residual", None, ValueError, "missing: residual"),
     ("residual", torch.tensor([0.5, -0.1]), ValueError, r"residual must be in \[0, 1\), got -0.1"),
-    ("banned_ids", torch.tensor([9]), ValueError, r"banned_ids must be in \[0, 9\), got 9"),
+    (
+        "banned",
+        torch.tensor([8]),
+        TypeError,
+        r"banned must be torch.int32 \[1\], as simsd_kernels.banned_mask\(ids, 9\)",
+    ),
     ("rule", "exact", ValueError, "rule must be one of match, mrs, got 'exact'"),
     ("coin", torch.zeros(2, 4, device="meta"), ValueError, "one device.*coin on meta"),
 ]

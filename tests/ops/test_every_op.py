@@ -9,7 +9,7 @@ from backends import HAS_GPU, backends, compiled, device_of, kernels, sized
 from every_op import OPS, call, on, outputs, same_bits
 from simsd_kernels import dispatch
 
-ANY_LENGTH = ("banned_ids", "text")  # arguments that may have any
+ANY_LENGTH = ("text",)  # arguments that may have any
 OF_ROWS = ("silu_mul", "add_rms_norm", "thin_linear")  # [..., D]: one dimension is one row
 OWN_WORDS = ("store_kv",)  # whose CUDA kernel says otherwise what is wrong
 # Whose reference takes float64.

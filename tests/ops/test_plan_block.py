@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from backends import callable_of
 from plans import MASK, PER_SLOT_RESULTS, alone, arguments, assert_same, cases, graph, ints, plan, random_case, strided
 from rules import STRATEGIES
-from simsd_kernels import INF
+from simsd_kernels import INF, banned_mask
 from simsd_kernels.plan_block.api import copy_stride
 
 sample_logits = callable_of("sample_logits")
@@ -44,7 +44,7 @@ def draws(made, b, block, bits, backend):
         every("seed", 0, torch.int64),
         torch.arange(first, first + length, dtype=torch.int32),
         torch.full((length,), key),
-        made["banned_ids"],
+        made["banned"],
         backend=backend,
     ).token.tolist()
 
@@ -252,7 +252,12 @@ REFUSED = [
     ("top_p", torch.zeros(2), ValueError, r"top_p must be \[B\]"),
     ("seed", torch.zeros(1, dtype=torch.int32), TypeError, "seed must be torch.int64"),
     ("seed", None, ValueError, "temperature must be 0 without seed, got 1.0"),
-    ("banned_ids", torch.tensor([9]), ValueError, r"banned_ids must be in \[0, 9\), got 9"),
+    (
+        "banned",
+        torch.tensor([8]),
+        TypeError,
+        r"banned must be torch.int32 \[1\], as simsd_kernels.banned_mask\(ids, 9\)",
+    ),
     ("pending", -1, ValueError, "pending must be >= 0, got -1"),
     ("max_states", 0, ValueError, r"max_states must be in \[1, 8\], got 0"),
     ("max_states", 9, ValueError, r"max_states must be in \[1, 8\], got 9"),
@@ -272,7 +277,7 @@ def random_arguments(seed):
 def good_arguments():
     return arguments(
         *(), max_states=8, draft_logits=torch.zeros(1, 1, 4, 9), temperature=torch.ones(1), top_k=ints(0),
-        top_p=torch.ones(1), seed=torch.zeros(1, dtype=torch.int64), banned_ids=torch.tensor([8]),
+        top_p=torch.ones(1), seed=torch.zeros(1, dtype=torch.int64), banned=banned_mask([8], 9),
     )  # fmt: skip
 
 

@@ -35,7 +35,7 @@ def test_same_plan_as_the_reference_would_make_of_the_same_draws(monkeypatch, ba
 
 @needs_compiled_ops
 def test_compiled_op_checks_every_number_that_it_writes_by():
-    named = ("start", "end", "kv_len", "banned_ids", "seed")
+    named = ("start", "end", "kv_len", "banned", "seed")
     for name, value in [*((n, v) for n, v, *_ in REFUSED if n in named), ("temperature", None)]:
         with pytest.raises(RuntimeError, match=r"plan_block: "):
             torch.ops.simsd.plan_block(**{**good_arguments(), name: value})
@@ -104,5 +104,5 @@ def test_launches_do_not_depend_on_what_grows(counted):
 
     few, many = (arguments(4, 2, 4, max_states=16, min_visit_prob=torch.full((4,), floor)) for floor in (1.0, 0.0))
     assert launches(few) == launches(many) == 3
-    drawn = good_arguments()  # 8 states, banned ids
+    drawn = good_arguments()  # 8 states, top-k and top-p
     assert launches(drawn) == 3 + 7 * 4

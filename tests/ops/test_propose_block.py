@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from arguments import Pick, copy_of, same_bits, strided
 from backends import FLOATS, backends, callable_of, needs_compiled_ops
 from proposals import NO_END, STATISTICS, TENSORS, VOCABULARY, WRITTEN, as_one_by_one, propose, random_case, slot
-from simsd_kernels import dispatch
+from simsd_kernels import banned_mask, dispatch
 from simsd_kernels.propose_block import reference
 
 propose_block = callable_of("propose_block")
-LANES = tuple(name for name in TENSORS if name not in ("logits", "banned_ids"))
+LANES = tuple(name for name in TENSORS if name not in ("logits", "banned"))
 
 
 @given(
@@ -125,7 +125,7 @@ def test_draft_that_ends_the_text_says_so(backend, stop, prompt_len, revealed, e
 @pytest.mark.parametrize("noise", [0, 1])
 def test_slot_is_the_same_alone_and_in_company(backend, noise):
     case = random_case(11, noise, batch=7)
-    shared = ("logits", "banned_ids", "block", "noise")
+    shared = ("logits", "banned", "block", "noise")
     alone = [
         {name: value if name in shared or value is None else value[b : b + 1].clone() for name, value in case.items()}
         for b in range(7)
@@ -140,7 +140,7 @@ def test_slot_is_the_same_alone_and_in_company(backend, noise):
 @pytest.mark.parametrize("batch, length, stops", [(0, 4, 2), (3, 0, 2), (0, 0, 2), (3, 4, 0)])
 def test_empty_batches_blocks_and_stop_ids_are_fine(backend, batch, length, stops, noise):
     case = slot(noise=noise, seed=torch.tensor([1]), top_k=torch.tensor([3], dtype=torch.int32))
-    for name in set(TENSORS) - {"logits", "banned_ids", "top_p"}:
+    for name in set(TENSORS) - {"logits", "banned", "top_p"}:
         shape = [batch, *case[name].shape[1:]]
         if name == "stop_ids":
             shape[1] = stops
@@ -157,7 +157,7 @@ def test_no_logits_at_all_are_fine_where_nobody_takes_part(backend):
 
 
 def test_logits_without_a_number_propose_the_lowest_id_that_is_allowed(backend):
-    case = slot(logits=torch.full((4, VOCABULARY), math.nan), banned_ids=torch.tensor([0, 1]))
+    case = slot(logits=torch.full((4, VOCABULARY), math.nan), banned=banned_mask([0, 1], VOCABULARY))
     propose(case, backend)
     assert case["draft_tokens"][0, 0].tolist() == [2] * 4 and case["prob"][0, 0].tolist() == [0.0] * 4
 
@@ -175,7 +175,7 @@ def random_arguments(seed):
 def good_arguments():
     """All of them given."""
     options = {"seed": torch.tensor([1]), "top_k": int32(0), "top_p": torch.ones(1)}
-    return slot(**options, banned_ids=torch.zeros(VOCABULARY, dtype=torch.int64))
+    return slot(**options, banned=banned_mask([0], VOCABULARY))
 
 
 REFUSED = [
@@ -208,8 +208,8 @@ REFUSED = [
     ("top_k", int32(-1), ValueError, "top_k must be >= 0"),
     ("top_p", torch.tensor([1.5]), ValueError, r"top_p must be in \[0, 1\]"),
     ("seed", int32(1), TypeError, "seed must be torch.int64"),
-    ("banned_ids", torch.full((VOCABULARY,), VOCABULARY), ValueError, "banned_ids must be in"),
-    ("banned_ids", torch.arange(VOCABULARY), ValueError, "banned_ids must leave an id to draw"),
+    ("banned", torch.tensor([VOCABULARY - 1]), TypeError, r"as simsd_kernels.banned_mask\(ids, .* torch.int64 \[1\]"),
+    ("banned", torch.zeros(VOCABULARY, dtype=torch.int32), ValueError, "banned must be .* makes it, got torch.int32"),
     ("block", 2, ValueError, r"block must be in \[0, 1\], got 2"),
     ("block", -1, ValueError, r"block must be in \[0, 1\], got -1"),
     ("block", 0.0, TypeError, "block must be an integer, got 0.0"),
@@ -246,7 +246,7 @@ def test_logits_in_float64_are_for_the_reference_alone():
         *(("rows", int32([0, row, 2, 3])) for row in (-1, 4, 2**31 - 1)),
         *(("start", int32(start)) for start in (17, 2**31 - 1)),
         ("temperature", torch.tensor([1.0])),
-        ("banned_ids", torch.tensor([VOCABULARY])),
+        ("banned", torch.zeros(9, dtype=torch.int32)),
     ],
 )
 def test_compiled_op_reads_and_writes_nowhere_else(name, wrong):
@@ -306,11 +306,10 @@ def test_long_block_is_denoised_as_by_sample_logits_and_reveal(backend, noise, l
 @backends("emulation")
 @pytest.mark.parametrize(
     "noise, contiguous, banned, launches",
-    [(0, True, 0, 3), (0, False, 0, 4), (0, True, 1, 4), (1, True, 0, 1 + 4 * 3), (1, True, 1, 2 + 4 * 3)],
+    [(0, True, [], 3), (0, False, [], 4), (0, True, [0], 3), (1, True, [], 1 + 4 * 3), (1, True, [0], 1 + 4 * 3)],
 )
 def test_launches_are_two_of_draws_and_a_small_one_a_round(counted, noise, contiguous, banned, launches):
-    """Banned ids are marked once, whatever the rounds."""
-    case = slot(noise=noise, seed=torch.tensor([1]), banned_ids=torch.arange(banned))
+    case = slot(noise=noise, seed=torch.tensor([1]), banned=banned_mask(banned, VOCABULARY))
     case["rows"] = case["rows"] if contiguous else strided(case)["rows"]
     assert counted(lambda: propose(case, "cuda"))["launches"] == launches
 

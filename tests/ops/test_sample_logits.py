@@ -300,10 +300,11 @@ REFUSED = [
     ("seed", torch.zeros(2, dtype=torch.int32), TypeError, "seed must be torch.int64"),
     ("position", torch.zeros(2), TypeError, "position must be torch.int32"),
     ("revealed", torch.zeros(2, 1, dtype=torch.int64), ValueError, "revealed must be"),
-    ("banned_ids", torch.tensor([1, 5]), ValueError, r"banned_ids must be in \[0, 5\), got 5"),
-    ("banned_ids", torch.tensor([-1]), ValueError, r"banned_ids must be in \[0, 5\), got -1"),
-    ("banned_ids", torch.arange(5), ValueError, "must leave an id to draw, got all 5"),
-    ("banned_ids", torch.zeros(1), TypeError, "banned_ids must be torch.int64"),
+    ("banned", [1, 4], TypeError, r"as simsd_kernels.banned_mask\(ids, 5\) makes it, got list"),
+    ("banned", torch.tensor([1, 4]), TypeError, r"banned must be torch.int32 \[1\], as .*got torch.int64 \[2\]"),
+    ("banned", torch.zeros(5, dtype=torch.bool), TypeError, r"banned must be torch.int32 .*got torch.bool \[5\]"),
+    ("banned", torch.zeros(2, dtype=torch.int32), ValueError, r"banned must be torch.int32 \[1\], as .*got .* \[2\]"),
+    ("banned", torch.zeros(1, 1, dtype=torch.int32), ValueError, r"banned must be .*got torch.int32 \[1, 1\]"),
     ("seed", torch.zeros(2, dtype=torch.int64, device="meta"), ValueError, "one device.*seed on meta"),
 ]
 
@@ -350,12 +351,12 @@ def test_values_that_the_api_refuses_are_harmless(backend):
     odd = call(
         top_k=torch.full((4,), -3, dtype=torch.int32),
         top_p=torch.full((4,), 1.5),
-        banned_ids=torch.tensor([-1, 3, 2000, 2**40, -(2**62)]),
+        banned=given["banned"].index_fill(0, torch.tensor(62), -(2**16)) | given["banned"],  # bits of ids from 2000 on
     )
     assert all(map(torch.equal, call(), odd))
     cold = call(temperature=torch.full((4,), -1.0))
     assert torch.equal(cold[0], sample(logits, temperature=0.0, banned=[3], backend="reference").token)
-    everything = call(banned_ids=torch.arange(2000))
+    everything = call(banned=torch.full_like(given["banned"], -1))
     assert everything[0].tolist() == [0] * 4 and everything[1].tolist() == [0.0] * 4
 
 

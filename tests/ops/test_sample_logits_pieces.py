@@ -69,7 +69,7 @@ def test_an_aligned_row_without_filters_is_read_once_and_again_only_where_noise_
     row_bytes = 5000 * dtype.itemsize
     for temperature, most in ((0.0, 1.0), (1.0, 1.5), (0.7, 1.5)):
         counters = counted(lambda heat=temperature: sample(logits, temperature=heat, backend="cuda"))
-        assert 3 * row_bytes <= counters["loaded_bytes"] <= most * 3 * row_bytes and counters["launches"] == 2
+        assert 3 * row_bytes <= counters["loaded_bytes"] <= most * 3 * row_bytes and counters["launches"] == 3
     one = counted(lambda: sample(logits[1:2], top_k=20, position=torch.tensor([1]), backend="cuda"))
     three = counted(lambda: sample(logits, top_k=torch.tensor([0, 20, 0]), backend="cuda"))
     others = counted(lambda: sample(logits[::2], position=torch.tensor([0, 2]), backend="cuda"))
@@ -81,3 +81,47 @@ def test_a_filter_reads_segments_that_cannot_matter_once_more_at_most(counted):
     logits = random_logits(1, 64 * 1024) - 20.0
     logits[0, 5000:5064] += 40.0  # one segment has all that top-k keeps
     assert counted(lambda: sample(logits, top_k=50, backend="cuda"))["loaded_bytes"] < 2.1 * logits.numel() * 4
+
+
+@backends("cuda")
+@each_dtype
+def test_rows_that_many_blocks_filter_are_bit_by_bit_those_that_one_does(backend, dtype):
+    """Some of them many ids share the cutoff's x of, in more than one block's share."""
+    kinds = torch.cat((random_logits(3, 10 * 1024 - 8), torch.zeros(1, 10 * 1024 - 8))).to(dtype)
+    logits, count = kinds.repeat(80, 1), 320  # of one block each, where there are 264 of them
+    top_k, top_p = (torch.tensor(values).repeat(40) for values in ([0, 50, 0, 3, 900, 0, 1, 0], [0.9, 1.0] * 4))
+    settings = {"temperature": 0.8, "seed": 5, "backend": backend}
+    together = sample(logits, top_k=top_k, top_p=top_p, **settings)
+    for row in (*range(8), count - 1):  # alone, of two blocks
+        one = slice(row, row + 1)
+        alone = sample(logits[one], top_k=top_k[one], top_p=top_p[one], position=torch.tensor([row]), **settings)
+        assert all(torch.equal(many[one], few) for many, few in zip(together, alone, strict=True)), row
+    expected = sample(logits[:8], top_k=top_k[:8], top_p=top_p[:8], **{**settings, "backend": "cpu"})
+    assert torch.equal(together.token[:8].cpu(), expected.token)
+    torch.testing.assert_close(together.draw_logprob[:8].cpu(), expected.draw_logprob, rtol=5e-6, atol=5e-6)
+
+
+@backends("emulation")
+@pytest.mark.parametrize("schedule", range(1, 5))
+def test_order_of_blocks_does_not_matter_to_what_they_filter_together(schedule):
+    logits = random_logits(3, 30 * 1024).bfloat16()
+    settings = {"top_k": torch.tensor([0, 700, 0]), "top_p": torch.tensor([0.95, 1.0, 1.0]), "backend": "cuda"}
+    expected = sample(logits, **settings)
+    torch.ops.simsd_emulated.set_schedule(schedule)
+    try:
+        out = sample(logits, **settings)
+    finally:
+        torch.ops.simsd_emulated.set_schedule(0)
+    assert all(map(torch.equal, out, expected))
+
+
+@backends("emulation")
+@pytest.mark.parametrize("rows, blocks", [(1, 19), (8, 8 * 19), (14, 264)])
+def test_few_rows_are_filtered_by_as_many_blocks_as_they_have_work_for(counted, rows, blocks):
+    logits = random_logits(rows, 151_936) - 20.0
+    logits[:, 5000:5064] += 40.0
+    of_scan = rows * min(38, -(-149 // (4 * max(rows * 149 // 2048, 1))))
+    counters = counted(lambda: sample(logits, top_k=50, backend="cuda"))
+    assert counters["blocks"] == of_scan + rows + blocks
+    # What decides is in one segment: the first pass reads the row, the others that segment.
+    assert counters["loaded_bytes"] < 2.1 * logits.numel() * 4

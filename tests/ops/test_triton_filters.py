@@ -9,6 +9,7 @@ import torch
 
 from backends import backends
 from logits import INF, arguments, random_case, random_logits
+from simsd_kernels.banned import is_banned
 from simsd_kernels.sample_logits import reference
 
 OP = "sample_logits"
@@ -18,13 +19,11 @@ pytestmark = backends("triton")
 
 def kept(logits, temperature=1.0, top_k=0, top_p=1.0, banned=None, **_):
     """Boolean [R, V]: what the cutoffs of the kernels keep, and what the definition does."""
-    _, temperature, top_k, top_p, *_, banned_ids = arguments(logits, temperature, top_k, top_p, banned=banned)
-    mask = reference.banned_mask(banned_ids, logits.shape[1], logits.device)
-    x = reference.scale(logits, temperature, mask)
-    banned_bytes = None if banned is None else mask.to(torch.uint8)
+    _, temperature, top_k, top_p, *_, mask = arguments(logits, temperature, top_k, top_p, banned=banned)
+    x = reference.scale(logits, temperature, is_banned(mask, logits.shape[1], logits.device))
     from simsd_kernels.sample_logits.triton import scan
 
-    _, _, cutoff = scan(logits[:, None], banned_bytes, None, None, temperature, top_k, top_p, None, None, None)
+    _, _, cutoff = scan(logits[:, None], mask, None, None, temperature, top_k, top_p, None, None, None)
     bits = torch.where(x == 0, 0.0, x).view(torch.int32)
     key, ids = bits ^ ((bits >> 31) & 0x7FFFFFFF), torch.arange(logits.shape[1])
     last_key, last_id = cutoff[:, :1], cutoff[:, 1:]

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from backends import callable_of, needs_compiled_ops
 from rules import STRATEGIES, even
+from simsd_kernels import banned_mask
 from simsd_kernels.verify_graph.api import DENOISED, DRAFTED
 from simsd_kernels.verify_graph.arguments import SIGNATURE
 from walks import FINISHED, HELD, LAST, ORDER, SHARED, TAKEN, VOCABULARY, arguments, ints, native, replay
@@ -65,7 +66,7 @@ def random_case(number):
         "dtype": pick([torch.float32, torch.float32, torch.bfloat16, torch.float16]),
     }
     if chance.random() < 0.3:
-        given |= {"top_k": slots([0, 3], torch.int32), "banned_ids": torch.tensor([1, 7])}
+        given |= {"top_k": slots([0, 3], torch.int32), "banned": banned_mask([1, 7], VOCABULARY)}
         given |= {"top_p": slots([1.0, 0.8], torch.float32)}
     made = arguments(batch, blocks, length, number, **given)
     if chance.random() < 0.5 and blocks:
@@ -255,8 +256,13 @@ REFUSED = [
     ("top_p", torch.ones(2), ValueError, r"top_p must be \[B\]"),
     ("seed", None, ValueError, "temperature must be 0 without seed, got 0.5"),
     ("seed", torch.zeros(1, dtype=torch.int32), TypeError, "seed must be torch.int64"),
-    ("banned_ids", torch.tensor([VOCABULARY]), ValueError, r"banned_ids must be in \[0, 29\], got 30"),
-    ("banned_ids", torch.arange(VOCABULARY), ValueError, "banned_ids must leave an id to draw"),
+    (
+        "banned",
+        torch.tensor([3]),
+        TypeError,
+        r"simsd_kernels.banned_mask\(ids, 30\) makes it, got torch.int64",
+    ),
+    ("banned", torch.zeros(2, dtype=torch.int32), ValueError, r"banned must be torch.int32 \[1\], as .*got .* \[2\]"),
     ("schedule", torch.zeros(1, 3, dtype=torch.int32), ValueError, r"schedule must be \[B, L\] = \[1, 4\]"),
     ("schedule", ints(1, 1, 1, -1)[None], ValueError, "schedule must be >= 0, got -1"),
     ("steps", ints(5), ValueError, r"steps must be in \[0, 4\], got 5"),
@@ -276,7 +282,7 @@ def random_arguments(seed):
 
 def good_arguments():
     half = torch.full((1,), 0.5)
-    return arguments(temperature=half, top_k=ints(4), top_p=half * 2, banned_ids=torch.tensor([0]))
+    return arguments(temperature=half, top_k=ints(4), top_p=half * 2, banned=banned_mask([0], VOCABULARY))
 
 
 @pytest.mark.parametrize("length", [65, 100])
@@ -291,8 +297,8 @@ BY_POSITION = ("rows", "states", "draft_tokens", "step_map", "prob", "draw_logpr
 
 
 @needs_compiled_ops
-def test_compiled_op_checks_the_noise_key_and_banned_ids_itself():
-    for name, value in (("seed", None), ("banned_ids", torch.tensor([VOCABULARY]))):
+def test_compiled_op_checks_the_noise_key_and_the_mask_itself():
+    for name, value in (("seed", None), ("banned", torch.tensor([3]))):
         with pytest.raises(RuntimeError, match=r"verify_graph: "):
             torch.ops.simsd.verify_graph(**{**good_arguments(), name: value})
 

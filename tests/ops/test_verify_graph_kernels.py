@@ -159,7 +159,7 @@ def test_logits_are_read_for_masked_positions_of_states_in_slots_that_walk(count
     needed = counted(lambda: sample_logits(rows, *given[:4], given[4].int(), given[5], backend="cuda"))
     found = counted(lambda: walk(made, "cuda"))
     assert found["loaded_bytes"] == needed["loaded_bytes"] > 0
-    assert found["launches"] == needed["launches"] + 2
+    assert found["launches"] == 4  # prepare, two of the draws, walk
 
 
 @backends("emulation")

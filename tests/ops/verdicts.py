@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+import simsd_kernels
 from arguments import Pick, relaid
 from backends import FLOATS, callable_of, sized
 from logits import VOCABULARIES, random_banned, random_values
@@ -35,7 +36,7 @@ def arguments(target, draft_ids, known=0, drafted=ALL, temperature=0.0, top_k=No
         made["position"] = spread(rest.pop("position", torch.arange(length)), torch.int32, length)
         made["revealed"] = spread(rest.pop("revealed", 0), torch.int64, length)
     if "banned" in rest:
-        made["banned_ids"] = torch.tensor(rest.pop("banned"), dtype=torch.int64)
+        made["banned"] = simsd_kernels.banned_mask(rest.pop("banned"), target.shape[2])
     return {**made, **rest}
 
 

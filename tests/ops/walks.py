@@ -19,9 +19,9 @@ ORDER = (
     *("target_logits", "rows", "states", "state_revealed", "block", "draft_tokens", "draft_blocks_in_rows"),
     *("proposal_depth", "start", "step", "step_map", "prob", "draw_logprob", "origin"),
     *("temperature", *RULE),
-    *("top_k", "top_p", "seed", "banned_ids"),
+    *("top_k", "top_p", "seed", "banned"),
 )
-SHARED = ("target_logits", "banned_ids")  # by all slots
+SHARED = ("target_logits", "banned")  # by all slots
 
 
 def ints(*values):
@@ -121,7 +121,7 @@ def draw(made, b, c, known, masked, backend):
         every("seed", 0, torch.int64),
         ints(*(first + i for i in masked)),
         torch.full((count,), 0 if sequential else signed(known)),
-        made["banned_ids"],
+        made["banned"],
         backend=backend,
     )
     return dict(zip(masked, zip(*(x.tolist() for x in (*out[:4], out.draw_logprob)), strict=True), strict=True))
@@ -156,7 +156,7 @@ def arguments(batch=1, blocks=2, length=4, number=0, *, rules=None, draft=None, 
         "top_k": None,
         "top_p": None,
         "seed": torch.arange(batch),
-        "banned_ids": None,
+        "banned": None,
         "proposal_depth": slot * blocks,
         "tokens": torch.randint(0, VOCABULARY, (batch, length), generator=generator),
         "known": torch.zeros(batch, dtype=torch.int64),
@@ -238,7 +238,7 @@ def native(made, tokens, known, number, dtype, forwards):
     then, as lists of tokens and steps, the last one current; and the states on the way (block, set)."""
     batch, length = tokens.shape
     state = {name: made[name].clone() for name in ("start", "step", "step_map", "prob", "draw_logprob", "origin")}
-    fixed = ("temperature", "top_k", "top_p", "seed", "banned_ids", *RULE)
+    fixed = ("temperature", "top_k", "top_p", "seed", "banned", *RULE)
     blocks, path = [[] for _ in range(batch)], [[] for _ in range(batch)]
     idle = torch.where(made["start"] < 0, -1, 0).to(torch.int32)[:, None]
     zero = torch.zeros(batch, dtype=torch.int32)

@@ -13,7 +13,7 @@ inline void check_block_verify(DeviceCheck check_device, const Tensor& target_lo
                                const std::optional<Tensor>& seed, const std::optional<Tensor>& position,
                                const std::optional<Tensor>& revealed, const std::optional<Tensor>& draft_logits,
                                const std::optional<Tensor>& coin, const std::optional<Tensor>& residual,
-                               const std::optional<Tensor>& banned_ids, const std::string& rule) {
+                               const std::optional<Tensor>& banned, const std::string& rule) {
     constexpr const char* OP = "block_verify";
     const Expect expect{OP, check_device, target_logits};
     expect.logits("target_logits", target_logits, {-1, -1, -1}, "[B, L, V]");
@@ -35,7 +35,7 @@ inline void check_block_verify(DeviceCheck check_device, const Tensor& target_lo
     check(rule != "mrs" || (draft_logits && coin && residual), OP, ": rule 'mrs' needs draft_logits, coin, residual");
     check(seed.has_value() == position.has_value() && seed.has_value() == revealed.has_value(), OP,
           ": seed, position and revealed go together");
-    expect("banned_ids", banned_ids, {ScalarType::Long}, {-1}, "[n]");
+    expect.banned(banned, vocabulary);
 }
 
 }  // namespace simsd

@@ -31,6 +31,16 @@ struct [[gnu::visibility("hidden")]] Expect {  // as torch's Tensor is
         if (tensor) (*this)(name, *tensor, types, shape, letters);
     }
 
+    // The mask that simsd_kernels.banned_mask makes for so many ids; it may be left out.
+    void banned(const std::optional<Tensor>& tensor, int64_t vocabulary) const {
+        if (!tensor) return;
+        const int64_t words = (vocabulary + 31) / 32;
+        check(tensor->scalar_type() == ScalarType::Int && tensor->dim() == 1 && tensor->size(0) == words, op,
+              ": banned must be torch.int32 [", words, "], as simsd_kernels.banned_mask(ids, ", vocabulary,
+              ") makes it, got ", dtype_text(tensor->scalar_type()), " ", shape_text(*tensor));
+        check_device(op, "banned", *tensor, first);
+    }
+
     // `shape` ends with the vocabulary.
     void logits(const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape,
                 const char* letters) const {

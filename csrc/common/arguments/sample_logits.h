@@ -6,7 +6,7 @@ namespace simsd {
 
 inline void check_sample_logits(DeviceCheck check_device, const Tensor& logits, const Tensor& temperature,
                                 const Tensor& top_k, const Tensor& top_p, const Tensor& seed, const Tensor& position,
-                                const Tensor& revealed, const std::optional<Tensor>& banned_ids) {
+                                const Tensor& revealed, const std::optional<Tensor>& banned) {
     const Expect expect{"sample_logits", check_device, logits};
     expect.logits("logits", logits, {-1, -1}, "[R, V]");
     const int64_t rows = logits.size(0);
@@ -16,7 +16,7 @@ inline void check_sample_logits(DeviceCheck check_device, const Tensor& logits, 
     expect("seed", seed, {ScalarType::Long}, {rows}, "[R]");
     expect("position", position, {ScalarType::Int}, {rows}, "[R]");
     expect("revealed", revealed, {ScalarType::Long}, {rows}, "[R]");
-    expect("banned_ids", banned_ids, {ScalarType::Long}, {-1}, "[n]");
+    expect.banned(banned, logits.size(1));
 }
 
 }  // namespace simsd

@@ -71,11 +71,11 @@ inline PlanParams plan_params(DeviceCheck check_device, const Tensor& text, cons
 inline Sampling draft_sampling(DeviceCheck check_device, const PlanParams& p, const Tensor& text,
                                const Tensor& draft_logits, const std::optional<Tensor>& temperature,
                                const std::optional<Tensor>& top_k, const std::optional<Tensor>& top_p,
-                               const std::optional<Tensor>& seed, const std::optional<Tensor>& banned_ids) {
+                               const std::optional<Tensor>& seed, const std::optional<Tensor>& banned) {
     const Arguments take("plan_block", check_device, text);
     take.expect.logits("draft_logits", draft_logits, {p.batch, p.blocks, p.length, -1}, "[B, K, L, V]");
     check(temperature.has_value(), take.expect.op, ": draft_logits need temperature, got None");
-    take.view<const int64_t>("banned_ids", banned_ids, {-1}, "[n]");
+    take.expect.banned(banned, draft_logits.size(3));
     return take.sampling(*temperature, top_k, top_p, seed, p.batch);
 }
 

@@ -3,23 +3,20 @@
 #include <algorithm>
 #include <functional>
 
-#include "common/check.h"
-
 namespace simsd::vocabulary {
 
-Banned read_banned(const char* op, const std::optional<torch::stable::Tensor>& banned_ids, int64_t vocabulary) {
-    Banned banned;
-    if (!banned_ids.has_value()) return banned;
-    const int64_t* ids = static_cast<const int64_t*>(banned_ids->const_data_ptr());
-    for (int64_t i = 0; i < banned_ids->size(0); ++i) {
-        const int64_t id = ids[i * banned_ids->stride(0)];
-        check(id >= 0 && id < vocabulary, op, ": banned_ids must be in [0, ", vocabulary, "), got ", id);
-        banned.ids.push_back(id);
+Banned::Banned(const std::optional<torch::stable::Tensor>& banned, int64_t vocabulary) : vocabulary(vocabulary) {
+    if (!banned) return;
+    data = static_cast<const int32_t*>(banned->const_data_ptr());
+    stride = banned->stride(0);
+}
+
+int64_t Banned::lowest_allowed() const {
+    for (int64_t index = 0; index * 32 < vocabulary; ++index) {
+        const uint32_t allowed = ~word(index);
+        if (allowed) return index * 32 + __builtin_ctz(allowed) < vocabulary ? index * 32 + __builtin_ctz(allowed) : 0;
     }
-    std::sort(banned.ids.begin(), banned.ids.end());
-    for (const int64_t id : banned.ids) banned.lowest_allowed += id == banned.lowest_allowed;
-    if (banned.lowest_allowed == vocabulary) banned.lowest_allowed = 0;
-    return banned;
+    return 0;
 }
 
 const void* row_pointer(Element element, const void* logits, int64_t offset) {
@@ -29,9 +26,11 @@ const void* row_pointer(Element element, const void* logits, int64_t offset) {
 int64_t Row::load(int64_t begin, int64_t count, float* x) const {
     const int64_t padded =
         kernels().load(element, row_pointer(element, logits, begin * stride), stride, count, divisor, x);
-    const auto& ids = banned->ids;
-    for (auto id = std::lower_bound(ids.begin(), ids.end(), begin); id != ids.end() && *id < begin + count; ++id) {
-        x[*id - begin] = NEGATIVE_INFINITY;
+    for (int64_t index = begin / 32; banned->data && index * 32 < begin + count; ++index) {
+        for (uint32_t left = banned->word(index); left; left &= left - 1) {
+            const int64_t id = index * 32 + __builtin_ctz(left);
+            if (id >= begin && id < begin + count) x[id - begin] = NEGATIVE_INFINITY;
+        }
     }
     return padded;
 }
@@ -172,7 +171,7 @@ Draw draw_row(const Row& row, const Filter& filter, const NoiseKey* key, Workspa
     Best best{NEGATIVE_INFINITY, NEGATIVE_INFINITY, -1};
     if (filtered) work.x.resize((row.vocabulary + BLOCK - 1) / BLOCK * BLOCK, NEGATIVE_INFINITY);
     const Summary summary = summarise(row, filtered ? work.x.data() : nullptr, filtered ? nullptr : key, &best);
-    if (summary.empty()) return {row.banned->lowest_allowed, NEGATIVE_INFINITY, NEGATIVE_INFINITY, summary};
+    if (summary.empty()) return {row.banned->lowest_allowed(), NEGATIVE_INFINITY, NEGATIVE_INFINITY, summary};
     if (!key) return {summary.best, summary.top, 0.0f, summary};
     double total = summary.total();
     if (filtered) {

@@ -16,14 +16,18 @@ namespace simsd::vocabulary {
 
 constexpr float NEGATIVE_INFINITY = -std::numeric_limits<float>::infinity();
 
-// Sorted ids that count as -inf, and the lowest id that is not among them (0 if there is none).
+// Ids that count as -inf: bit id % 32 of word id / 32, as simsd_kernels.banned_mask makes them. Null data bans none.
 struct Banned {
-    std::vector<int64_t> ids;
-    int64_t lowest_allowed = 0;
-};
+    const int32_t* data = nullptr;
+    int64_t stride = 0, vocabulary = 0;
 
-// Throws where an id is not in [0, vocabulary); the tensor itself must have been checked.
-Banned read_banned(const char* op, const std::optional<torch::stable::Tensor>& banned_ids, int64_t vocabulary);
+    Banned(const std::optional<torch::stable::Tensor>& banned,
+           int64_t vocabulary);  // the tensor must have been checked
+
+    uint32_t word(int64_t index) const { return data ? static_cast<uint32_t>(data[index * stride]) : 0; }
+    // The lowest id that is not banned; 0 if there is none.
+    int64_t lowest_allowed() const;
+};
 
 // x = logits / divisor with banned ids and NaN at -inf.
 struct Row {

@@ -23,13 +23,13 @@ class SlotLogits {
   public:
     // Of logits whose last dimension is the vocabulary; all tensors must have been checked.
     SlotLogits(const char* op, const Tensor& logits, const control::Sampling& sampling,
-               const std::optional<Tensor>& banned_ids, int64_t batch)
+               const std::optional<Tensor>& banned, int64_t batch)
         : element_(element_of<Element>(logits)),
           data_(logits.const_data_ptr()),
           stride_(logits.stride(logits.dim() - 1)),
           vocabulary_(logits.size(logits.dim() - 1)),
           sampling_(sampling),
-          banned_(read_banned(op, banned_ids, vocabulary_)) {
+          banned_(banned, vocabulary_) {
         for (int64_t b = 0; b < batch && sampling.seed.data == nullptr; ++b) {
             check(!noisy(b), op, ": temperature must be 0 without seed, got ", sampling.temperature[b]);
         }

@@ -28,9 +28,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> block_verify(
     const Tensor temperature, const std::optional<Tensor> top_k, const std::optional<Tensor> top_p,
     const std::optional<Tensor> seed, const std::optional<Tensor> position, const std::optional<Tensor> revealed,
     const std::optional<Tensor> draft_logits, const std::optional<Tensor> coin, const std::optional<Tensor> residual,
-    const std::optional<Tensor> banned_ids, const std::string rule) {
+    const std::optional<Tensor> banned, const std::string rule) {
     check_block_verify(check_same_device, target_logits, draft_ids, known, drafted, temperature, top_k, top_p, seed,
-                       position, revealed, draft_logits, coin, residual, banned_ids, rule);
+                       position, revealed, draft_logits, coin, residual, banned, rule);
     const int64_t batch = target_logits.size(0), length = target_logits.size(1), vocabulary = target_logits.size(2);
     const bool mrs = rule == "mrs";
     check_vocabulary(OP, "target_logits", vocabulary);
@@ -46,7 +46,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> block_verify(
     Tensor prob = allocate({batch, length}, ScalarType::Float),
            draw_logprob = allocate({batch, length}, ScalarType::Float);
     const int64_t rows = batch * length, laws_bytes = rows * static_cast<int64_t>(sizeof(sample::Law));
-    Tensor scratch = allocate({mrs ? 2 : 1, sample::scratch_bytes(rows, vocabulary)}, ScalarType::Byte);
+    const int64_t scratch_bytes = sample::scratch_bytes(rows, vocabulary, top_k || top_p);
+    Tensor scratch = allocate({mrs ? 2 : 1, scratch_bytes}, ScalarType::Byte);
     Tensor chosen = allocate({2, rows}, ScalarType::Int);
     Tensor laws = allocate({2, mrs ? laws_bytes : 0}, ScalarType::Byte);
     Tensor draft_tokens = allocate({mrs ? rows : 0}, ScalarType::Long);
@@ -81,7 +82,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> block_verify(
     target.temperature = per_row<float>(temperature, group);
     target.top_k = per_row<int32_t>(top_k, group);
     target.top_p = per_row<float>(top_p, group);
-    set_banned(target, banned_ids);
+    const auto mask = set_banned(target, banned);
     target.scratch = bytes(scratch, 0);
     target.token = params.target_ids;
     if (mrs) {
@@ -90,7 +91,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> block_verify(
         params.draft.row_index = params.draft_rows;
         params.draft.token = static_cast<int64_t*>(bytes(draft_tokens, 0));
         params.draft.law = static_cast<sample::Law*>(bytes(laws, laws_bytes));
-        params.draft.scratch = bytes(scratch, sample::scratch_bytes(rows, vocabulary));
+        params.draft.scratch = bytes(scratch, scratch_bytes);
         target.law = static_cast<sample::Law*>(bytes(laws, 0));
     } else if (seed) {
         target.seed = per_row<int64_t>(seed, group);

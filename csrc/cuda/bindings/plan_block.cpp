@@ -89,7 +89,7 @@ control::PlanTensors plan_block(
     const Tensor order_sharpness, const Tensor min_visit_prob, const Tensor row_budget, const Tensor schedule,
     const Tensor steps, const Tensor strategy, const Tensor threshold, const std::optional<Tensor> draft_logits,
     const std::optional<Tensor> temperature, const std::optional<Tensor> top_k, const std::optional<Tensor> top_p,
-    const std::optional<Tensor> seed, const std::optional<Tensor> banned_ids, int64_t mask_id, int64_t pending,
+    const std::optional<Tensor> seed, const std::optional<Tensor> banned, int64_t mask_id, int64_t pending,
     int64_t max_states, int64_t logits_rows, int64_t scratch, int64_t kv_slots, int64_t stride) {
     control::PlanWork w{};
     PlanParams& p = w.given;
@@ -102,8 +102,8 @@ control::PlanTensors plan_block(
     control::Sampling sampling{};
     const int64_t rows = p.batch * p.length;
     if (draft_logits) {
-        sampling = control::draft_sampling(check_same_device, p, text, *draft_logits, temperature, top_k, top_p, seed,
-                                           banned_ids);
+        sampling =
+            control::draft_sampling(check_same_device, p, text, *draft_logits, temperature, top_k, top_p, seed, banned);
         logits = *draft_logits;
         check_vocabulary(OP, "draft_logits", logits.size(3));
         check_rows(OP, rows * p.blocks);
@@ -122,7 +122,7 @@ control::PlanTensors plan_block(
             logits = torch::stable::contiguous(logits);
             fold_rows(logits, draw);
         }
-        scratch_bytes = sample::scratch_bytes(rows, draw.vocabulary);
+        scratch_bytes = sample::scratch_bytes(rows, draw.vocabulary, top_k || top_p);
     }
     const bool draws = draft_logits.has_value();
     const int64_t bytes = place(w, draws, scratch_bytes, &draw.scratch, nullptr);
@@ -147,7 +147,7 @@ control::PlanTensors plan_block(
     draw.seed = per_row(sampling.seed, p.length);
     draw.position = {d.position, {1, 0}, 1};
     draw.revealed = {d.key, {1, 0}, p.length};
-    set_banned(draw, banned_ids);
+    const auto mask = set_banned(draw, banned);
     draw.token = d.token;
     draw.prob = d.prob;
     draw.log_odds = d.log_odds;

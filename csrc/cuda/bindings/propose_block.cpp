@@ -16,15 +16,14 @@ void propose_block(const Tensor logits, const Tensor rows, Tensor text, const Te
                    Tensor proposal_depth, Tensor draft_end, const Tensor prompt_len, const Tensor stop_ids,
                    const Tensor temperature, const Tensor schedule, const Tensor steps, const Tensor strategy,
                    const Tensor threshold, const std::optional<Tensor> top_k, const std::optional<Tensor> top_p,
-                   const std::optional<Tensor> seed, const std::optional<Tensor> banned_ids, int64_t block,
-                   int64_t noise) {
+                   const std::optional<Tensor> seed, const std::optional<Tensor> banned, int64_t block, int64_t noise) {
     control::BlockDraws draws{};
     control::ProposeParams& p = draws.given;
     p = control::propose_params(check_same_device, logits, rows, text, start, revealed, step, draft_tokens, prob,
                                 log_odds, entropy, proposal_depth, draft_end, prompt_len, stop_ids, schedule, steps,
                                 strategy, threshold, temperature, block, noise);
     const control::Arguments take(OP, check_same_device, logits);
-    take.view<const int64_t>("banned_ids", banned_ids, {-1}, "[n]");
+    take.expect.banned(banned, logits.size(1));
     const control::Sampling sampling = take.sampling(temperature, top_k, top_p, seed, p.batch);
     const int64_t vocabulary = logits.size(1), count = p.batch * p.length;
     check_vocabulary(OP, "logits", vocabulary);
@@ -65,12 +64,13 @@ void propose_block(const Tensor logits, const Tensor rows, Tensor text, const Te
     }
     draw.position = {draws.position, {1, 0}, 1};
     draw.revealed = {draws.key, {1, 0}, p.length};
-    set_banned(draw, banned_ids);
+    const auto mask = set_banned(draw, banned);
     draw.token = draws.token;
     draw.prob = draws.prob;
     draw.log_odds = draws.log_odds;
     draw.entropy = draws.entropy;
-    const Tensor scratch = allocate(sample::scratch_bytes(draw.tasks(), vocabulary), ScalarType::Byte);
+    const Tensor scratch =
+        allocate(sample::scratch_bytes(draw.tasks(), vocabulary, draw.may_filter()), ScalarType::Byte);
     draw.scratch = scratch.mutable_data_ptr();
 
     // The argmax needs no key, and revealed positions may be drawn in vain.
@@ -81,7 +81,6 @@ void propose_block(const Tensor logits, const Tensor rows, Tensor text, const Te
         control::launch_prepare(draws, device.stream());
     }
     for (int round = 0; round < p.rounds(); ++round) {
-        draw.banned_are_marked = round > 0;
         sample::launch_sample(draw, device.stream());
         control::launch_settle(draws, round, device.stream());
     }

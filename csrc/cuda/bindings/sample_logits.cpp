@@ -16,8 +16,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sample_logits(const T
                                                                          const Tensor top_k, const Tensor top_p,
                                                                          const Tensor seed, const Tensor position,
                                                                          const Tensor revealed,
-                                                                         const std::optional<Tensor> banned_ids) {
-    check_sample_logits(check_same_device, logits, temperature, top_k, top_p, seed, position, revealed, banned_ids);
+                                                                         const std::optional<Tensor> banned) {
+    check_sample_logits(check_same_device, logits, temperature, top_k, top_p, seed, position, revealed, banned);
     const int64_t rows = logits.size(0), vocabulary = logits.size(1);
     check_vocabulary(OP, "logits", vocabulary);
     check_rows(OP, rows);
@@ -28,7 +28,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sample_logits(const T
     Tensor prob = statistic(), log_odds = statistic(), entropy = statistic(), logsumexp = statistic();
     Tensor draw_logprob = statistic();
     if (rows == 0) return {token, prob, log_odds, entropy, logsumexp, draw_logprob};
-    Tensor scratch = allocate_like(logits, {sample::scratch_bytes(rows, vocabulary)}, ScalarType::Byte);
+    Tensor scratch = allocate_like(logits, {sample::scratch_bytes(rows, vocabulary, true)}, ScalarType::Byte);
 
     sample::Params params{};
     params.logits = logits.const_data_ptr();
@@ -44,7 +44,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sample_logits(const T
     params.seed = per_row<int64_t>(seed);
     params.position = per_row<int32_t>(position);
     params.revealed = per_row<int64_t>(revealed);
-    set_banned(params, banned_ids);
+    const auto mask = set_banned(params, banned);
     params.token = static_cast<int64_t*>(token.mutable_data_ptr());
     params.prob = static_cast<float*>(prob.mutable_data_ptr());
     params.log_odds = static_cast<float*>(log_odds.mutable_data_ptr());

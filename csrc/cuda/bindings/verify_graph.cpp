@@ -19,14 +19,14 @@ control::WalkTensors verify_graph(const Tensor target_logits, const Tensor rows,
                                   const Tensor schedule, const Tensor steps, const Tensor strategy,
                                   const Tensor threshold, const std::optional<Tensor> top_k,
                                   const std::optional<Tensor> top_p, const std::optional<Tensor> seed,
-                                  const std::optional<Tensor> banned_ids) {
+                                  const std::optional<Tensor> banned) {
     control::StateDraws draws{};
     control::VerifyParams& p = draws.given;
     p = control::verify_params(check_same_device, target_logits, rows, states, state_revealed, block, draft_tokens,
                                draft_blocks_in_rows, proposal_depth, start, step, step_map, prob, draw_logprob, origin,
                                schedule, steps, strategy, threshold);
     const control::Arguments take(OP, check_same_device, target_logits);
-    take.view<const int64_t>("banned_ids", banned_ids, {-1}, "[n]");
+    take.expect.banned(banned, target_logits.size(1));
     const control::Sampling sampling = take.sampling(temperature, top_k, top_p, seed, p.batch);
     const int64_t vocabulary = target_logits.size(1), states_at_all = p.batch * p.state_count;
     const int64_t count = states_at_all * p.length;
@@ -73,13 +73,14 @@ control::WalkTensors verify_graph(const Tensor target_logits, const Tensor rows,
     draw.seed = per_row(sampling.seed, group);
     draw.position = {draws.position, {1, 0}, 1};
     draw.revealed = {draws.key, {1, 0}, p.length};
-    set_banned(draw, banned_ids);
+    const auto mask = set_banned(draw, banned);
     draw.token = draws.token;
     draw.prob = draws.prob;
     draw.log_odds = draws.log_odds;
     draw.entropy = draws.entropy;
     draw.draw_logprob = draws.logprob;
-    const Tensor scratch = allocate({sample::scratch_bytes(draw.tasks(), vocabulary)}, ScalarType::Byte);
+    const Tensor scratch =
+        allocate({sample::scratch_bytes(draw.tasks(), vocabulary, draw.may_filter())}, ScalarType::Byte);
     draw.scratch = scratch.mutable_data_ptr();
     if (count > 0) sample::launch_sample(draw, device.stream());
     control::launch_walk(draws, device.stream());

@@ -21,11 +21,12 @@ inline void check_rows(const char* op, int64_t rows) {
     check(rows <= MOST_IDS, op, ": draws at most ", MOST_IDS, " rows at once, got ", rows);
 }
 
-inline void set_banned(sample::Params& params, const std::optional<Tensor>& banned_ids) {
-    if (!banned_ids || banned_ids->size(0) == 0) return;
-    params.banned_ids = static_cast<const int64_t*>(banned_ids->const_data_ptr());
-    params.banned_count = banned_ids->size(0);
-    params.banned_stride = banned_ids->stride(0);
+// Returns what must live until the launches: the mask, whose words lie side by side.
+[[nodiscard]] inline std::optional<Tensor> set_banned(sample::Params& params, const std::optional<Tensor>& banned) {
+    if (!banned) return banned;
+    const Tensor mask = torch::stable::contiguous(*banned);
+    params.banned = static_cast<const uint32_t*>(mask.const_data_ptr());
+    return mask;
 }
 
 // One value for each of `group` neighbouring rows, from [rows / group]; or one for each row, from [rows / group,

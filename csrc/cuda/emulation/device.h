@@ -260,6 +260,10 @@ inline T atomic_compare_exchange(T* address, T expected, T desired) {
     return old;
 }
 inline void device_fence() {}
+inline int32_t wait_for(const int32_t* address, int32_t least) {
+    if (*address < least) emulation::fail("waits for a block that has yet to run");
+    return *address;
+}
 
 inline void copy_async_16(void* to, const void* from, bool valid = true) { emulation::copy_async(to, from, valid); }
 inline void copy_commit() { emulation::copy_commit(); }

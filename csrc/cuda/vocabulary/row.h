@@ -15,7 +15,7 @@ constexpr int32_t NO_ID = INT32_MAX;
 // Ids per segment and per lane of it. A constant, so that sums run in the same order whatever the rows and the GPU.
 constexpr int SEGMENT = 1024;
 constexpr int PER_LANE = SEGMENT / WARP;
-constexpr int WORDS = SEGMENT / 32;  // of the bitmask of banned ids, one for each lane
+constexpr int WORDS = SEGMENT / 32;  // of the mask of banned ids, one for each lane
 
 // A unit is what a lane loads at once. Neighbouring lanes take neighbouring units; a lane's ids rise with the index.
 template <typename T>
@@ -75,7 +75,7 @@ struct Row {
     int64_t stride;
     int32_t vocabulary;
     bool vector;             // whether a unit is one aligned load
-    const uint32_t* banned;  // bitmask, WORDS words a segment, or nullptr
+    const uint32_t* banned;  // see sample::Params
     Divisor divisor;
 
     SIMSD_DEVICE float at(int32_t id) const {
@@ -93,7 +93,7 @@ struct Row {
 #pragma unroll
         for (int i = 0; i < COUNT; i += UNIT<T>) read(first + i, x + i);
         scale(x);
-        if (!banned) return;
+        if (!banned || first >= vocabulary) return;
         const uint32_t bits = banned[first / 32] >> (first % 32);
 #pragma unroll
         for (int e = 0; e < COUNT; ++e) x[e] = bits >> e & 1 ? -INFINITE : x[e];
@@ -131,6 +131,17 @@ struct Row {
     }
 };
 
+// The lowest id that is not banned, 0 where there is none (warp).
+SIMSD_DEVICE int32_t lowest_allowed(const sample::Params& p) {
+    for (int32_t first = 0; p.banned && first < p.vocabulary; first += SEGMENT) {
+        const int32_t id = first + lane_index() * 32;
+        const uint32_t allowed = id < p.vocabulary ? ~p.banned[id / 32] : 0;
+        const int32_t lowest = lanes_min(allowed ? id + lowest_bit(allowed) : NO_ID);
+        if (lowest != NO_ID) return lowest < p.vocabulary ? lowest : 0;
+    }
+    return 0;
+}
+
 SIMSD_ANYWHERE int32_t segments_of(int32_t vocabulary) { return (vocabulary + SEGMENT - 1) / SEGMENT; }
 
 template <typename T>
@@ -154,9 +165,9 @@ SIMSD_DEVICE Divisor divisor_of(const sample::Params& p, int32_t row) {
 
 // Row `row` of those to draw, as it lies in memory; null logits where it has none.
 template <typename T>
-SIMSD_DEVICE Row<T> unscaled_row_of(const sample::Params& p, int32_t row, const uint32_t* banned) {
+SIMSD_DEVICE Row<T> unscaled_row_of(const sample::Params& p, int32_t row) {
     const int32_t from = p.row_index ? p.row_index[row] : row;
-    Row<T> out{nullptr, p.logits_strides[2], p.vocabulary, false, banned, Divisor(1.0f)};
+    Row<T> out{nullptr, p.logits_strides[2], p.vocabulary, false, p.banned, Divisor(1.0f)};
     if (from < 0 || from >= p.logit_rows) return out;
     out.logits = static_cast<const T*>(p.logits);
     if (p.logits_inner == 1) {
@@ -169,8 +180,8 @@ SIMSD_DEVICE Row<T> unscaled_row_of(const sample::Params& p, int32_t row, const 
 }
 
 template <typename T>
-SIMSD_DEVICE Row<T> row_of(const sample::Params& p, int32_t row, const uint32_t* banned) {
-    Row<T> out = unscaled_row_of<T>(p, row, banned);
+SIMSD_DEVICE Row<T> row_of(const sample::Params& p, int32_t row) {
+    Row<T> out = unscaled_row_of<T>(p, row);
     out.divisor = divisor_of(p, row);
     return out;
 }
@@ -202,7 +213,7 @@ struct AnyRow {
     }
 };
 
-SIMSD_DEVICE AnyRow any_row_of(const sample::Params& p, int32_t row, const uint32_t* banned) {
+SIMSD_DEVICE AnyRow any_row_of(const sample::Params& p, int32_t row) {
     const auto bytes = [](const auto& typed) {
         return Row<uint8_t>{reinterpret_cast<const uint8_t*>(typed.logits),
                             typed.stride,
@@ -211,8 +222,8 @@ SIMSD_DEVICE AnyRow any_row_of(const sample::Params& p, int32_t row, const uint3
                             typed.banned,
                             typed.divisor};
     };
-    if (p.element == sample::Element::float32) return {p.element, bytes(row_of<float>(p, row, banned))};
-    return {p.element, bytes(row_of<Bfloat16>(p, row, banned))};
+    if (p.element == sample::Element::float32) return {p.element, bytes(row_of<float>(p, row))};
+    return {p.element, bytes(row_of<Bfloat16>(p, row))};
 }
 
 // What top-k and top-p do to a row, as far as it is known without reading it.

@@ -43,9 +43,12 @@ struct Held {
     SIMSD_DEVICE void load(const Row<T>& row, int32_t segment) {
         const int32_t id = id_at<T>(segment, 0), left = row.vocabulary - id;
         const T* address = row.logits + id;
+        const int32_t word = segment * WORDS + lane_index();
+        banned = 0;
         if (left > (PER_LANE / UNIT<T> - 1) * WARP * UNIT<T>) {
 #pragma unroll
             for (int w = 0; w < HELD<T>; w += 4) set(w, load_16(address + w / 4 * WARP * UNIT<T>));
+            if (row.banned) banned = row.banned[word];
         } else {
 #pragma unroll
             for (int w = 0; w < HELD<T>; w += 4) {
@@ -53,8 +56,8 @@ struct Held {
                 if (left > w / 4 * WARP * UNIT<T>) bytes = load_16(address + w / 4 * WARP * UNIT<T>);
                 set(w, bytes);
             }
+            if (row.banned && word * 32 < row.vocabulary) banned = row.banned[word];
         }
-        banned = row.banned ? row.banned[segment * WORDS + lane_index()] : 0;
     }
     SIMSD_DEVICE void set(int first, const Bytes16& bytes) {
 #pragma unroll

@@ -18,18 +18,8 @@ struct alignas(16) Partial {
     int32_t unused;
 };
 
-// The scratch: the partials of every row, the bitmask of banned ids (whole segments), the lowest id outside it.
-struct Scratch {
-    Partial* partials;  // [rows, segments]
-    uint32_t* banned;   // [segments * WORDS]
-    int32_t* lowest;    // [1]
-};
-
-SIMSD_ANYWHERE Scratch scratch_of(const sample::Params& p) {
-    const int64_t segments = segments_of(p.vocabulary);
-    auto* partials = static_cast<Partial*>(p.scratch);
-    auto* banned = reinterpret_cast<uint32_t*>(partials + p.tasks() * segments);
-    return {partials, banned, reinterpret_cast<int32_t*>(banned + segments * WORDS)};
+SIMSD_DEVICE Partial* partials_of(const sample::Params& p, int32_t task) {
+    return static_cast<Partial*>(p.scratch) + static_cast<int64_t>(task) * segments_of(p.vocabulary);
 }
 
 struct Summary {

@@ -73,7 +73,7 @@ def mrs_op_law(subject: Subject, alpha: float) -> Check:
     """The rule on real rows: x drawn from the draft's softmax, accepted or replaced, against the target's softmax."""
     target_logits, draft_logits = mrs_rows(subject)
     draws, top_k, vocabulary = 8 * subject.settings.seeds, MRS_TOP_K, target_logits.numel()
-    banned = torch.tensor(subject.target.banned_ids, device=target_logits.device)
+    banned = kernels.banned_mask(subject.target.banned_ids, vocabulary, target_logits.device)
     generator = torch.Generator().manual_seed(0)
     p, q = (probabilities(x[None], subject.target.banned_ids, top_k)[0] for x in (target_logits, draft_logits))
     drafts = torch.multinomial(q.cpu(), draws, replacement=True, generator=generator)
@@ -92,7 +92,7 @@ def mrs_op_law(subject: Subject, alpha: float) -> Check:
             draft_logits=draft_logits.expand(count, 1, -1),
             coin=coins[part][:, None].to(device),
             residual=residuals[part].to(device),
-            banned_ids=banned,
+            banned=banned,
             rule="mrs",
         )
         tokens.append(verdict.tokens[:, 0])

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+import simsd_kernels as kernels
 from simsd.decode.fields import Fields, Layout
 from simsd_kernels.advance_slots.api import NO_END
 
@@ -95,17 +96,13 @@ class Slots:
         capacity: int,
         lookahead: int,
         stop_ids: int,
-        banned_ids: Sequence[int] | None,
         device: torch.device,
         top_logprobs: int = 0,
     ) -> None:
-        """`capacity`: positions of the longest sequence, whole blocks. `banned_ids`: never generated, see `banned`;
-        None: `ban` comes later."""
+        """`capacity`: positions of the longest sequence, whole blocks. `ban` says before an iteration what it bans."""
         self.count, self.length, self.capacity, self.lookahead = count, length, capacity, lookahead
         self.device, self.top_logprobs = device, top_logprobs
-        self._banned_ids: dict[tuple[int, ...], Tensor] = {}
-        if banned_ids is not None:
-            self.ban(banned_ids)
+        self._banned: dict[tuple[int, ...], Tensor] = {}
         self._fields = Fields(layout(length, stop_ids), count, device)
         vars(self).update(self._fields.views)
         # A walk may write this far behind the last block that counts.
@@ -128,17 +125,16 @@ class Slots:
         self.nothing = torch.zeros(count, dtype=torch.int32, device=device)
         self.start.fill_(-1)
 
-    def ban(self, ids: Sequence[int], allowed: tuple[int, ...] = ()) -> None:
-        """Sets what iterations ban where their shape has these `allowed_ids`: all of `ids` but those. Once for each:
-        a captured iteration reads that memory."""
-        if allowed in self._banned_ids:
-            return
-        kept = [i for i in ids if i not in allowed]
-        self._banned_ids[allowed] = torch.tensor(kept, dtype=torch.int64, device=self.device)
+    def ban(self, ids: Sequence[int], vocabulary: int, allowed: tuple[int, ...] = ()) -> None:
+        """Sets what iterations ban where their shape has these `allowed_ids`: all of `ids`, of so many that logits are
+        of, but those. Once for each: a captured iteration reads that memory."""
+        if allowed not in self._banned:
+            kept = [i for i in ids if i not in allowed]
+            self._banned[allowed] = kernels.banned_mask(kept, vocabulary, self.device)
 
     def banned(self, allowed: tuple[int, ...]) -> Tensor:
-        """int64 [n], the ids that an iteration never generates."""
-        return self._banned_ids[allowed]
+        """The mask of the ids that an iteration never generates, as `simsd_kernels.banned_mask` makes it."""
+        return self._banned[allowed]
 
     def proposal(self, blocks: int) -> Proposal:
         """The first blocks of the standing proposal."""
@@ -184,7 +180,7 @@ class Slots:
     def twin(self, device: torch.device) -> Slots:
         """Free slots of the same sizes for a draft, which knows nothing of `top_logprobs`."""
         sizes = self.count, self.length, self.capacity, self.lookahead, self.stop_ids.shape[1]
-        return Slots(*sizes, None, device)
+        return Slots(*sizes, device)
 
     def copy(self, other: Slots, noise: bool) -> None:
         """Becomes what the other is, of the same sizes, on whatever device; `draft_logits` with `noise`."""
@@ -194,8 +190,8 @@ class Slots:
             mine.copy_(new, non_blocking=True)
         if noise:
             self.draft_logits.copy_(other.draft_logits, non_blocking=True)
-        for allowed in other._banned_ids.keys() - self._banned_ids.keys():
-            self._banned_ids[allowed] = other._banned_ids[allowed].to(self.device)
+        for allowed in other._banned.keys() - self._banned.keys():
+            self._banned[allowed] = other._banned[allowed].to(self.device)
 
     @torch.inference_mode()
     def close(self, slot: int | slice) -> None:

@@ -19,6 +19,7 @@ from simsd.decode.tops import of_block
 from simsd.models.attention import unchecked
 from simsd.models.runner import ModelRunner
 from simsd_kernels import noise
+from simsd_kernels.banned import is_banned
 
 if TYPE_CHECKING:
     from simsd.decode.iteration import Shape
@@ -128,7 +129,7 @@ def judge(
         slots.seed,
         slots.span(drafts.at.clamp(min=0)),
         drafts.drawn_under,
-        banned_ids=slots.banned(shape.allowed_ids),
+        banned=slots.banned(shape.allowed_ids),
         rule=shape.temporal.accept,
         **_coins(slots, drafts, known, shape),
     )
@@ -270,7 +271,8 @@ def _gate_ends(
 def _log_probs(slots: Slots, logits: Tensor, banned: Tensor) -> Tensor:
     """[B, L, V] of what a token's probability is taken of: no filters, temperature 0 counts as 1."""
     heat = torch.where(slots.temperature > 0, slots.temperature, 1.0)[:, None, None]
-    return (logits.float() / heat).index_fill(2, banned, -torch.inf).log_softmax(2)
+    x = logits.float() / heat
+    return x.masked_fill(is_banned(banned, x.shape[2], x.device), -torch.inf).log_softmax(2)
 
 
 def _commit(slots: Slots, drafts: Drafts, verdict: Verdict, known: Tensor, accepted: Tensor, report: Report) -> None:

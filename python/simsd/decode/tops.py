@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import simsd_kernels as kernels
+from simsd_kernels.banned import is_banned
 from simsd_kernels.sample_logits.reference import scale
 
 if TYPE_CHECKING:
@@ -26,14 +27,14 @@ class Tops(NamedTuple):
     margin: Tensor
 
 
-def rank(logits: Tensor, tokens: Tensor, temperature: Tensor, banned: Tensor, count: int) -> Tops:
+def rank(logits: Tensor, tokens: Tensor, temperature: Tensor, banned: Tensor | None, count: int) -> Tops:
     """The `count` most probable ids of each row: of softmax(logits / temperature), at temperature 0 softmax(logits),
     over all ids but the banned.
 
     Args:
-        logits: [M, V]. tokens: integers [M], revealed there. temperature: float32 [M]. banned: int64 [n].
+        logits: [M, V]. tokens: integers [M], revealed there. temperature: float32 [M]. banned: a mask, or None.
     """
-    x = scale(logits, temperature, False).index_fill_(1, banned, -torch.inf)
+    x = scale(logits, temperature, is_banned(banned, logits.shape[1], logits.device))
     # Floats in order as integers; `topk` itself breaks ties as it likes.
     bits = (x + 0.0).view(torch.int32)  # -0.0 becomes 0.0
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)

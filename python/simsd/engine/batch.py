@@ -46,9 +46,10 @@ class Batch:
         self.target, self.draft, self.config, self.places = target, draft, config, places
         self.block_length, self._banned = block_length, target.banned_ids
         self.slots = Slots(
-            *(config.max_batch, block_length, capacity, drafted_blocks(config), stop_ids, self._banned, target.device),
+            *(config.max_batch, block_length, capacity, drafted_blocks(config), stop_ids, target.device),
             top_logprobs=min(config.top_logprobs, target.vocab_size),
         )
+        self.slots.ban(self._banned, target.vocab_size)
         kept = config.max_batch * places.states * block_length
         beside = config.draft_device is not None
         self._tables, *runners = places.runners(target, draft, parts.packed, kept, beside)
@@ -83,7 +84,7 @@ class Batch:
         self.set_pages([(slot, 0, pages + [-1] * (self.places.positions - len(pages)))])
         # The mask token stays banned whatever ends a text.
         allowed = tuple(sorted(set(request.end_ids).intersection(self._banned) - {self.target.mask_token_id}))
-        slots.ban(self._banned, allowed)
+        slots.ban(self._banned, self.target.vocab_size, allowed)
         lacking = start - kv_lens[0], start - kv_lens[1]
         most_pages = self.places.most_pages(request.limit, length)
         return Occupant(request, epoch, pages, path, start, kv_lens, *lacking, allowed, most_pages)
