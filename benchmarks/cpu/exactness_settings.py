@@ -12,8 +12,8 @@ import torch
 
 import simsd
 from simsd.config import STRATEGIES, GenerationConfig
+from simsd.models.families.sdar import SDARConfig, SDARForCausalLM, SDARMoeConfig, SDARMoeForCausalLM
 from simsd.models.loading import LoadedModel
-from simsd.models.sdar import SDARConfig, SDARForCausalLM, SDARMoeConfig, SDARMoeForCausalLM
 from simsd.tasks import FAMILIES, held_out
 
 ONE_FACTOR = "built-in pair, one factor changed"

@@ -258,7 +258,7 @@ def _draft(assistant: nn.Module | LoadedModel | str, target: LoadedModel, mask_t
         return assistant
     if not isinstance(assistant, nn.Module):
         return load(assistant, mask_token_id=mask_token_id)
-    recorded = weights.module_config(assistant)
+    _, recorded = weights.module_config(assistant)
     if mask_token_id is None and recorded.mask_token_id is None:
         mask_token_id = target.mask_token_id
     return load(assistant, block_length=recorded.block_length or target.block_length, mask_token_id=mask_token_id)
