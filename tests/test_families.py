@@ -18,10 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 import simsd
-from simsd import SimsdError
-from simsd.models import families
 from simsd.models.fused import obstacle
-from small_checkpoints import edit_json
 
 FIXTURES = Path(__file__).parent / "published_families"
 MASK = 46

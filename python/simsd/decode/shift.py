@@ -27,7 +27,7 @@ def shifted(plan: kernels.Plan, start: Tensor, kv_len: Tensor, pending: int) -> 
         kv_len: int32 [B], as the plan was made with: the first pending row is at that position.
         pending: P, blocks of rows before those of the K drafted blocks.
     """
-    (batch, rows), (_, states, length) = plan.tokens.shape, plan.states.shape
+    rows, (_, states, length) = plan.tokens.shape[1], plan.states.shape
     first_state = rows - states * length
     slot, row = plan.logits_index // rows, plan.logits_index % rows
     state = (row - first_state).clamp(min=0) // length

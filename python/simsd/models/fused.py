@@ -1,4 +1,5 @@
-"""Layers of Qwen3, Qwen2 and Llama in four matrix products and five ops each, on the transformers module's own weights.
+"""Layers of Qwen3, Qwen2, Llama and GLM-4 MoE in four matrix products and five ops each, on the transformers modules'
+own weights.
 
 A layer's query, key and value matrices lie side by side in memory, and so do its gate and up matrices: one product
 takes them all, the module's parameters are views of it, nothing is stored twice. Architectures that these layers do not
@@ -19,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
 from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
+from transformers.models.glm4_moe import modeling_glm4_moe as glm
 from transformers.models.llama import modeling_llama as llama
 from transformers.models.qwen2 import modeling_qwen2 as qwen2
 from transformers.models.qwen3 import modeling_qwen3 as dense
@@ -32,15 +34,31 @@ from simsd.models.stock import Attend, StockLayers
 from simsd.models.weights import join
 from simsd_kernels import add_rms_norm, qk_norm_rope_store, silu_mul, thin_linear, validate
 
-_LAYERS = (dense.Qwen3DecoderLayer, moe.Qwen3MoeDecoderLayer, qwen2.Qwen2DecoderLayer, llama.LlamaDecoderLayer)
-_ATTENTIONS = (dense.Qwen3Attention, moe.Qwen3MoeAttention, qwen2.Qwen2Attention, llama.LlamaAttention)
-_NORMS = (dense.Qwen3RMSNorm, moe.Qwen3MoeRMSNorm, qwen2.Qwen2RMSNorm, llama.LlamaRMSNorm)
-_MLPS = (dense.Qwen3MLP, moe.Qwen3MoeMLP, qwen2.Qwen2MLP, llama.LlamaMLP)
+_LAYERS = (
+    dense.Qwen3DecoderLayer,
+    moe.Qwen3MoeDecoderLayer,
+    qwen2.Qwen2DecoderLayer,
+    llama.LlamaDecoderLayer,
+    glm.Glm4MoeDecoderLayer,
+)
+_ATTENTIONS = (
+    dense.Qwen3Attention,
+    moe.Qwen3MoeAttention,
+    qwen2.Qwen2Attention,
+    llama.LlamaAttention,
+    glm.Glm4MoeAttention,
+)
+_NORMS = (dense.Qwen3RMSNorm, moe.Qwen3MoeRMSNorm, qwen2.Qwen2RMSNorm, llama.LlamaRMSNorm, glm.Glm4MoeRMSNorm)
+_MLPS = (dense.Qwen3MLP, moe.Qwen3MoeMLP, qwen2.Qwen2MLP, llama.LlamaMLP, glm.Glm4MoeMLP)
+_MIXTURES = (moe.Qwen3MoeSparseMoeBlock, glm.Glm4MoeMoE)
+_ROUTERS = (moe.Qwen3MoeTopKRouter, glm.Glm4MoeTopkRouter)
+_EXPERTS = (moe.Qwen3MoeExperts, glm.Glm4MoeExperts)
 _ROTARIES = (
     dense.Qwen3RotaryEmbedding,
     moe.Qwen3MoeRotaryEmbedding,
     qwen2.Qwen2RotaryEmbedding,
     llama.LlamaRotaryEmbedding,
+    glm.Glm4MoeRotaryEmbedding,
 )
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 _SILU = (SiLUActivation, nn.SiLU)
@@ -108,11 +126,14 @@ def _replaced(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module, tuple[ty
         head_norms = [attention._modules[name] for name in ("q_norm", "k_norm") if name in attention._modules]
         for norm in (layer.input_layernorm, layer.post_attention_layernorm, *head_norms):
             yield f"a norm of layer {i}", norm, _NORMS
-        yield f"mlp {i}", mlp, (*_MLPS, moe.Qwen3MoeSparseMoeBlock)
-        if stock_class(mlp) in _MLPS:
-            for name in ("gate_proj", "up_proj", "down_proj"):
-                yield f"{name} {i}", getattr(mlp, name), linear
-            yield f"activation {i}", mlp.act_fn, _SILU
+        yield f"mlp {i}", mlp, (*_MLPS, *_MIXTURES)
+        if (shared := mlp._modules.get("shared_experts")) is not None:
+            yield f"shared experts {i}", shared, _MLPS
+        for dense_mlp in (mlp, shared):
+            if stock_class(dense_mlp) in _MLPS:
+                for name in ("gate_proj", "up_proj", "down_proj"):
+                    yield f"{name} {i}", getattr(dense_mlp, name), linear
+                yield f"activation {i}", dense_mlp.act_fn, _SILU
     yield "norm", base.norm, _NORMS
     yield "lm_head", model.lm_head, linear
 
@@ -161,6 +182,7 @@ class FusedLayers:
 
         # What `is_current` compares.
         parents = [model, base, base.layers, *(m for layer in base.layers for m in (layer, layer.self_attn, layer.mlp))]
+        parents += [shared for layer in base.layers if (shared := layer.mlp._modules.get("shared_experts")) is not None]
         children, attributes = [m._modules for m in parents], [vars(m) for m in self._watched]
         self._kinds = [type(module) for module in self._watched]
         self._hooks = [hooks for module in self._watched for hooks in _hooks(module)]
@@ -200,10 +222,13 @@ class FusedLayers:
 
     def _mlp(self, mlp: nn.Module, deterministic: bool) -> Callable[[Tensor], Tensor]:
         """The MLP half of a layer: [M, H], normed, to [M, H]."""
-        if stock_class(mlp) is moe.Qwen3MoeSparseMoeBlock:
+        if stock_class(mlp) in _MIXTURES:
             if self._is_thin and _is_known_mixture(mlp):
                 self._watched += [mlp.gate, mlp.experts, mlp.experts.act_fn]
-                return lambda x: mixture_of_experts(mlp, x)
+                if "shared_experts" not in mlp._modules:
+                    return lambda x: mixture_of_experts(mlp, x)
+                shared = self._mlp(mlp.shared_experts, deterministic)
+                return lambda x: mixture_of_experts(mlp, x).add_(shared(x))
             self.row_invariant = self.row_invariant and deterministic
             return lambda x: mlp(x[None])[0]
         self._joined += [mlp.gate_proj.weight, mlp.up_proj.weight]
@@ -263,12 +288,8 @@ class FusedLayers:
 
 def _is_known_mixture(block: nn.Module) -> bool:
     """Whether `mixture_of_experts` computes what the block does."""
-    parts = {
-        block: moe.Qwen3MoeSparseMoeBlock,
-        block.gate: moe.Qwen3MoeTopKRouter,
-        block.experts: moe.Qwen3MoeExperts,
-    }
+    parts = {block: _MIXTURES, block.gate: _ROUTERS, block.experts: _EXPERTS}
     return stock_class(block.experts.act_fn) in _SILU and all(
-        stock_class(part) is kind and not any(_hooks(part)) and "forward" not in vars(part)
-        for part, kind in parts.items()
+        stock_class(part) in kinds and not any(_hooks(part)) and "forward" not in vars(part)
+        for part, kinds in parts.items()
     )
