@@ -47,6 +47,19 @@ def check_config(source: str, config: PreTrainedConfig) -> None:
         raise SimsdError(
             f"{source}: num_experts_per_tok must be from 1 to num_experts {experts}, got {config.num_experts_per_tok}"
         )
+    if experts and hasattr(config, "n_group"):
+        _check_groups(source, experts, config)
+
+
+def _check_groups(source: str, experts: int, config: PreTrainedConfig) -> None:
+    """Of a router that chooses among the experts of the best groups."""
+    groups, best, chosen = config.n_group, config.topk_group, config.num_experts_per_tok
+    if groups < 1 or experts % groups or experts < 2 * groups:
+        raise SimsdError(f"{source}: {experts} experts cannot be in {groups} groups evenly, with two or more in each")
+    if not 1 <= best <= groups:
+        raise SimsdError(f"{source}: topk_group must be from 1 to n_group {groups}, got {best}")
+    if chosen > (most := best * experts // groups):
+        raise SimsdError(f"{source}: num_experts_per_tok {chosen} exceeds the {most} experts of topk_group {best}")
 
 
 def _check_windows(source: str, config: PreTrainedConfig) -> None:

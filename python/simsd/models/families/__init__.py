@@ -116,7 +116,7 @@ FAMILIES = (
         name="stable_diffcoder",
         models="Stable-DiffCoder-8B",
         stock="Llama",
-        checked="modeling_stable_diffcoder.py of Stable-DiffCoder-8B-Instruct",
+        checked="modeling_stable_diffcoder.py of Stable-DiffCoder-8B-Instruct (2026-03-09)",
         module="a2d",
         config="A2DLlamaConfig",
         model="A2DLlamaForCausalLM",
@@ -129,7 +129,7 @@ FAMILIES = (
         name="llada2",
         models="LLaDA2.0-mini, LLaDA2.0-flash",
         stock="GLM-4 MoE",
-        checked="modeling_llada2_moe.py and sampler.py of dllm's llada2 (ZHZisZZ/dllm ca17675)",
+        checked="modeling_llada2_moe.py with its generate (ZHZisZZ/dllm ca17675)",
         module="llada2",
         config="LLaDA2Config",
         model="LLaDA2ForCausalLM",
@@ -143,14 +143,42 @@ FAMILIES = (
 
 @dataclasses.dataclass(frozen=True)
 class Refusal:
-    """Models that are known and not decoded: `pattern` matches their model_type, architecture or name."""
+    """Models that are known and not decoded, unless the caller names a family: `pattern` matches their model_type, an
+    architecture of theirs, or the name of their folder."""
 
     models: str
     pattern: str
     reason: str
 
 
-REFUSALS: tuple[Refusal, ...] = ()
+_WHOLE = "it denoises the whole sequence at once, so that no block is ever finished and its keys and values kept"
+REFUSALS = (
+    Refusal("Dream", r"^(Dream|DreamModel|DreamForCausalLM)$", _WHOLE),
+    Refusal("LLaDA", r"^(llada|llada_moe|LLaDAModelLM|LLaDAMoEModelLM)$", _WHOLE),
+    Refusal("MDLM", r"(^|[-_.])mdlm([-_.]|$)", _WHOLE),
+    Refusal(
+        "LLaDA2.1",
+        r"LLaDA2\.1",
+        "its token editing changes what is revealed, and here that stays: family='llada2' decodes it without",
+    ),
+    Refusal(
+        "DiffusionGemma",
+        r"^(diffusion_gemma|DiffusionGemma\w*)$",
+        "its renoising masks what was revealed again, and here what is revealed stays",
+    ),
+    Refusal(
+        "Fast-dLLM v2",
+        r"^(Fast_dLLM_Qwen|Fast_dLLM_QwenForCausalLM)$",
+        "it decodes its blocks of 32 by sub-blocks of 8, which no strategy here does: family='qwen2', block_length=32,"
+        " mask_token_id=151665, shift=True decodes it without",
+    ),
+    Refusal(
+        "Efficient-DLM",
+        r"^(edlm|EfficientDLM)$",
+        "its published files were not to be had to compare with: if its tensors have Qwen3's names, family='qwen3',"
+        " block_length=32, mask_token_id=151662 loads it",
+    ),
+)
 
 
 def by_name(name: object) -> Family:
@@ -171,12 +199,18 @@ def of_checkpoint(source: str, fields: Mapping[str, object]) -> Family:
     named = [str(name) for name in architectures] if isinstance(architectures, list) else []
     found = [family for family in FAMILIES if model_type in family.model_types]
     for refusal in REFUSALS:
-        if any(re.search(refusal.pattern, text) for text in (str(model_type), *named, source)):
+        if any(re.search(refusal.pattern, text) for text in (str(model_type), *named, _published_name(source))):
             raise SimsdError(f"{source}: {refusal.models} is not supported: {refusal.reason}")
     for family in found:
         if family.architecture is None or family.architecture in named:
             return family
     raise SimsdError(f"{source}: model_type {model_type!r} is not supported{_advice(model_type)}")
+
+
+def _published_name(folder: str) -> str:
+    """That of a folder, or of the repository whose snapshot it is."""
+    snapshot = re.search(r"models--[^/\\]*--([^/\\]+)[/\\]snapshots[/\\][^/\\]+$", folder)
+    return snapshot[1] if snapshot else re.split(r"[/\\]", folder)[-1]
 
 
 def of_config(config: object) -> Family:
