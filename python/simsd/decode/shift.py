@@ -32,7 +32,8 @@ def shifted(plan: kernels.Plan, start: Tensor, kv_len: Tensor, pending: int) -> 
     slot, row = plan.logits_index // rows, plan.logits_index % rows
     state = (row - first_state).clamp(min=0) // length
     block = plan.block[slot, state]
-    last_token = torch.where(start > 0, start - 1 - kv_len, first_state)[slot]
-    of_block_before = torch.where(block > 0, (pending + block) * length - 1, last_token)
-    row = torch.where(row % length > 0, row - 1, of_block_before.clamp(min=0))
+    last_token = torch.where(start > 0, start - 1 - kv_len, -1)[slot]
+    before = torch.where(block > 0, (pending + block) * length - 1, last_token)
+    before = torch.where(row % length > 0, row - 1, before)
+    row = torch.where(before >= 0, before, row)
     return plan._replace(logits_index=slot * rows + row)
