@@ -164,6 +164,10 @@ REFUSED = {
     "LLaDA2.1-mini": ({"model_type": "llada2_moe"}, "LLaDA2.1 is not supported: its token editing"),
     "gemma": ({"model_type": "diffusion_gemma"}, "DiffusionGemma is not supported: its renoising"),
     "Efficient-DLM-8B": ({"model_type": "edlm", "architectures": ["EfficientDLM"]}, "Efficient-DLM is not supported:"),
+    "Fast_dLLM_v2_7B": (
+        {"model_type": "Fast_dLLM_Qwen", "architectures": ["Fast_dLLM_QwenForCausalLM"]},
+        "Fast-dLLM v2 is not supported: .* sub-blocks of 8",
+    ),
     "mamba": ({"model_type": "mamba2"}, "model_type 'mamba2' is not supported: sdar, sdar_moe, a2d-qwen3, .* are"),
     "no type": ({"model_type": None}, "model_type None is not supported"),
     "a list": ({"model_type": ["llama"]}, r"model_type \['llama'\] is not supported"),
@@ -183,6 +187,22 @@ def test_what_cannot_be_decoded_is_refused_by_name_with_the_reason(name, tmp_pat
 def test_llada2_1_decodes_without_editing_where_its_family_is_named(tmp_path):
     folder = write(tmp_path / "LLaDA2.1-mini", "llada2")
     assert load(folder, "llada2", family="llada2").block_length == 8
+
+
+@pytest.mark.parametrize(
+    ("model_type", "kind", "settings"),
+    [
+        ("Fast_dLLM_Qwen", "qwen2", {"family": "qwen2", "mask_token_id": MASK, "shift": True}),
+        ("edlm", "qwen3", {"family": "qwen3", "block_length": 32, "mask_token_id": MASK}),
+    ],
+)
+def test_what_a_refusal_advises_loads(model_type, kind, settings, tmp_path):
+    folder = write(tmp_path, f"a2d_{kind}")
+    edit_json(folder / "config.json", model_type=model_type, architectures=["X"], bd_size=32)
+    loaded = simsd.load(folder, **settings)
+    assert (loaded.block_length, loaded.shift) == (32, settings.get("shift", False))
+    config = simsd.GenerationConfig(max_new_tokens=32, end_token_ids=())
+    assert len(simsd.generate(loaded, [[5, 6]], config=config)[0].tokens) == 32
 
 
 def test_a_cached_snapshot_is_refused_by_the_name_of_its_repository(tmp_path):
@@ -238,3 +258,66 @@ def test_a_router_is_read_in_full_precision_whatever_the_weights_are(tmp_path):
     gate = loaded.model.model.layers[1].mlp.gate
     assert (gate.weight.dtype, gate.e_score_correction_bias.dtype) == (torch.bfloat16, torch.float32)
     assert loaded.deterministic
+
+
+# Layers
+
+
+@each
+def test_a_deterministic_modules_rows_do_not_notice_later_ones(name, tmp_path):
+    loaded = load(write(tmp_path, name), name, deterministic=True)
+    tokens = torch.tensor(fixture(name)["tokens"])
+    with torch.no_grad():
+        whole = loaded.model(tokens, use_cache=False).logits
+        for rows in (8, 16, 24):
+            assert torch.equal(loaded.model(tokens[:, :rows], use_cache=False).logits, whole[:, :rows])
+
+
+def text_of(loaded: simsd.LoadedModel) -> list[int]:
+    return simsd.generate(loaded, [[5, 6, 7]], max_new_tokens=16, end_token_ids=(), verify="none")[0].tokens
+
+
+def write_bias(model) -> None:
+    model.model.layers[0].self_attn.v_proj.bias.mul_(-30)
+
+
+def replace_bias(model) -> None:
+    projection = model.model.layers[1].self_attn.q_proj
+    projection.bias = torch.nn.Parameter(torch.full_like(projection.bias, 3.0))
+
+
+def replace_shared_experts(model) -> None:
+    shared = model.model.layers[1].mlp.shared_experts
+    shared.down_proj = torch.nn.Linear(shared.down_proj.in_features, shared.down_proj.out_features, bias=False)
+
+
+def hook_shared_experts(model) -> None:
+    model.model.layers[2].mlp.shared_experts.register_forward_hook(lambda module, inputs, out: 9 * out)
+
+
+def write_router_bias(model) -> None:
+    model.model.layers[1].mlp.gate.e_score_correction_bias.copy_(torch.linspace(0, 9, 16))
+
+
+CHANGES = {
+    "a bias": ("a2d_qwen2", write_bias, True),
+    "another bias": ("a2d_qwen2", replace_bias, True),
+    "no bias on keys": ("a2d_qwen2", lambda m: setattr(m.model.layers[0].self_attn.k_proj, "bias", None), False),
+    "another module": ("llada2", replace_shared_experts, True),
+    "a hook": ("llada2", hook_shared_experts, False),
+    "the router's bias": ("llada2", write_router_bias, True),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_weights_and_modules_that_change_count_at_once(change, tmp_path):
+    name, apply, fused = CHANGES[change]
+    loaded = load(write(tmp_path, name), name, deterministic=False)
+    before = text_of(loaded)
+    with torch.no_grad():
+        apply(loaded.model)
+    assert (obstacle(loaded.model) is None) == fused
+    found = text_of(loaded)
+    loaded.model.model.norm.register_forward_hook(lambda module, inputs, out: out)  # the stock modules run now
+    assert obstacle(loaded.model) == "norm has a hook" or not fused
+    assert found == text_of(loaded) != before

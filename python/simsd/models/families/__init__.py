@@ -175,8 +175,8 @@ REFUSALS = (
     Refusal(
         "Efficient-DLM",
         r"^(edlm|EfficientDLM)$",
-        "its published files were not to be had to compare with: if its tensors have Qwen3's names, family='qwen3',"
-        " block_length=32, mask_token_id=151662 loads it",
+        "its published code was not to be had to compare with: its tensors have Qwen3's names, so family='qwen3',"
+        " block_length=32, mask_token_id=151662 loads it, unchecked",
     ),
 )
 
