@@ -8,7 +8,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from simsd.models.sdar import SDARConfig, SDARForCausalLM
+from simsd.models.families.sdar import SDARConfig, SDARForCausalLM
 
 MASK, END = "<|MASK|>", "<|end|>"
 VOCABULARY = 258

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import simsd
-from simsd.models.sdar import SDARConfig, SDARForCausalLM
+from simsd.models.families.sdar import SDARConfig, SDARForCausalLM
 
 MASK = 61
 END = 60

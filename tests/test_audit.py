@@ -15,8 +15,8 @@ from simsd.decode import iteration
 from simsd.decode.rows import STRIDE
 from simsd.decode.slots import Slots
 from simsd.errors import SimsdError
+from simsd.models.families.sdar import SDARMoeConfig, SDARMoeForCausalLM
 from simsd.models.runner import ModelRunner
-from simsd.models.sdar import SDARMoeConfig, SDARMoeForCausalLM
 from simsd.results import Result, Stats
 from small_checkpoints import BASE, MOE
 from stand_ins import MASK, disturbed, random_sdar

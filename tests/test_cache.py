@@ -127,7 +127,7 @@ def test_a_compiled_forward_sees_each_call_s_slots(model, tokens):
 
 
 def config():
-    return simsd.models.sdar.SDARConfig(**BASE)
+    return simsd.models.families.sdar.SDARConfig(**BASE)
 
 
 def test_update_stores_a_layer_and_returns_views_of_its_slots():

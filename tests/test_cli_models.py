@@ -9,8 +9,6 @@ import pytest
 from huggingface_hub import constants
 
 import byte_pair
-from simsd.cli import models
-from simsd.models import weights
 
 
 @pytest.fixture
@@ -29,17 +27,13 @@ def cached(cache, name: str, revision: str = "abc", **changes):
     return folder
 
 
-def test_the_kinds_are_those_that_load():
-    assert set(models.MODEL_TYPES) == set(weights.MODEL_CLASSES)
-
-
 def test_built_in_and_cached_models_are_listed_with_their_sizes(run, cache):
     cached(cache, "JetLM/SDAR-1.7B-Chat", block_length=None, block_size=8)
     cached(cache, "org/other", model_type="llama")
     (cache / "models--org--empty").mkdir()
     code, out, err = run("models")
     assert (code, err) == (0, "")
-    lines = {line.split()[0]: line for line in out.splitlines() if line.startswith("  ")}
+    lines = {line.split()[0]: line for line in out.split("families")[0].splitlines() if line.startswith("  ")}
     assert list(lines) == ["tiny-target", "tiny-draft", "JetLM/SDAR-1.7B-Chat"]
     assert "2.01 M parameters, 8 layers of 128, vocabulary 1713, block length 4, 8.1 MB" in lines["tiny-target"]
     assert "2 layers of 32, vocabulary 258, block length 8" in lines["JetLM/SDAR-1.7B-Chat"]
@@ -65,4 +59,22 @@ def test_a_checkpoint_without_all_of_its_weights_says_so(run, cache):
 
 def test_an_empty_cache_says_what_would_be_there(run, cache):
     code, out, _ = run("models")
-    assert code == 0 and f"cached in {cache}\n  none of model_type sdar or sdar_moe\n" in out
+    assert code == 0 and f"cached in {cache}\n  none of a family that loads\n" in out
+
+
+def test_families_are_listed_with_what_they_were_checked_against_and_refusals_with_reasons(run, cache):
+    code, out, err = run("models")
+    assert (code, err) == (0, "")
+    assert "  llada2: LLaDA2.0-mini, LLaDA2.0-flash; GLM-4 MoE's layers; blocks of 32, mask token 156895" in out
+    assert "  stable_diffcoder: Stable-DiffCoder-8B; Llama's layers; blocks of 4, mask token 5" in out
+    assert "  Dream: it denoises the whole sequence at once" in out
+    listed = json.loads(run("models", "--json")[1])
+    assert {"sdar", "qwen3", "llada2"} <= {family["name"] for family in listed["families"]}
+    assert all(family["checked"] for family in listed["families"])
+
+
+def test_a_cached_model_of_a_stock_type_counts_by_its_architecture(run, cache):
+    cached(cache, "ByteDance-Seed/Stable-DiffCoder", model_type="llama", architectures=["StableDiffcoderForCausalLM"])
+    cached(cache, "org/LLaDA2.1-mini", model_type="llada2_moe")
+    _, out, _ = run("models", "--json")
+    assert [model["name"] for model in json.loads(out)["cached"]] == ["ByteDance-Seed/Stable-DiffCoder"]

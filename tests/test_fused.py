@@ -12,10 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import simsd
 from simsd.models.deterministic import make_deterministic
+from simsd.models.families.sdar import SDARConfig, SDARForCausalLM, SDARMoeConfig, SDARMoeForCausalLM
 from simsd.models.fused import FusedLayers, layers_of, obstacle
 from simsd.models.loading import LoadedModel
 from simsd.models.runner import ModelRunner
-from simsd.models.sdar import SDARConfig, SDARForCausalLM, SDARMoeConfig, SDARMoeForCausalLM
 from simsd.models.stock import StockLayers
 from simsd.models.weights import join
 from simsd_kernels import INF, dispatch
@@ -391,7 +391,7 @@ def test_an_adapter_that_is_taken_off_again_leaves_fused_layers():
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"attention_bias": True}, "q_proj 0 has a bias"),
+        ({"attention_bias": True}, "o_proj 0 has a bias"),
         ({"hidden_act": "gelu"}, "activation 0 is GELUActivation"),
     ],
     ids=["biases", "another activation"],

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM, pi
 import simsd
 from hf_runs import MANY, NEW, PROMPT, draft, greedy, run, tokenizer  # noqa: F401
 from simsd import SimsdError, hf
-from simsd.models.sdar import SDARMoeConfig, SDARMoeForCausalLM
+from simsd.models.families.sdar import SDARMoeConfig, SDARMoeForCausalLM
 from stand_ins import MASK, random_sdar
 
 pytestmark = pytest.mark.usefixtures("one_thread")

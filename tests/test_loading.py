@@ -270,7 +270,11 @@ BROKEN = {
     ),
     "model_type": (
         lambda f: edit_json(f / "config.json", model_type="llama"),
-        "'llama' is not supported: sdar or sdar_moe",
+        "'llama' is not supported without .* pass family='llama', block_length= and mask_token_id=",
+    ),
+    "unknown_model_type": (
+        lambda f: edit_json(f / "config.json", model_type="gemma3"),
+        "'gemma3' is not supported: sdar, sdar_moe, a2d-qwen3",
     ),
     "quantized": (lambda f: edit_json(f / "config.json", quantization_config={"bits": 4}), "quantized"),
     "no_weights": (

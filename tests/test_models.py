@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import simsd
 from simsd import SimsdError
-from simsd.models.sdar import SDARConfig, SDARForCausalLM, SDARMoeForCausalLM
+from simsd.models.families.sdar import SDARConfig, SDARForCausalLM, SDARMoeForCausalLM
 from simsd_kernels import Visibility
 from small_checkpoints import BASE, MASK_ID, VOCABULARY, stock_block_causal_logits, write_checkpoint
 
@@ -260,7 +260,7 @@ def test_experts_are_computed_as_qwen3_moe_computes_them():
     code = """
 from small_checkpoints import BASE, MOE
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-from simsd.models.sdar import SDARMoeConfig, SDARMoeForCausalLM
+from simsd.models.families.sdar import SDARMoeConfig, SDARMoeForCausalLM
 ours = SDARMoeForCausalLM(SDARMoeConfig(**BASE, **MOE)).config._experts_implementation
 theirs = Qwen3MoeForCausalLM(Qwen3MoeConfig(**BASE, **MOE)).config._experts_implementation
 assert ours == theirs, (ours, theirs)

@@ -17,7 +17,7 @@ import published
 import simsd
 from published import ENDOFTEXT, IM_END, MASK_ID, VOCABULARY
 from simsd import SimsdError
-from simsd.models.sdar import SDARForCausalLM
+from simsd.models.families.sdar import SDARForCausalLM
 from small_checkpoints import edit_json, stock_block_causal_logits
 
 PROMPTS = [[5, 9, 200, 31, 7], [77, 8, 120]]

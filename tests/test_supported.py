@@ -7,7 +7,7 @@ import torch
 
 import simsd
 from simsd import SimsdError
-from simsd.models.sdar import SDARConfig, SDARForCausalLM, SDARMoeConfig, SDARMoeForCausalLM
+from simsd.models.families.sdar import SDARConfig, SDARForCausalLM, SDARMoeConfig, SDARMoeForCausalLM
 from small_checkpoints import BASE, MASK_ID, MOE, edit_json, write_checkpoint
 from stand_ins import random_sdar
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 import simsd
 from simsd import SimsdError
-from simsd.models.sdar import SDARConfig, SDARForCausalLM
+from simsd.models.families.sdar import SDARConfig, SDARForCausalLM
 from simsd.models.tokenizer import known_ids, read_tokenizer
 from small_checkpoints import BASE, edit_json, write_checkpoint
 

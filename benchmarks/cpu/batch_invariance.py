@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
 import simsd
+from simsd.models.families.sdar import SDARMoeConfig, SDARMoeForCausalLM
 from simsd.models.loading import LoadedModel
-from simsd.models.sdar import SDARMoeConfig, SDARMoeForCausalLM
 from simsd_kernels import INF, Visibility, masked_attention, sample_logits
 
 from ..contest import Bench

@@ -12,8 +12,8 @@ import torch
 
 import simsd
 from simsd.config import STRATEGIES, GenerationConfig
+from simsd.models import families
 from simsd.models.loading import LoadedModel
-from simsd.models.sdar import SDARConfig, SDARForCausalLM, SDARMoeConfig, SDARMoeForCausalLM
 from simsd.tasks import FAMILIES, held_out
 
 ONE_FACTOR = "built-in pair, one factor changed"
@@ -41,7 +41,8 @@ class Shape:
     changes: tuple[tuple[str, int], ...] = ()
     block_length: int = 4
     steps: int | None = None
-    moe: bool = False
+    family: str = "sdar"
+    shift: bool = False
     dtype: str = "float32"
     deterministic: bool = True
 
@@ -67,12 +68,24 @@ SHAPES = {
     "intermediate size 100": Shape((("intermediate_size", 100),)),
     "bfloat16": Shape(dtype="bfloat16"),
     "bfloat16, block 8": Shape(block_length=8, dtype="bfloat16"),
-    "MoE": Shape(moe=True),
-    "MoE, block 8": Shape(block_length=8, moe=True),
+    "MoE": Shape(family="sdar_moe"),
+    "MoE, block 8": Shape(block_length=8, family="sdar_moe"),
+    "shift": Shape(shift=True),
+    "shift, block 8, T = 3": Shape(block_length=8, steps=3, shift=True),
+    "shift, block 5, bfloat16": Shape(block_length=5, shift=True, dtype="bfloat16"),
+    "Qwen2, shift": Shape(family="qwen2", shift=True),
+    "Llama": Shape(family="llama"),
+    "LLaDA2": Shape(family="llada2"),
+    "LLaDA2, bfloat16": Shape(family="llada2", dtype="bfloat16"),
     "block 4 as loaded": Shape(deterministic=False),
     "bfloat16 as loaded": Shape(dtype="bfloat16", deterministic=False),
-    "MoE as loaded": Shape(moe=True, deterministic=False),
+    "MoE as loaded": Shape(family="sdar_moe", deterministic=False),
     "intermediate size 100 as loaded": Shape((("intermediate_size", 100),), deterministic=False),
+}
+_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
+EXPERTS = {
+    "sdar_moe": _EXPERTS | {"num_experts": 6},
+    "llada2": _EXPERTS | {"n_routed_experts": 8, "n_group": 4, "topk_group": 2, "use_qk_norm": True},
 }
 BUILT_IN = {
     "tiny-target": {},
@@ -92,7 +105,8 @@ def model(name: str) -> LoadedModel:
     shape_name, _, role = name.partition("/")
     shape = SHAPES[shape_name]
     if role == UNLIKE:
-        shape = Shape((("hidden_size", 16), ("num_hidden_layers", 1)), shape.block_length, dtype=shape.dtype)
+        changes = ("hidden_size", 16), ("num_hidden_layers", 1)
+        shape = Shape(changes, shape.block_length, shift=shape.shift, dtype=shape.dtype)
     return random_model(shape, seed=1 if role == UNLIKE else 0, noise=0.02 if role == NEAR else 0.0)
 
 
@@ -113,10 +127,10 @@ def random_model(shape: Shape, seed: int, noise: float) -> LoadedModel:
         "pad_token_id": 0,
         "initializer_range": 0.3,
     } | dict(shape.changes)
-    if shape.moe:
-        settings |= {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
+    family = families.by_name(shape.family)
+    settings |= EXPERTS.get(shape.family, {}) | {"shift": shape.shift}
     torch.manual_seed(seed)
-    built = SDARMoeForCausalLM(SDARMoeConfig(**settings)) if shape.moe else SDARForCausalLM(SDARConfig(**settings))
+    built = family.model_class(family.config_class(**settings))
     with torch.no_grad():
         built.lm_head.weight *= 4  # confidences that differ
         for parameter in built.parameters() if noise else ():

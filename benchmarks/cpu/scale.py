@@ -19,8 +19,8 @@ import simsd
 from simsd.decode import draft as drafting
 from simsd.decode.iteration import Parts
 from simsd.engine.pages import page_bytes, places_of
+from simsd.models.families.sdar import SDARConfig, SDARForCausalLM
 from simsd.models.loading import LoadedModel
-from simsd.models.sdar import SDARConfig, SDARForCausalLM
 
 from ..contest import Bench
 from ..gpu.predictions import H100_GB_S

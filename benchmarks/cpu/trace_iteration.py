@@ -30,8 +30,8 @@ from simsd.decode.iteration import Shape, iterate
 from simsd.decode.slots import Slots
 from simsd.decode.temporal import judge
 from simsd.engine.pages import places_of
-from simsd.models.configuration import SDARConfig, SDARMoeConfig
 from simsd.models.deterministic import make_deterministic
+from simsd.models.families.sdar import SDARConfig, SDARMoeConfig
 from simsd.models.loading import LoadedModel
 from simsd.models.runner import ModelRunner
 from simsd.models.weights import skeleton

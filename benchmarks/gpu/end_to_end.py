@@ -19,8 +19,8 @@ from simsd.benchmarking import MODES, ForwardClock
 from simsd.engine import pages
 from simsd.models import runner
 from simsd.models.block_table import BlockTable
+from simsd.models.families.sdar import SDARConfig
 from simsd.models.loading import LoadedModel
-from simsd.models.sdar import SDARConfig
 from simsd.models.weights import assemble, skeleton
 
 from ..contest import Bench, alive, in_one_line

@@ -88,7 +88,8 @@ def _command_is_starting() -> bool:
     return program.removesuffix(".exe") == "simsd" or sys.orig_argv[1:3] in (["-m", "simsd"], ["-m", "simsd.evaluate"])
 
 
-# `import simsd` registers SDAR with transformers' Auto classes. The command line does without until it loads a model:
-# `simsd --help` would take seconds.
+# `import simsd` registers the families with transformers' Auto classes. The command line does without until it loads a
+# model: `simsd --help` would take seconds.
 if not _command_is_starting():
-    importlib.import_module("simsd.models.sdar")
+    for _family in ("sdar", "a2d", "llada2"):
+        importlib.import_module(f"simsd.models.families.{_family}")

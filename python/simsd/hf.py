@@ -147,9 +147,9 @@ def hf_generate(
     ended also where an error ends the call.
 
     Args:
-        model: SDARForCausalLM or SDARMoeForCausalLM (another module: `simsd.load(module).model`).
+        model: of a class of `simsd.models.families` (another module: `simsd.load(module).model`).
         input_ids: int64 [B, P], padded on either side; B counts the copies of num_return_sequences.
-        assistant_model: the draft, of any class with SDAR's parameter names (a stock Qwen3ForCausalLM, say); block
+        assistant_model: the draft, of any class with a family's parameter names (a stock Qwen3ForCausalLM, say); block
             length and mask token are the target's where its configuration records none. Its weights are shared, not
             copied; one that is not of our own classes is best loaded once, by `simsd.load`, and not in every call. A
             name or folder is loaded in every call, too. None leaves drafting to the model itself (`verify="temporal"`:
@@ -258,7 +258,7 @@ def _draft(assistant: nn.Module | LoadedModel | str, target: LoadedModel, mask_t
         return assistant
     if not isinstance(assistant, nn.Module):
         return load(assistant, mask_token_id=mask_token_id)
-    recorded = weights.module_config(assistant)
+    _, recorded = weights.module_config(assistant)
     if mask_token_id is None and recorded.mask_token_id is None:
         mask_token_id = target.mask_token_id
     return load(assistant, block_length=recorded.block_length or target.block_length, mask_token_id=mask_token_id)

@@ -11,6 +11,7 @@ from simsd.decode.iteration import Parts, Shape, run_plan
 from simsd.decode.rows import SCRATCH_ALIGNMENT, STRIDE, Rows, aligned, key_lifetimes, pending_rows, span, state_stride
 from simsd.decode.slots import Slots
 from simsd.engine.decoder import Decoder
+from simsd.errors import SimsdError
 from simsd.models.loading import LoadedModel
 from simsd.models.runner import ModelRunner
 from simsd.results import Result
@@ -58,6 +59,8 @@ class Alone:
         self.target = target
         scratch = aligned(aligned(capacity, length), SCRATCH_ALIGNMENT)
         kv_slots = aligned(scratch + states * state_stride(length) + 1, 16)
+        if target.shift:
+            raise SimsdError(f"an audit needs rows of their own positions, and {target.name}'s predict the next one")
         self.runner = ModelRunner(target, 1, kv_slots, scratch)
         self.prefix: list[int] | None = None
         self.written = 0  # tokens of it whose keys and values are in place

@@ -1,7 +1,9 @@
-"""`simsd models`: what `--target` and `--draft` take without a download. Neither torch nor the network is needed."""
+"""`simsd models`: what `--target` and `--draft` take without a download, and the families of models that load. Neither
+torch nor the network is needed."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import sys
@@ -11,22 +13,32 @@ from typing import Annotated, Any
 import typer
 
 from simsd.cli import streams
+from simsd.errors import SimsdError
+from simsd.models.families import FAMILIES, REFUSALS, Family, of_checkpoint
 
 PAIR = Path(__file__).parents[1] / "pair"
-MODEL_TYPES = ("sdar", "sdar_moe")  # of config.json, as simsd.models.weights takes them
 
 
 def models(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
-    """List the built-in models and those of the Hugging Face cache that can be decoded."""
+    """List the built-in models, those of the Hugging Face cache that can be decoded, and the families that load."""
     built_in, cached = built_in_models(), cached_models()
     if as_json:
-        print(streams.json_line({"built_in": built_in, "cached": cached}, sys.stdout))
+        families = [dataclasses.asdict(family) for family in FAMILIES]
+        refused = [{"models": refusal.models, "reason": refusal.reason} for refusal in REFUSALS]
+        listed = {"built_in": built_in, "cached": cached, "families": families, "refused": refused}
+        print(streams.json_line(listed, sys.stdout))
         return
     print("built-in")
     show(built_in)
     print(f"\ncached in {cache_folder()}")
     show(cached)
     print("\nFolders go as well: --target PATH.")
+    print("\nfamilies that load")
+    for family in FAMILIES:
+        print(f"  {family.name}: {describe_family(family)}")
+    print("\nnot decoded")
+    for refusal in REFUSALS:
+        print(f"  {refusal.models}: {refusal.reason}")
 
 
 def show(found: list[dict[str, Any]]) -> None:
@@ -34,7 +46,18 @@ def show(found: list[dict[str, Any]]) -> None:
     for model in found:
         print(f"  {model['name'].ljust(width)}  {model['summary']}")
     if not found:
-        print(f"  none of model_type {' or '.join(MODEL_TYPES)}")
+        print("  none of a family that loads")
+
+
+def describe_family(family: Family) -> str:
+    settings = [
+        None if family.block_length is None else f"blocks of {family.block_length}",
+        None if family.mask_token_id is None else f"mask token {family.mask_token_id}",
+        "a row predicts the next position" if family.shift else None,
+    ]
+    given = ", ".join(setting for setting in settings if setting)
+    described = f"{family.models}; {family.stock}'s layers" + (f"; {given} unless told otherwise" if given else "")
+    return f"{described}; checked against {family.checked}"
 
 
 def built_in_models() -> list[dict[str, Any]]:
@@ -55,7 +78,7 @@ def cached_models() -> list[dict[str, Any]]:
     found = []
     for folder in sorted(cache_folder().glob("models--*--*")):
         snapshot = _snapshot(folder)
-        if snapshot is not None and _model_type(snapshot) in MODEL_TYPES:
+        if snapshot is not None and _is_decoded(snapshot):
             found.append({"name": folder.name.removeprefix("models--").replace("--", "/", 1)} | describe(snapshot))
     return found
 
@@ -72,11 +95,12 @@ def _snapshot(folder: Path) -> Path | None:
         return None
 
 
-def _model_type(folder: Path) -> Any:
+def _is_decoded(folder: Path) -> bool:
     try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError):
-        return None
+        of_checkpoint(str(folder), json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, AttributeError, SimsdError):
+        return False
+    return True
 
 
 def describe(folder: Path) -> dict[str, Any]:

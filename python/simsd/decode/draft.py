@@ -12,6 +12,7 @@ import simsd_kernels as kernels
 from simsd.config import STRATEGIES
 from simsd.decode.exchange import SELF_DRAFT, Commands
 from simsd.decode.rows import STRIDE
+from simsd.decode.shift import shifted, with_last_row
 from simsd.decode.slots import Slots
 from simsd.models.attention import unchecked
 from simsd.models.runner import ModelRunner
@@ -128,8 +129,9 @@ def state_logits(
     """A forward of a draft model on one state of a block: logits [B * L, V], and the row of each masked position, int32
     [B, L], -1 elsewhere."""
     nothing = slots.proposal(0)
+    kv_len = with_last_row(slots.draft_kv_len, at) if model.model.shift else slots.draft_kv_len
     planned = serving("plan_block", slots.device)(
-        *(slots.text, revealed, at, slots.end, step, slots.draft_kv_len),
+        *(slots.text, revealed, at, slots.end, step, kv_len),
         *(nothing.tokens, slots.nothing, slots.draft_end, nothing.prob, nothing.log_odds, nothing.entropy),
         *(slots.prob[:, 0], nothing.sharpness, slots.temperature, slots.nothing[:1]),
         *(slots.schedule, slots.steps, slots.strategy, slots.threshold),
@@ -138,6 +140,8 @@ def state_logits(
         *(model.scratch, model.kv_slots, STRIDE),
     )
     plan = kernels.Plan(*planned)
+    if model.model.shift:
+        plan = shifted(plan, at, kv_len, shape.draft_pending)
     return forward(model, plan, slots, shape), plan.state_rows[:, 0]
 
 

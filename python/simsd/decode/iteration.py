@@ -18,6 +18,7 @@ from simsd.decode import tops as topping
 from simsd.decode.draft import run_plan
 from simsd.decode.exchange import Commands, Report
 from simsd.decode.rows import STRIDE
+from simsd.decode.shift import shifted, with_last_row
 from simsd.decode.slots import Slots
 from simsd.decode.temporal import Drafts, Temporal, TemporalPlan, draft_blocks, judge
 from simsd.models.runner import ModelRunner
@@ -146,8 +147,9 @@ def verify(
 def plan_states(slots: Slots, commands: Commands, target: ModelRunner, shape: Shape) -> kernels.Plan:
     drafted = slots.proposal(shape.lookahead)
     start = torch.where(commands.runs > 0, slots.start, -1)
+    kv_len = with_last_row(slots.target_kv_len, start) if target.model.shift else slots.target_kv_len
     planned = serving("plan_block", slots.device)(
-        *(slots.text, slots.revealed, start, slots.end, slots.step, slots.target_kv_len),
+        *(slots.text, slots.revealed, start, slots.end, slots.step, kv_len),
         *(drafted.tokens, slots.proposal_depth, slots.draft_end, drafted.prob, drafted.log_odds, drafted.entropy),
         *(commands.calibration, drafted.sharpness, commands.min_visit_prob, commands.row_budget[:1]),
         *(slots.schedule, slots.steps, slots.strategy, slots.threshold),
@@ -156,7 +158,8 @@ def plan_states(slots: Slots, commands: Commands, target: ModelRunner, shape: Sh
         shape.pending,
         *(shape.states, shape.logits_rows, target.scratch, target.kv_slots, STRIDE),
     )
-    return kernels.Plan(*planned)
+    plan = kernels.Plan(*planned)
+    return shifted(plan, start, kv_len, shape.pending) if target.model.shift else plan
 
 
 def walk_states(slots: Slots, logits: Tensor, plan: kernels.Plan, shape: Shape) -> kernels.Walk:

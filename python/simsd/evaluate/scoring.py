@@ -37,6 +37,10 @@ class Scorer:
     """
 
     def __init__(self, model: LoadedModel, block_length: int | None = None) -> None:
+        if model.shift:
+            raise SimsdError(
+                f"texts are scored by rows of their own positions, and {model.name}'s predict the next one"
+            )
         self.model, self.block_length = model, block_length or model.block_length
         self._states_at_once = max(min(MAX_ROWS // self.block_length, MAX_STATES), 1)
         self._banned = torch.tensor(model.banned_ids, device=model.device)

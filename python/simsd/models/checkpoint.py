@@ -8,12 +8,11 @@ from pathlib import Path, PurePath
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from simsd.errors import NotFoundError, SimsdError, one_line
-from simsd.models import weights
-from simsd.models.supported import check_config
-from simsd.models.weights import Config
+from simsd.models import families, weights
+from simsd.models.families import Family
 
 BUILT_IN = ("tiny-target", "tiny-draft")
 PAIR = Path(__file__).parents[1] / "pair"
@@ -52,23 +51,14 @@ def _download(hub_id: str) -> Path:
         raise NotFoundError(f"{hub_id!r} is no local folder and cannot be had from the hub: {reason}") from error
 
 
-def read_config(folder: Path) -> Config:
-    """SDARConfig or SDARMoeConfig of the checkpoint."""
+def read_config(folder: Path, family: Family | None = None) -> tuple[Family, PreTrainedConfig]:
+    """The checkpoint's family, unless the caller says which, and its configuration."""
     fields = read_json(folder / "config.json")
-    model_type = fields.get("model_type")
-    if not isinstance(model_type, str) or model_type not in weights.MODEL_CLASSES:
-        raise SimsdError(
-            f"{folder}: model_type {model_type!r} is not supported: {' or '.join(weights.MODEL_CLASSES)} is"
-        )
-    try:
-        config = weights.MODEL_CLASSES[model_type][0].from_dict(fields, name_or_path=str(folder))
-    except Exception as error:  # transformers' validation has a type of its own for each kind of mistake
-        raise SimsdError(f"{folder}/config.json is not valid: {one_line(error)}") from error
-    check_config(str(folder), config)
-    return config
+    family = family or families.of_checkpoint(str(folder), fields)
+    return family, weights.make_config(str(folder), f"{folder}/config.json", family, fields, str(folder))
 
 
-def own_dtype(folder: Path, config: Config) -> torch.dtype:
+def own_dtype(folder: Path, config: PreTrainedConfig) -> torch.dtype:
     """The dtype that transformers loads the checkpoint in: its configuration's, else that of its first tensor."""
     dtype = config.dtype
     if dtype is None:
@@ -79,19 +69,27 @@ def own_dtype(folder: Path, config: Config) -> torch.dtype:
     return dtype
 
 
-def load_model(folder: Path, config: Config, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def load_model(folder: Path, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """Reads the checkpoint into `dtype`, whatever its tensors are stored in, on `device`. Nothing is left random."""
     files, generation_config = _weight_files(folder, config), _generation_config(folder)
     headers = _headers(files)
     model = weights.skeleton(str(folder), config)
-    weights.check_shapes(str(folder), model, {name: shape for name, (_, shape) in headers.items()})
+    shapes = {
+        ours: list(part.shape)
+        for name, (_, shape) in headers.items()
+        for ours, part in weights.parts(str(folder), config, name, torch.empty(shape, device="meta"))
+    }
+    weights.check_shapes(str(folder), model, shapes)
+    full = {name for name, _ in model.named_buffers()}  # what a router adds to its scores is small beside them
     tensors: dict[str, Tensor] = {}
     for file in files:
         with safe_open(file, framework="pt", device=str(device)) as opened:
             for name in opened.keys():  # noqa: SIM118 (not a dict)
                 tensor = opened.get_tensor(name)
-                # A copy: on the CPU the tensor is the mapped file, which may be written to later (save_pretrained).
-                tensors[name] = tensor.to(dtype, copy=tensor.device.type == "cpu")
+                for ours, part in weights.parts(str(folder), config, name, tensor):
+                    kind = torch.float32 if ours in full else dtype
+                    # A copy: on the CPU the tensor is the mapped file, which may be written to later (save_pretrained).
+                    tensors[ours] = part.to(kind, copy=tensor.device.type == "cpu")
     model = weights.assemble(model, tensors)
     if generation_config is not None:
         model.generation_config = generation_config
@@ -107,7 +105,7 @@ def _generation_config(folder: Path) -> GenerationConfig | None:
         raise SimsdError(f"{file} is not valid: {one_line(error)}") from error
 
 
-def _weight_files(folder: Path, config: Config) -> list[Path]:
+def _weight_files(folder: Path, config: PreTrainedConfig) -> list[Path]:
     """The files that transformers reads: the one that the configuration names, else the whole one, else the shards."""
     if (folder / "adapter_config.json").exists():
         raise SimsdError(f"{folder} holds an adapter (adapter_config.json): merge it into its model first")

@@ -23,6 +23,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.activations import SiLUActivation
+from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeExperts, Glm4MoeRMSNorm, Glm4MoeTopkRouter
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qwen3MoeRMSNorm, Qwen3MoeTopKRouter
 
@@ -128,26 +131,22 @@ def _normalised(self, hidden_states: Tensor) -> Tensor:
     return self.weight * (wide * scale).to(hidden_states.dtype)
 
 
-class _RMSNorm(Qwen3RMSNorm):
-    forward = _normalised
+def _by_thin_linear(kind: type[nn.Module]) -> type[nn.Module]:
+    """`kind` with the linear layers of its forward by thin_linear."""
 
-
-class _MoeRMSNorm(Qwen3MoeRMSNorm):
-    forward = _normalised
-
-
-class _Router(Qwen3MoeTopKRouter):
-    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, *args, **kwargs):
         with _ThinLinear():
-            return super().forward(hidden_states)
+            return kind.forward(self, *args, **kwargs)
+
+    return type(f"_{kind.__name__}", (kind,), {"forward": forward, "__module__": __name__})
 
 
-class _Experts(Qwen3MoeExperts):
-    def forward(self, *args, **kwargs) -> Tensor:
-        with _ThinLinear():
-            return super().forward(*args, **kwargs)
+def _norm(kind: type[nn.Module]) -> type[nn.Module]:
+    return type(f"_{kind.__name__}", (kind,), {"forward": _normalised, "__module__": __name__})
 
 
-_EVERYWHERE = {nn.Linear: _DeterministicLinear, Qwen3MoeTopKRouter: _Router, Qwen3MoeExperts: _Experts}
+_ROUTED = (Qwen3MoeTopKRouter, Qwen3MoeExperts, Glm4MoeTopkRouter, Glm4MoeExperts)
+_NORMS = (Qwen3RMSNorm, Qwen3MoeRMSNorm, Qwen2RMSNorm, LlamaRMSNorm, Glm4MoeRMSNorm)
+_EVERYWHERE = {nn.Linear: _DeterministicLinear} | {kind: _by_thin_linear(kind) for kind in _ROUTED}
 # What a device computes row by row of itself stays torch's, which is faster.
-_BY_DEVICE = {"cpu": {SiLUActivation: _SiLU}, "cuda": {Qwen3RMSNorm: _RMSNorm, Qwen3MoeRMSNorm: _MoeRMSNorm}}
+_BY_DEVICE = {"cpu": {SiLUActivation: _SiLU}, "cuda": {kind: _norm(kind) for kind in _NORMS}}

@@ -9,24 +9,26 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeMoE, Glm4MoeTopkRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock, Qwen3MoeTopKRouter
 
 from simsd.models.attention import unchecked
 from simsd_kernels import combine_experts, grouped_linear, silu_mul, sort_by_expert, thin_linear
 
 
-def mixture_of_experts(block: Qwen3MoeSparseMoeBlock, x: Tensor) -> Tensor:
-    """`block(x)` to rounding, for x [M, H] in the dtype of the block's weights and the activation silu; no gradients.
+def mixture_of_experts(block: Qwen3MoeSparseMoeBlock | Glm4MoeMoE, x: Tensor) -> Tensor:
+    """What the block's routed experts make of x [M, H], to rounding, in the dtype of the block's weights and with the
+    activation silu; no gradients.
 
-    A row's experts and their weights are those that the block's router finds, bit for bit, where its logits are the
-    same; they come from `thin_linear` here. The experts' outputs are rounded and added up as transformers does in its
-    grouped product ("grouped_mm"): in the router's order, in float32.
+    A row's experts and their weights are those that the block's router finds where its logits are the same (of Qwen3's
+    bit for bit); they come from `thin_linear` here. The experts' outputs are rounded and added up as transformers does
+    in its grouped product ("grouped_mm"): in the router's order, in float32.
     """
 
     def op(function):
         return unchecked(function, x.device, x.dtype)
 
-    weights, chosen = route(block.gate, x)
+    weights, chosen = (route_in_groups if hasattr(block.gate, "topk_group") else route)(block.gate, x)
     experts = block.experts
     offsets, rows, places = op(sort_by_expert)(chosen, experts.num_experts)
     gate_up = op(grouped_linear)(x.index_select(0, rows), experts.gate_up_proj, offsets)  # [M * C, 2 * I]
@@ -47,3 +49,18 @@ def route(router: Qwen3MoeTopKRouter, x: Tensor) -> tuple[Tensor, Tensor]:
         return weights.to(x.dtype), chosen
     rounded = torch.empty_like(weights, dtype=x.dtype)  # divides and rounds in one launch
     return torch.div(weights, weights.sum(dim=-1, keepdim=True), out=rounded), chosen
+
+
+def route_in_groups(router: Glm4MoeTopkRouter, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of a router that scores by sigmoid and chooses among the best groups of experts. It computes in float32;
+    its sigmoid is made of torch's exp, whose bits do not depend on the other elements."""
+    logits = unchecked(thin_linear, x.device, torch.float32)(x.float(), router.weight.float())  # [M, E]
+    scores = 1 / (1 + torch.exp(-logits))
+    ranked = (scores + router.e_score_correction_bias).view(len(x), router.num_group, -1)  # [M, G, E / G]
+    best = ranked.topk(2, dim=-1).values.sum(-1).topk(router.topk_group, dim=-1).indices
+    outside = torch.ones(ranked.shape[:2], dtype=torch.bool, device=x.device).scatter_(1, best, False)
+    chosen = ranked.masked_fill(outside.unsqueeze(-1), -torch.inf).flatten(1).topk(router.top_k, dim=-1).indices
+    weights = scores.gather(1, chosen)
+    if router.norm_topk_prob:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return (weights * router.routed_scaling_factor).to(x.dtype), chosen

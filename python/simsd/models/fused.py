@@ -1,4 +1,5 @@
-"""Qwen3 layers in four matrix products and five ops each, on the transformers module's own weights.
+"""Layers of Qwen3, Qwen2, Llama and GLM-4 MoE in four matrix products and five ops each, on the transformers modules'
+own weights.
 
 A layer's query, key and value matrices lie side by side in memory, and so do its gate and up matrices: one product
 takes them all, the module's parameters are views of it, nothing is stored twice. Architectures that these layers do not
@@ -19,6 +20,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
 from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
+from transformers.models.glm4_moe import modeling_glm4_moe as glm
+from transformers.models.llama import modeling_llama as llama
+from transformers.models.qwen2 import modeling_qwen2 as qwen2
 from transformers.models.qwen3 import modeling_qwen3 as dense
 from transformers.models.qwen3_moe import modeling_qwen3_moe as moe
 
@@ -30,11 +34,33 @@ from simsd.models.stock import Attend, StockLayers
 from simsd.models.weights import join
 from simsd_kernels import add_rms_norm, qk_norm_rope_store, silu_mul, thin_linear, validate
 
-_LAYERS = (dense.Qwen3DecoderLayer, moe.Qwen3MoeDecoderLayer)
-_ATTENTIONS = (dense.Qwen3Attention, moe.Qwen3MoeAttention)
-_NORMS = (dense.Qwen3RMSNorm, moe.Qwen3MoeRMSNorm)
-_MLPS = (dense.Qwen3MLP, moe.Qwen3MoeMLP)
-_ROTARIES = (dense.Qwen3RotaryEmbedding, moe.Qwen3MoeRotaryEmbedding)
+_LAYERS = (
+    dense.Qwen3DecoderLayer,
+    moe.Qwen3MoeDecoderLayer,
+    qwen2.Qwen2DecoderLayer,
+    llama.LlamaDecoderLayer,
+    glm.Glm4MoeDecoderLayer,
+)
+_ATTENTIONS = (
+    dense.Qwen3Attention,
+    moe.Qwen3MoeAttention,
+    qwen2.Qwen2Attention,
+    llama.LlamaAttention,
+    glm.Glm4MoeAttention,
+)
+_NORMS = (dense.Qwen3RMSNorm, moe.Qwen3MoeRMSNorm, qwen2.Qwen2RMSNorm, llama.LlamaRMSNorm, glm.Glm4MoeRMSNorm)
+_MLPS = (dense.Qwen3MLP, moe.Qwen3MoeMLP, qwen2.Qwen2MLP, llama.LlamaMLP, glm.Glm4MoeMLP)
+_MIXTURES = (moe.Qwen3MoeSparseMoeBlock, glm.Glm4MoeMoE)
+_ROUTERS = (moe.Qwen3MoeTopKRouter, glm.Glm4MoeTopkRouter)
+_EXPERTS = (moe.Qwen3MoeExperts, glm.Glm4MoeExperts)
+_ROTARIES = (
+    dense.Qwen3RotaryEmbedding,
+    moe.Qwen3MoeRotaryEmbedding,
+    qwen2.Qwen2RotaryEmbedding,
+    llama.LlamaRotaryEmbedding,
+    glm.Glm4MoeRotaryEmbedding,
+)
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 _SILU = (SiLUActivation, nn.SiLU)
 # Attributes of modules that a fused forward depends on.
 _SETTINGS = ("variance_epsilon", "scaling", "sliding_window", "max_norm", "attention_scaling")
@@ -67,13 +93,16 @@ def obstacle(model: PreTrainedModel) -> str | None:
             return f"{name} is {type(module).__name__}"
         if any(_hooks(module)) or "forward" in vars(module):
             return f"{name} has a hook"
-        if getattr(module, "bias", None) is not None:
+        if getattr(module, "bias", None) is not None and name.split()[0] not in _PROJECTIONS:
             return f"{name} has a bias"
         if getattr(module, "sliding_window", None) is not None or getattr(module, "max_norm", None) is not None:
             return f"{name} has a sliding window or a maximal norm"
         if "q_norm" in module._modules and module.q_norm.variance_epsilon != module.k_norm.variance_epsilon:
             return f"{name} norms queries by another epsilon than keys"
-    weights = [module.weight for _, module, _ in _replaced(model) if "weight" in module._parameters]
+    for i, layer in enumerate(model.model.layers):
+        if len({getattr(layer.self_attn, name).bias is None for name in _PROJECTIONS}) > 1:
+            return f"attention {i} has biases on some of its queries, keys and values"
+    weights = [w for _, module, _ in _replaced(model) for w in module._parameters.values() if w is not None]
     first = weights[0]
     if first.dtype not in validate.FLOATS or any((w.dtype, w.device) != (first.dtype, first.device) for w in weights):
         return "weights of several dtypes or devices, or of one that the ops do not know"
@@ -92,15 +121,19 @@ def _replaced(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module, tuple[ty
         yield f"layer {i}", layer, _LAYERS
         attention, mlp = layer.self_attn, layer.mlp
         yield f"attention {i}", attention, _ATTENTIONS
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        for name in (*_PROJECTIONS, "o_proj"):
             yield f"{name} {i}", getattr(attention, name), linear
-        for norm in (layer.input_layernorm, layer.post_attention_layernorm, attention.q_norm, attention.k_norm):
+        head_norms = [attention._modules[name] for name in ("q_norm", "k_norm") if name in attention._modules]
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm, *head_norms):
             yield f"a norm of layer {i}", norm, _NORMS
-        yield f"mlp {i}", mlp, (*_MLPS, moe.Qwen3MoeSparseMoeBlock)
-        if stock_class(mlp) in _MLPS:
-            for name in ("gate_proj", "up_proj", "down_proj"):
-                yield f"{name} {i}", getattr(mlp, name), linear
-            yield f"activation {i}", mlp.act_fn, _SILU
+        yield f"mlp {i}", mlp, (*_MLPS, *_MIXTURES)
+        if (shared := mlp._modules.get("shared_experts")) is not None:
+            yield f"shared experts {i}", shared, _MLPS
+        for dense_mlp in (mlp, shared):
+            if stock_class(dense_mlp) in _MLPS:
+                for name in ("gate_proj", "up_proj", "down_proj"):
+                    yield f"{name} {i}", getattr(dense_mlp, name), linear
+                yield f"activation {i}", dense_mlp.act_fn, _SILU
     yield "norm", base.norm, _NORMS
     yield "lm_head", model.lm_head, linear
 
@@ -113,9 +146,10 @@ def _hooks(module: nn.Module) -> tuple[dict, dict]:
 class _Layer:
     input_norm: Tensor
     qkv: Tensor
+    qkv_bias: Tensor | None
     heads: tuple[int, int, int]
-    q_norm: Tensor
-    k_norm: Tensor
+    q_norm: Tensor | None
+    k_norm: Tensor | None
     scale: float
     output: Tensor
     mlp_norm: Tensor
@@ -148,6 +182,7 @@ class FusedLayers:
 
         # What `is_current` compares.
         parents = [model, base, base.layers, *(m for layer in base.layers for m in (layer, layer.self_attn, layer.mlp))]
+        parents += [shared for layer in base.layers if (shared := layer.mlp._modules.get("shared_experts")) is not None]
         children, attributes = [m._modules for m in parents], [vars(m) for m in self._watched]
         self._kinds = [type(module) for module in self._watched]
         self._hooks = [hooks for module in self._watched for hooks in _hooks(module)]
@@ -166,28 +201,34 @@ class FusedLayers:
 
     def _fuse(self, layer: nn.Module, deterministic: bool) -> _Layer:
         attention, dim = layer.self_attn, layer.self_attn.head_dim
-        projections = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
-        self._joined += projections
+        projections = [getattr(attention, name).weight for name in _PROJECTIONS]
+        biases = [bias for name in _PROJECTIONS if (bias := getattr(attention, name).bias) is not None]
+        self._joined += projections + biases
+        norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
         input_norm, mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
         return _Layer(
             input_norm=input_norm.weight,
             qkv=join(projections),
+            qkv_bias=join(biases) if biases else None,
             heads=tuple(len(weight) // dim for weight in projections),
-            q_norm=attention.q_norm.weight,
-            k_norm=attention.k_norm.weight,
+            q_norm=None if norms[0] is None else norms[0].weight,
+            k_norm=None if norms[1] is None else norms[1].weight,
             scale=attention.scaling,
             output=attention.o_proj.weight,
             mlp_norm=mlp_norm.weight,
             mlp=self._mlp(layer.mlp, deterministic),
-            epsilons=(input_norm.variance_epsilon, attention.q_norm.variance_epsilon, mlp_norm.variance_epsilon),
+            epsilons=tuple((norm or input_norm).variance_epsilon for norm in (input_norm, norms[0], mlp_norm)),
         )
 
     def _mlp(self, mlp: nn.Module, deterministic: bool) -> Callable[[Tensor], Tensor]:
         """The MLP half of a layer: [M, H], normed, to [M, H]."""
-        if stock_class(mlp) is moe.Qwen3MoeSparseMoeBlock:
+        if stock_class(mlp) in _MIXTURES:
             if self._is_thin and _is_known_mixture(mlp):
                 self._watched += [mlp.gate, mlp.experts, mlp.experts.act_fn]
-                return lambda x: mixture_of_experts(mlp, x)
+                if "shared_experts" not in mlp._modules:
+                    return lambda x: mixture_of_experts(mlp, x)
+                shared = self._mlp(mlp.shared_experts, deterministic)
+                return lambda x: mixture_of_experts(mlp, x).add_(shared(x))
             self.row_invariant = self.row_invariant and deterministic
             return lambda x: mlp(x[None])[0]
         self._joined += [mlp.gate_proj.weight, mlp.up_proj.weight]
@@ -232,8 +273,10 @@ class FusedLayers:
         for i, layer in enumerate(self._layers):
             epsilon, qk_epsilon, mlp_epsilon = layer.epsilons
             heads = layer.heads
-            qkv = linear(norm(x, residual, layer.input_norm, epsilon), layer.qkv).view(*slots.shape, sum(heads), -1)
-            q, k, v = qkv.split_with_sizes(heads, 2)
+            qkv = linear(norm(x, residual, layer.input_norm, epsilon), layer.qkv)
+            if layer.qkv_bias is not None:
+                qkv.add_(layer.qkv_bias)
+            q, k, v = qkv.view(*slots.shape, sum(heads), -1).split_with_sizes(heads, 2)
             q = rope_store(q, k, v, layer.q_norm, layer.k_norm, *rope, all_keys[i], all_values[i], slots, qk_epsilon)
             x = linear(attend(q, seen_keys[i], seen_values[i], layer.scale), layer.output)
             x = layer.mlp(norm(x, residual, layer.mlp_norm, mlp_epsilon))
@@ -245,12 +288,8 @@ class FusedLayers:
 
 def _is_known_mixture(block: nn.Module) -> bool:
     """Whether `mixture_of_experts` computes what the block does."""
-    parts = {
-        block: moe.Qwen3MoeSparseMoeBlock,
-        block.gate: moe.Qwen3MoeTopKRouter,
-        block.experts: moe.Qwen3MoeExperts,
-    }
+    parts = {block: _MIXTURES, block.gate: _ROUTERS, block.experts: _EXPERTS}
     return stock_class(block.experts.act_fn) in _SILU and all(
-        stock_class(part) is kind and not any(_hooks(part)) and "forward" not in vars(part)
-        for part, kind in parts.items()
+        stock_class(part) in kinds and not any(_hooks(part)) and "forward" not in vars(part)
+        for part, kinds in parts.items()
     )

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from simsd.ambient import undisturbed
 from simsd.config import MAX_BLOCK_LENGTH
 from simsd.errors import SimsdError
-from simsd.models import checkpoint, weights
+from simsd.models import checkpoint, families, weights
 from simsd.models.configuration import DEFAULT_BLOCK_LENGTH, named_block_length
 from simsd.models.deterministic import (
     check_supported,
@@ -23,6 +23,7 @@ from simsd.models.deterministic import (
     use_thin_linear,
     uses_thin_linear,
 )
+from simsd.models.families import Family
 from simsd.models.fused import layers_of
 from simsd.models.tokenizer import MASK, Prompt, Tokenizer, check_ids, known_ids, read_tokenizer
 
@@ -45,6 +46,11 @@ class LoadedModel:
     @property
     def config(self):
         return self.model.config
+
+    @property
+    def shift(self) -> bool:
+        """Whether the logits of a row are those of the next position."""
+        return self.model.config.shift
 
     @property
     def vocab_size(self) -> int:
@@ -92,13 +98,15 @@ def load(
     *,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
+    family: str | None = None,
     block_length: int | None = None,
     mask_token_id: int | None = None,
+    shift: bool | None = None,
     tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
     deterministic: bool | None = None,
     thin_linear: bool | None = None,
 ) -> LoadedModel:
-    """Loads an SDAR model (dense or mixture-of-experts).
+    """Loads a block-diffusion model of one of the families in `simsd.models.families` (`simsd models` lists them).
 
     A checkpoint decides the model, its block length and its tokens, not how it is computed: an attention that its
     config.json names is not used. Of its generation_config.json the end tokens count; the sampling settings there
@@ -107,16 +115,21 @@ def load(
 
     Args:
         source: "tiny-target" or "tiny-draft" (the built-in pair), a checkpoint folder in Hugging Face format, a hub id,
-            or a module in memory with SDAR's parameter names and a Qwen3-style `.config`, whose weights are shared, not
-            copied (unless `dtype` or `device` moves them). One of our own, ready to decode, is taken itself. The
+            or a module in memory with a family's parameter names and `.config`, whose weights are shared, not copied
+            (unless `dtype` or `device` moves them). One of our own, ready to decode, is taken itself. The
             matrices of experts held one by one are packed, and query, key and value matrices as well as gate and up
             matrices laid side by side; the module is left with views of these.
         dtype: "float32", "bfloat16", "float16" or the torch dtype, to which every weight is cast; None or "auto": as
             transformers has it, the configuration's dtype, else that of the first tensor in the file.
         device: of the model; None: CPU, or the module's.
-        block_length: 1 to 64; None: the configuration's `block_length` or `block_size`, else that in the name of a
-            published checkpoint (32 of SDAR-8B-Chat-b32), else 4.
-        mask_token_id: None: the configuration's, or that of the tokenizer's `<|MASK|>` or mask token.
+        family: None: by what the configuration says of itself, which that of a fine-tune with a plain model_type
+            (qwen3, qwen2, llama) does not: name it then, with block_length and mask_token_id.
+        block_length: 1 to 64; None: the configuration's `block_length`, `block_size` or `bd_size`, else that in the
+            name of a published checkpoint (32 of SDAR-8B-Chat-b32), else the family's, else 4.
+        mask_token_id: None: the configuration's, else that of the tokenizer's `<|MASK|>` or mask token, else the
+            family's.
+        shift: whether the logits of a row are those of the next position; None: as the configuration or the family has
+            it.
         tokenizer: for a model that comes without one: a transformers tokenizer or its folder.
         deterministic: in decoding a row's logits do not depend, to the last bit, on how many rows share its forward;
             exact decoding equals native decoding bit for bit only then. True: nor in the module's own forward, on the
@@ -133,6 +146,7 @@ def load(
         SimsdError: one line that says what is wrong with which argument or file; nothing is left half loaded.
     """
     wanted_dtype, wanted_device = _dtype(dtype), _device(device)
+    kind = None if family is None else families.by_name(family)
     if deterministic and thin_linear is False:
         raise SimsdError(
             "deterministic=True computes linear layers by thin_linear, got thin_linear=False: drop one of the two"
@@ -140,11 +154,11 @@ def load(
     # What is small is read and checked first: a mistake should not cost the time of reading the weights.
     folder, backend = None, None
     if isinstance(source, nn.Module):
-        name, config = type(source).__name__, weights.module_config(source)
+        name, (kind, config) = type(source).__name__, weights.module_config(source, kind)
     elif isinstance(source, str | Path):
         folder = checkpoint.find(source)
         name = folder.resolve().name if Path(source).is_dir() else str(source)
-        config, backend = checkpoint.read_config(folder), read_tokenizer(folder)
+        (kind, config), backend = checkpoint.read_config(folder, kind), read_tokenizer(folder)
         wanted_dtype = wanted_dtype or checkpoint.own_dtype(folder, config)
     else:
         raise SimsdError(f"load takes a name, a folder, a hub id or a module, got {type(source).__name__}")
@@ -155,8 +169,9 @@ def load(
     highest = -1 if backend is None else max(known_ids(backend), default=-1)
     if highest >= config.vocab_size:
         raise SimsdError(f"{name}: the ids of its tokenizer go up to {highest}, its model's to {config.vocab_size - 1}")
-    config.block_length = _block_length(block_length, config)
-    config.mask_token_id = _mask_token_id(name, mask_token_id, config, backend)
+    config.block_length = _block_length(block_length, config, kind)
+    config.mask_token_id = _mask_token_id(name, mask_token_id, config, backend, kind)
+    config.shift = _shift(shift, config, kind)
     device = wanted_device or torch.device("cpu")
     if deterministic:
         check_supported(config, device)
@@ -194,7 +209,7 @@ def load(
         tokenizer=None if backend is None else Tokenizer(backend, config.vocab_size, config.mask_token_id),
         block_length=config.block_length,
         mask_token_id=config.mask_token_id,
-        end_token_ids=_end_token_ids(name, model, backend),
+        end_token_ids=_end_token_ids(name, model, backend, kind),
         name=name,
         deterministic=deterministic and layers_of(model).row_invariant,
         thin_linear=thin_linear,
@@ -242,7 +257,7 @@ def _fuse(model: PreTrainedModel, source: object) -> None:
             other.data = mine.data
 
 
-def _block_length(given: int | None, config) -> int:
+def _block_length(given: int | None, config, family: Family) -> int:
     length = given if given is not None else config.block_length
     named = named_block_length(config.name_or_path)
     if given is None and named not in (None, length):
@@ -251,16 +266,19 @@ def _block_length(given: int | None, config) -> int:
             f" taken; if the name is right, pass block_length={named}",
             stacklevel=3,
         )
-    length = DEFAULT_BLOCK_LENGTH if length is None else length
+    length = family.block_length or DEFAULT_BLOCK_LENGTH if length is None else length
     if isinstance(length, bool) or not isinstance(length, int) or not 1 <= length <= MAX_BLOCK_LENGTH:
         raise SimsdError(f"block_length must be an integer from 1 to {MAX_BLOCK_LENGTH}, got {length!r}")
     return length
 
 
-def _mask_token_id(name: str, given: int | None, config, backend: PreTrainedTokenizerBase | None) -> int:
+def _mask_token_id(
+    name: str, given: int | None, config, backend: PreTrainedTokenizerBase | None, family: Family
+) -> int:
     mask = given if given is not None else config.mask_token_id
     if mask is None and backend is not None:
         mask = backend.get_vocab().get(MASK, backend.mask_token_id)
+    mask = family.mask_token_id if mask is None else mask
     if mask is None:
         raise SimsdError(f"{name}: neither its configuration nor a tokenizer names the mask token: pass mask_token_id=")
     if isinstance(mask, bool) or not isinstance(mask, int) or not 0 <= mask < config.vocab_size:
@@ -268,8 +286,17 @@ def _mask_token_id(name: str, given: int | None, config, backend: PreTrainedToke
     return mask
 
 
-def _end_token_ids(name: str, model: PreTrainedModel, backend: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
-    """Those of generation config, configuration and tokenizer, in that order, each once."""
+def _shift(given: bool | None, config, family: Family) -> bool:
+    if given is not None and not isinstance(given, bool):
+        raise SimsdError(f"shift must be True or False, got {given!r}")
+    return config.shift or family.shift if given is None else given
+
+
+def _end_token_ids(
+    name: str, model: PreTrainedModel, backend: PreTrainedTokenizerBase | None, family: Family
+) -> tuple[int, ...]:
+    """Those of generation config, configuration and tokenizer, in that order, each once; the family's if there are
+    none."""
     sources = (model.generation_config, model.config, backend)
     named = (getattr(source, "eos_token_id", None) for source in sources)
     lists = (ids if isinstance(ids, list | tuple) else [ids] for ids in named)
@@ -277,4 +304,4 @@ def _end_token_ids(name: str, model: PreTrainedModel, backend: PreTrainedTokeniz
     for i in end_ids:
         if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < model.config.vocab_size:
             raise SimsdError(f"{name}: eos_token_id must be ids from 0 to {model.config.vocab_size - 1}, got {i!r}")
-    return tuple(dict.fromkeys(end_ids))
+    return tuple(dict.fromkeys(end_ids)) or family.end_token_ids

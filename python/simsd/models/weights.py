@@ -10,19 +10,16 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from simsd.errors import SimsdError, one_line
+from simsd.models import families
 from simsd.models.attention import NAME
-from simsd.models.configuration import SDARConfig, SDARMoeConfig
-from simsd.models.sdar import SDARForCausalLM, SDARMoeForCausalLM
+from simsd.models.block_causal import BlockCausalForward
+from simsd.models.configuration import BlockDiffusionConfig
+from simsd.models.families import Family
 from simsd.models.supported import check_config
 
-Config = SDARConfig | SDARMoeConfig
-MODEL_CLASSES = {
-    SDARConfig.model_type: (SDARConfig, SDARForCausalLM),
-    SDARMoeConfig.model_type: (SDARMoeConfig, SDARMoeForCausalLM),
-}
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _PACKED = re.compile(r".*\.mlp\.experts\.(gate_up_proj|down_proj)$")
 # Older transformers saved the RoPE frequencies, which follow from the configuration.
@@ -32,7 +29,7 @@ _DERIVED = re.compile(r".*rotary_emb\.inv_freq$")
 _sound: weakref.WeakKeyDictionary[nn.Module, list[tuple[int, int]]] = weakref.WeakKeyDictionary()
 
 
-def skeleton(source: str, config: Config) -> PreTrainedModel:
+def skeleton(source: str, config: PreTrainedConfig) -> PreTrainedModel:
     """The model with every parameter on the meta device and with our attention, whatever `config` says of it.
 
     Raises SimsdError where transformers cannot build it.
@@ -40,10 +37,27 @@ def skeleton(source: str, config: Config) -> PreTrainedModel:
     config._attn_implementation = NAME
     try:
         with torch.device("meta"):
-            return MODEL_CLASSES[config.model_type][1](config)
+            return families.of_config(config).model_class(config)
     except Exception as error:  # whatever an odd value leads to in the modules' constructors
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise SimsdError(f"{source}: transformers cannot build its configuration ({reason})") from error
+
+
+def parts(source: str, config: PreTrainedConfig, name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+    """Our tensors, by name, in one that the source's layout calls `name`: views of it. Of a tensor on the meta device
+    they tell the shapes.
+
+    Raises SimsdError where it has other rows than they.
+    """
+    code = families.of_config(config).code
+    if not hasattr(code, "read_tensor"):
+        return [(name, tensor)]
+    names, rows = zip(*code.read_tensor(name, config), strict=True)
+    if len(names) == 1:
+        return [(names[0], tensor)]
+    if len(tensor) != sum(rows):
+        raise SimsdError(f"{source}: {name} has {len(tensor)} rows, its configuration {sum(rows)}")
+    return list(zip(names, tensor.split(rows), strict=True))
 
 
 def expected_shapes(model: PreTrainedModel, names: Mapping[str, object] | set[str]) -> dict[str, list[int]]:
@@ -156,7 +170,7 @@ def pack_experts(tensors: dict[str, Tensor], name: str, experts: int) -> Tensor:
 
 @torch.inference_mode(False)
 def join(parameters: list[nn.Parameter]) -> Tensor:
-    """One matrix [sum of rows, K] of parameters [rows, K], which are views of it from then on.
+    """One tensor [sum of rows, ..] of parameters [rows, ..], which are views of it from then on.
 
     Copies them only where they do not lie one behind the other in memory already.
     """
@@ -167,21 +181,25 @@ def join(parameters: list[nn.Parameter]) -> Tensor:
         end += parameter.numel()
     rows = [len(parameter) for parameter in parameters]
     if adjoin:
-        return first.detach().as_strided((sum(rows), first.shape[1]), (first.shape[1], 1))
+        return first.detach().as_strided((sum(rows), *first.shape[1:]), first.stride())
     joined = torch.cat([parameter.detach() for parameter in parameters])
     for parameter, view in zip(parameters, joined.split(rows), strict=True):
         parameter.data = view
     return joined
 
 
-def is_ready(module: nn.Module, config: Config, dtype: torch.dtype | None, device: torch.device | None) -> bool:
+def is_ready(
+    module: nn.Module, config: PreTrainedConfig, dtype: torch.dtype | None, device: torch.device | None
+) -> bool:
     """Whether `module` is one of our models and, with these settings (None: any), can decode as it is."""
     return (
-        isinstance(module, SDARForCausalLM | SDARMoeForCausalLM)
+        isinstance(module, BlockCausalForward)
+        and type(module.config) is type(config)
         and not module.training
         and module.config._attn_implementation == NAME
         and module.config.block_length == config.block_length
         and module.config.mask_token_id == config.mask_token_id
+        and module.config.shift == config.shift
         and (dtype is None or all(parameter.dtype == dtype for parameter in module.parameters()))
         and device in (None, module.device)
         and not any(parameter.is_meta for parameter in module.parameters())
@@ -191,35 +209,58 @@ def is_ready(module: nn.Module, config: Config, dtype: torch.dtype | None, devic
 _NOT_FIELDS = re.compile(r"_.*|model_type|architectures|auto_map|transformers_version|attn_implementation|.*dtype")
 
 
-def module_config(module: nn.Module) -> Config:
-    """Our configuration, from the module's `.config` with Qwen3's field names and from its parameter names."""
+def make_config(source: str, place: str, family: Family, fields: dict, name_or_path: str) -> PreTrainedConfig:
+    """The family's configuration, checked. Raises SimsdError, one line that begins with `source` or with `place`, where
+    the fields are written."""
+    fields = {field: value for field, value in fields.items() if field not in ("model_type", "auto_map")}
+    try:
+        if hasattr(family.code, "read_config"):
+            fields = family.code.read_config(fields)
+        config = family.config_class.from_dict(fields, name_or_path=name_or_path)
+    except Exception as error:  # transformers' validation has a type of its own for each kind of mistake
+        raise SimsdError(f"{place} is not valid: {one_line(error)}") from error
+    check_config(source, config)
+    return config
+
+
+def module_config(module: nn.Module, family: Family | None = None) -> tuple[Family, PreTrainedConfig]:
+    """The family of a module and our configuration, from its `.config` and from its parameter names."""
     source, given = type(module).__name__, getattr(module, "config", None)
     if given is None:
         raise SimsdError(f"{source} has no .config: a module in memory needs one with Qwen3's fields")
     is_moe = any(".mlp.experts." in name for name, _ in module.named_parameters())
+    family = family or _family_of(given, is_moe)
     wanted = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
-    wanted += ["num_experts", "num_experts_per_tok", "moe_intermediate_size"] if is_moe else []
+    wanted += ["num_experts", "num_experts_per_tok", "moe_intermediate_size"] if family.name == "sdar_moe" else []
     if missing := [field for field in wanted if getattr(given, field, None) is None]:
         raise SimsdError(f"{source}: its config lacks {listing(missing)}")
     fields = given.to_dict() if hasattr(given, "to_dict") else dict(vars(given))
     fields = {field: value for field, value in fields.items() if not _NOT_FIELDS.fullmatch(field)}
     fields |= {field: getattr(given, field) for field in wanted}
-    kind = MODEL_CLASSES["sdar_moe" if is_moe else "sdar"][0]
-    try:
-        config = kind.from_dict(fields, name_or_path=getattr(given, "_name_or_path", ""))
-    except Exception as error:  # transformers' validation has a type of its own for each kind of mistake
-        raise SimsdError(f"{source}: its config is not valid: {one_line(error)}") from error
-    check_config(source, config)
-    return config
+    return family, make_config(source, f"{source}: its config", family, fields, getattr(given, "_name_or_path", ""))
 
 
-def from_module(module: nn.Module, config: Config) -> PreTrainedModel:
-    """A model that shares the weights of `module`, which must have SDAR's parameter names."""
+def _family_of(config: object, is_moe: bool) -> Family:
+    if isinstance(config, BlockDiffusionConfig):
+        return families.of_config(config)
+    model_type = getattr(config, "model_type", None)
+    for family in families.FAMILIES:
+        # Qwen3's own class stands for SDAR, whose names and fields are the same.
+        if family.architecture is None and model_type in (family.name, *family.model_types) and model_type != "qwen3":
+            return family
+    return families.by_name("sdar_moe" if is_moe else "sdar")
+
+
+def from_module(module: nn.Module, config: PreTrainedConfig) -> PreTrainedModel:
+    """A model that shares the weights of `module`, which must have its family's parameter names."""
     source = type(module).__name__
     tensors: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
+    stored = module.state_dict(keep_vars=True)
+    tensors |= {name: value for name, value in module.named_buffers() if name in stored}
     if integers := [f"{name} is {value.dtype}" for name, value in tensors.items() if not value.is_floating_point()]:
         raise SimsdError(f"{source}: quantized or integer weights are not read: {listing(integers)}")
     model = skeleton(source, config)
+    tensors = {ours: part for name, tensor in tensors.items() for ours, part in parts(source, config, name, tensor)}
     check_shapes(source, model, {name: list(tensor.shape) for name, tensor in tensors.items()})
     if empty := [name for name, tensor in tensors.items() if tensor.device.type == "meta"]:
         raise SimsdError(f"{source}: parameters without data (meta device): {listing(empty)}")

@@ -1,4 +1,4 @@
-"""SDAR (dense and mixture-of-experts): Qwen3's modules, block-causal.
+"""Transformers' own classes, block-causal.
 
 A plain `model(input_ids, attention_mask)` is block-causal over the tokens that the mask counts: block index and RoPE
 position come from the running count, so padding on either side changes nothing. `clock=`, `birth=` and `death=` replace
@@ -11,22 +11,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    DynamicCache,
-    Qwen3ForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import DynamicCache
 
 from simsd.errors import SimsdError
 from simsd.models import attention
 from simsd.models.cache import CACHE_ARGUMENT, BlockCache
-from simsd.models.configuration import DEFAULT_BLOCK_LENGTH, SDARConfig, SDARMoeConfig
-from simsd.models.generation import CustomGeneration
+from simsd.models.configuration import DEFAULT_BLOCK_LENGTH
 from simsd_kernels import INF
 
 
@@ -51,8 +41,9 @@ def block_causal(mask: Tensor, past: int, block_length: int) -> BlockCausal:
     )
 
 
-class _BlockCausalForward:
-    """Puts positions and visibility in front of the stock forward; mixed into the stock classes below.
+class BlockCausalForward:
+    """Puts positions and visibility in front of the stock forward; mixed into the stock classes of
+    families.
 
     Attributes:
         deterministic: whether decoding computes each row as if it were alone, to the last bit, see `simsd.load`.
@@ -87,13 +78,13 @@ class _BlockCausalForward:
             position_ids: [B, R]; the mask's running count if None.
             past_key_values, cache: two names of one argument (transformers renamed it), whichever transformers is
                 installed; DynamicCache, or BlockCache with position_ids, clock, birth and death.
-            labels: [B, R]; row i predicts labels[i] itself (no shift), -100 is ignored.
+            labels: [B, R]; row i predicts labels[i] itself or, of a model that shifts, labels[i + 1]; -100 is ignored.
             clock, birth, death: int32 [B, R], [B, K], [B, K]; all three or none.
 
         Raises:
             SimsdError: what is given cannot be honoured.
         """
-        if labels is not None:
+        if labels is not None and not self.config.shift:
             kwargs.setdefault("shift_labels", labels)
         if cache is not None and past_key_values is not None:
             raise SimsdError("cache and past_key_values are two names of one argument: give one of them")
@@ -170,27 +161,3 @@ def _dense_mask(implementation: str, clock: Tensor, birth: Tensor, death: Tensor
     visible = (birth[:, None, None] <= moment) & (moment <= death[:, None, None])
     # The lowest finite number, since a padding row that sees nothing would be NaN with -inf.
     return torch.zeros(visible.shape, dtype=dtype, device=clock.device).masked_fill(~visible, torch.finfo(dtype).min)
-
-
-class SDARForCausalLM(CustomGeneration, _BlockCausalForward, Qwen3ForCausalLM):
-    config_class = SDARConfig
-
-
-class SDARMoeForCausalLM(CustomGeneration, _BlockCausalForward, Qwen3MoeForCausalLM):
-    config_class = SDARMoeConfig
-
-    @classmethod
-    def _can_set_experts_implementation(cls) -> bool:
-        # transformers looks for a decorator in the source of the class's own module; the experts' is in Qwen3-MoE's.
-        return Qwen3MoeForCausalLM._can_set_experts_implementation()
-
-
-# Checkpoints keep one matrix per expert, transformers' modules one tensor for all: the same conversion as Qwen3-MoE's.
-register_checkpoint_conversion_mapping(
-    SDARMoeConfig.model_type, get_checkpoint_conversion_mapping(Qwen3MoeConfig.model_type), overwrite=True
-)
-for _config, _model in ((SDARConfig, SDARForCausalLM), (SDARMoeConfig, SDARMoeForCausalLM)):
-    AutoConfig.register(_config.model_type, _config, exist_ok=True)
-    AutoModelForCausalLM.register(_config, _model, exist_ok=True)
-    # transformers' text-generation pipeline and server look here for the names of models that they know.
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[_config.model_type] = _model.__name__
