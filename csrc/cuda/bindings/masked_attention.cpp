@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "common/arguments/masked_attention.h"
+#include "cuda/attention_plan.h"
 #include "cuda/bindings/runtime.h"
 
 namespace simsd {
@@ -34,8 +35,10 @@ const int32_t* ints(const Tensor& tensor, int64_t (&strides)[2]) {
 
 Tensor masked_attention(const Tensor q, const Tensor k, const Tensor v, const Tensor clock, const Tensor birth,
                         const Tensor death, const std::optional<Tensor> kv_len, const std::optional<double> scale,
-                        const std::optional<Tensor> block_table) {
+                        const std::optional<Tensor> block_table, const std::optional<Tensor> plan) {
     check_masked_attention(check_same_device, q, k, v, clock, birth, death, kv_len, block_table);
+    check_plan(check_same_device, q, plan,
+               intervals::plan_words(q.size(0), q.size(1) / k.size(1) * q.size(2), birth.size(1)));
     check_limits(q, k, v, birth.size(1));
     const OnDevice device(q);
     const Tensor rows = allocate_like(q, {q.size(0), q.size(2), q.size(1), q.size(3)}, q.scalar_type());
