@@ -7,5 +7,10 @@ from torch import Tensor
 
 def words_of(backend: str, clock: Tensor, birth: Tensor, group: int) -> int:
     """Words (int32) of the plan that `backend` makes for clock [B, Lq], birth [B, Lk] and `group` query heads per KV
-    head. csrc/cuda/attention_plan.h says the same to the CUDA kernels."""
-    return 0
+    head: the same number as of `plan_words` of the CUDA kernels (csrc/cuda/attention_plan.h)."""
+    if backend != "cuda":
+        return 0
+    (batch, keys), rows = birth.shape, group * clock.shape[1]
+    groups = batch * -(-keys // 2048)
+    row_tiles = -(-rows // (64 if rows <= 64 else 128))
+    return 4 + 70 * groups * row_tiles + 128 * groups
