@@ -32,6 +32,7 @@ constexpr int POISON = 0xff;  // NaN, whatever the type
 struct Copy {
     void* to;
     const void* from;
+    int bytes;
     bool valid;
     int group;
 };
@@ -170,13 +171,13 @@ class Block {
         return place(index);
     }
 
-    void copy_async(void* to, const void* from, bool valid) {
-        check_aligned(to, 16);
-        if (valid) check_aligned(from, 16);
+    void copy_async(void* to, const void* from, int bytes, bool valid) {
+        check_aligned(to, bytes);
+        if (valid) check_aligned(from, bytes);
         Thread& thread = threads_[fibers_.current()];
-        std::memset(to, POISON, 16);
-        thread.copies.push_back({to, from, valid, thread.group});
-        if (valid) counters.async_bytes += 16;
+        std::memset(to, POISON, bytes);
+        thread.copies.push_back({to, from, bytes, valid, thread.group});
+        if (valid) counters.async_bytes += bytes;
     }
 
     void copy_commit() { ++threads_[fibers_.current()].group; }
@@ -187,9 +188,9 @@ class Block {
         for (; done < thread.copies.size() && thread.copies[done].group < thread.group - pending; ++done) {
             const Copy& copy = thread.copies[done];
             if (copy.valid) {
-                std::memcpy(copy.to, copy.from, 16);
+                std::memcpy(copy.to, copy.from, copy.bytes);
             } else {
-                std::memset(copy.to, 0, 16);
+                std::memset(copy.to, 0, copy.bytes);
             }
         }
         thread.copies.erase(thread.copies.begin(), thread.copies.begin() + done);
@@ -308,7 +309,7 @@ void warp_collective(const char* name, void* operands, void (*perform)(void* con
 }
 int block_collective(const char* name, bool value) { return block().block_collective(name, value); }
 void* take_shared(int index, int offset, int bytes) { return block().take_shared(index, offset, bytes); }
-void copy_async(void* to, const void* from, bool valid) { block().copy_async(to, from, valid); }
+void copy_async(void* to, const void* from, int bytes, bool valid) { block().copy_async(to, from, bytes, valid); }
 void copy_commit() { block().copy_commit(); }
 void copy_wait(int pending_groups) { block().copy_wait(pending_groups); }
 void fail(const char* message) { block().fail(message); }

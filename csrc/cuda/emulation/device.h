@@ -37,7 +37,7 @@ void warp_collective(const char* name, void* operands, void (*perform)(void* con
 // Waits for the block's other threads; returns how many of them gave true.
 int block_collective(const char* name, bool value);
 void* take_shared(int index, int offset, int bytes);
-void copy_async(void* to, const void* from, bool valid);
+void copy_async(void* to, const void* from, int bytes, bool valid);
 void copy_commit();
 void copy_wait(int pending_groups);
 // Ends the launch with an error.
@@ -261,19 +261,26 @@ inline T atomic_compare_exchange(T* address, T expected, T desired) {
 }
 inline void device_fence() {}
 
-inline void copy_async_16(void* to, const void* from, bool valid = true) { emulation::copy_async(to, from, valid); }
+inline void copy_async_16(void* to, const void* from, bool valid = true) {
+    emulation::copy_async(to, from, 16, valid);
+}
+inline void copy_async_4(void* to, const void* from) { emulation::copy_async(to, from, 4, true); }
 inline void copy_commit() { emulation::copy_commit(); }
 template <int N>
 inline void copy_wait() {
     emulation::copy_wait(N);
 }
 
-inline void load_matrices(uint32_t (&out)[4], const void* row) {
+template <int BYTES = 0>
+inline void load_matrices(uint32_t (&out)[4], const void* base) {
+    const void* row = static_cast<const char*>(base) + BYTES;
     emulation::check_aligned(row, 16);
     emulation::Matrices mine{out, row};
     emulation::warp_collective("load_matrices", &mine, emulation::load_matrices<false>);
 }
-inline void load_matrices_transposed(uint32_t (&out)[4], const void* row) {
+template <int BYTES = 0>
+inline void load_matrices_transposed(uint32_t (&out)[4], const void* base) {
+    const void* row = static_cast<const char*>(base) + BYTES;
     emulation::check_aligned(row, 16);
     emulation::Matrices mine{out, row};
     emulation::warp_collective("load_matrices_transposed", &mine, emulation::load_matrices<true>);
