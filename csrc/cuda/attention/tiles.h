@@ -4,7 +4,7 @@
 // for powers of two only and costs an operation per access).
 #pragma once
 
-#include "cuda/attention/keys.h"
+#include "cuda/attention/rows.h"
 
 namespace simsd::intervals {
 
@@ -40,39 +40,53 @@ SIMSD_DEVICE void load_queries(T* to, const Params& p, const Rows& rows, int mos
     }
 }
 
-// The keys or values of a tile. `from`: their KV head in the first page; `columns`: how many they have from there on.
-// THREADS to a row: where they are the same for keys and values, registers hold one place instead of two.
-template <typename T, int COLUMNS, int THREADS, int KEYS>
-SIMSD_DEVICE void load_tile(T* to, const T* from, const int64_t (&strides)[4], int columns, bool copy,
-                            const Window<KEYS>& window, int tile) {
-    const int column = thread_index() % THREADS * CHUNK;
-    if (column >= COLUMNS) return;
-    columns -= column;
-    from += column * strides[3];
-    to += column;
-    const uint32_t seen = columns > 0 ? window.seen[tile] : 0;
-    const int row_stride = static_cast<int>(strides[2]);
-    const int first = thread_index() / THREADS, step = thread_count() / THREADS;  // rows; step is a power of two
-    for (int run = first / PAGE_UNIT; run < TILE / PAGE_UNIT; run += larger(1, step / PAGE_UNIT)) {
-        const int unit = tile * (TILE / PAGE_UNIT) + run, start = run * PAGE_UNIT + first % PAGE_UNIT;
-        const T* row = from + larger(window.page[unit], 0) * strides[0] +
-                       static_cast<int64_t>(window.slot[unit] + first % PAGE_UNIT) * row_stride;
-        if (copy) {
-            T* target = to + start * ROW_STRIDE<COLUMNS>;
-#pragma unroll 4
-            for (int i = start; i < (run + 1) * PAGE_UNIT; i += step) {
-                copy_async_16(target, row, seen >> i & 1);
-                row += step * row_stride;
-                target += step * ROW_STRIDE<COLUMNS>;
-            }
-        } else {
+// The keys or the values that this thread loads of every tile: its chunk of rows thread / THREADS and every `step`th
+// after it. A page has whole units of 16 rows, so a row's place is its unit's plus a constant of the thread's.
+template <typename T, int COLUMNS, int THREADS>
+struct Loader {
+    const T* from;  // the chunk of the first row in the first page's first unit
+    int64_t page_stride, column_stride;
+    int32_t row_stride, columns;  // how many of the chunk's columns exist, from there on
+    bool copies, idle;
+
+    SIMSD_DEVICE void start(const void* data, const int64_t (&strides)[4], const Mask& m, const Rows& rows, int first,
+                            int dim, bool copy) {
+        const int column = thread_index() % THREADS * CHUNK, row = thread_index() / THREADS % PAGE_UNIT;
+        row_stride = static_cast<int32_t>(strides[2]);
+        column_stride = strides[3];
+        page_stride = m.block_table ? strides[0] : 0;
+        columns = dim - first - column;
+        copies = copy;
+        idle = column >= COLUMNS;
+        from = static_cast<const T*>(data) + rows.kv_head * strides[1] + row * static_cast<int64_t>(row_stride) +
+               (first + column) * column_stride;
+        if (!m.block_table) from += rows.batch * strides[0];
+    }
+
+    // To a tile in shared memory; of its rows those whose bit is set in `seen` exist.
+    SIMSD_DEVICE void load(T* to, const int32_t (&pages)[2], const int32_t (&slots)[2], uint32_t seen) const {
+        if (idle) return;
+        const int first = thread_index() / THREADS, step = thread_count() / THREADS;  // a power of two
+        to += first % PAGE_UNIT * ROW_STRIDE<COLUMNS> + thread_index() % THREADS * CHUNK;
+        if (columns <= 0) seen = 0;
+#pragma unroll
+        for (int unit = 0; unit < TILE / PAGE_UNIT; ++unit) {
+            if (step > PAGE_UNIT && first / PAGE_UNIT % 2 != unit) continue;
+            const T* row = from + pages[unit] * page_stride + static_cast<int64_t>(slots[unit]) * row_stride;
+            T* target = to + unit * PAGE_UNIT * ROW_STRIDE<COLUMNS>;
 #pragma unroll 1
-            for (int i = start; i < (run + 1) * PAGE_UNIT; i += step) {
-                gather_chunk(to + i * ROW_STRIDE<COLUMNS>, row, strides[3], seen >> i & 1 ? columns : 0);
-                row += step * row_stride;
+            for (int i = first % PAGE_UNIT; i < PAGE_UNIT; i += step) {
+                const bool exists = seen >> (unit * PAGE_UNIT + i) & 1;
+                if (copies) {
+                    copy_async_16(target, row, exists);
+                } else {
+                    gather_chunk(target, row, column_stride, exists ? columns : 0);
+                }
+                row += step * static_cast<int64_t>(row_stride);
+                target += step * ROW_STRIDE<COLUMNS>;
             }
         }
     }
-}
+};
 
 }  // namespace simsd::intervals

@@ -1,17 +1,23 @@
 #include "cuda/attention_plan.h"
 
 #include "common/arguments/attention_plan.h"
-#include "cuda/bindings/runtime.h"
+#include "cuda/bindings/mask.h"
 
 namespace simsd {
 namespace {
 
 Tensor attention_plan(const Tensor clock, const Tensor birth, const Tensor death, int64_t group, int64_t pages,
                       const std::optional<Tensor> kv_len, const std::optional<Tensor> block_table) {
+    constexpr const char* OP = "attention_plan";
     check_attention_plan(check_same_device, clock, birth, death, group, pages, kv_len, block_table);
+    const int64_t keys = birth.size(1), count = block_table ? block_table->size(1) : 0;
+    intervals::Mask mask{};
+    set_mask(mask, OP, clock, birth, death, group, count ? keys / count : 0, pages, kv_len, block_table);
     const OnDevice device(clock);
-    return allocate_like(clock, {intervals::plan_words(clock.size(0), group * clock.size(1), birth.size(1))},
-                         ScalarType::Int);
+    const Tensor plan = allocate_like(clock, {intervals::Plan(mask).words}, ScalarType::Int);
+    mask.plan = static_cast<int32_t*>(plan.mutable_data_ptr());
+    intervals::launch_plan(OP, mask, true, device.stream());
+    return plan;
 }
 
 }  // namespace
