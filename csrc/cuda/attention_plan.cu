@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(WARPS* WARP) mark_tiles(const Mask m) {
     int32_t* clocks = shared.take<int32_t>(MOST_ROWS);
     uint32_t* seen = shared.take<uint32_t>(TILES);
     uint32_t* full = shared.take<uint32_t>(TILES);
-    const Plan plan(m);
+    const Plan& plan = m.plan;
     const int at = block_x(), row_tile = at % plan.row_tiles, key_group = at / plan.row_tiles % plan.key_groups;
     const int most = tile_rows(static_cast<int64_t>(m.group) * m.q_rows);
     const Rows rows = locate_rows(m, at / plan.row_tiles / plan.key_groups, 0, row_tile * most, most);
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(WARPS* WARP) mark_tiles(const Mask m) {
         }
         if (m.block_table != nullptr && row_tile == 0 && lane % PAGE_UNIT == 0) {
             TilePlaces& places = plan.places[(at / plan.row_tiles) * TILES + tile];
-            places.units[lane / PAGE_UNIT] = larger(place, 0);
+            places.units[lane / PAGE_UNIT] = static_cast<uint32_t>(larger(place, 0));
         }
     }
     block_barrier();
@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(WARPS* WARP) mark_tiles(const Mask m) {
 __global__ void __launch_bounds__(LISTERS) list_groups(const Mask m) {
     Shared shared;
     int32_t* of_warps = shared.take<int32_t>(WARP);
-    const Plan plan(m);
+    const Plan& plan = m.plan;
     const int lane = lane_index(), warps = thread_count() / WARP;
     int listed = 0;
     for (int much = 1; much >= 0; --much) {
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(LISTERS) list_groups(const Mask m) {
 }  // namespace
 
 void launch_plan(const char* op, const Mask& mask, bool list, Stream stream) {
-    const Plan plan(mask);
+    const Plan& plan = mask.plan;
     const int bytes = 4 * (MOST_ROWS + 2 * TILES);
     launch(op, mark_tiles, {plan.count}, WARPS * WARP, bytes, stream, mask);
     const int threads = smaller(LISTERS, larger(1, (plan.count + WARP - 1) / WARP) * WARP);

@@ -19,19 +19,6 @@ constexpr int WINDOW = 32 * TILE;
 constexpr int PAGE_UNIT = 16;     // keys that lie in one page for certain
 constexpr int MOST_PAGES = 1 << 27;
 
-// Strides count elements.
-struct Mask {
-    const int32_t* clock;        // [B, Lq]
-    const int32_t* birth;        // [B, Lk]
-    const int32_t* death;        // [B, Lk]
-    const int32_t* kv_len;       // [B] or null
-    const int32_t* block_table;  // [B, n_pages] or null
-    int64_t clock_strides[2], birth_strides[2], death_strides[2], kv_len_stride, table_strides[2];
-    int32_t batch, group, q_rows, keys;  // group: query heads per KV head
-    int32_t page_size, pages;            // of K and V, where there is a block table
-    int32_t* plan;                       // `plan_words` of them
-};
-
 // Bit t: of a window's tile t some live row sees a key; all live rows see all keys.
 struct alignas(8) TileBits {
     uint32_t live, full;
@@ -39,7 +26,7 @@ struct alignas(8) TileBits {
 
 // Where each 16 keys of a tile lie: page * 16 + their first slot / 16.
 struct alignas(8) TilePlaces {
-    int32_t units[TILE / PAGE_UNIT];
+    uint32_t units[TILE / PAGE_UNIT];
 };
 
 SIMSD_ANYWHERE int tile_rows(int64_t rows) { return rows <= 64 ? 64 : 128; }
@@ -52,29 +39,45 @@ struct Plan {
     uint32_t* seen;                        // [count, 64]: by tile, which keys some live row sees
     int32_t* list;                         // the live ones
     int32_t* place;                        // [count]: where they are in the list, -1 for the others
-    int64_t words;
-
-    SIMSD_ANYWHERE Plan(int64_t batch, int64_t rows, int64_t keys, int32_t* plan) {
-        constexpr int TILES = KEY_GROUP / TILE;
-        row_tiles = static_cast<int32_t>((rows + tile_rows(rows) - 1) / tile_rows(rows));
-        key_groups = static_cast<int32_t>((keys + KEY_GROUP - 1) / KEY_GROUP);
-        const int64_t all = batch * key_groups * row_tiles, pages = batch * key_groups;
-        count = static_cast<int32_t>(all);
-        listed = plan;
-        bits = reinterpret_cast<TileBits*>(plan + 4);
-        places = reinterpret_cast<TilePlaces*>(bits + 2 * all);
-        seen = reinterpret_cast<uint32_t*>(places + TILES * pages);
-        list = reinterpret_cast<int32_t*>(seen + TILES * all);
-        place = list + all;
-        words = 4 + (4 + TILES + 2) * all + 2 * TILES * pages;
-    }
-    SIMSD_ANYWHERE explicit Plan(const Mask& m)
-        : Plan(m.batch, static_cast<int64_t>(m.group) * m.q_rows, m.keys, m.plan) {}
 };
 
-// Words of the plan for B x (group * Lq) packed rows and B x Lk keys: simsd_kernels/attention_plan/size.py says the
-// same to a compiler.
-inline int64_t plan_words(int64_t batch, int64_t rows, int64_t keys) { return Plan(batch, rows, keys, nullptr).words; }
+// Strides count elements.
+struct Mask {
+    const int32_t* clock;        // [B, Lq]
+    const int32_t* birth;        // [B, Lk]
+    const int32_t* death;        // [B, Lk]
+    const int32_t* kv_len;       // [B] or null
+    const int32_t* block_table;  // [B, n_pages] or null
+    int64_t clock_strides[2], birth_strides[2], death_strides[2], kv_len_stride, table_strides[2];
+    int32_t batch, group, q_rows, keys;  // group: query heads per KV head
+    int32_t page_size, pages;            // of K and V, where there is a block table
+    Plan plan;
+};
+
+// Words of the plan for B x (group * Lq) packed rows and B x Lk keys, fewer than 2^31: simsd_kernels/attention_plan/size.py
+// says the same to a compiler.
+inline int64_t plan_words(int64_t batch, int64_t rows, int64_t keys) {
+    constexpr int64_t TILES = KEY_GROUP / TILE;
+    const int64_t row_tiles = (rows + tile_rows(rows) - 1) / tile_rows(rows);
+    const int64_t key_groups = batch * ((keys + KEY_GROUP - 1) / KEY_GROUP);
+    return 4 + (4 + TILES + 2) * key_groups * row_tiles + 2 * TILES * key_groups;
+}
+
+// How the plan lies in `words`, aligned to 8 bytes.
+inline Plan plan_in(int32_t* words, int64_t batch, int64_t rows, int64_t keys) {
+    constexpr int TILES = KEY_GROUP / TILE;
+    Plan plan;
+    plan.row_tiles = static_cast<int32_t>((rows + tile_rows(rows) - 1) / tile_rows(rows));
+    plan.key_groups = static_cast<int32_t>((keys + KEY_GROUP - 1) / KEY_GROUP);
+    plan.count = static_cast<int32_t>(batch * plan.key_groups * plan.row_tiles);
+    plan.listed = words;
+    plan.bits = reinterpret_cast<TileBits*>(words + 4);
+    plan.places = reinterpret_cast<TilePlaces*>(plan.bits + 2 * plan.count);
+    plan.seen = reinterpret_cast<uint32_t*>(plan.places + TILES * batch * plan.key_groups);
+    plan.list = reinterpret_cast<int32_t*>(plan.seen + static_cast<int64_t>(TILES) * plan.count);
+    plan.place = plan.list + plan.count;
+    return plan;
+}
 
 // Writes mask.plan; without `list` all of it but the list.
 void launch_plan(const char* op, const Mask& mask, bool list, Stream stream);

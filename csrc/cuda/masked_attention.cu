@@ -38,8 +38,8 @@ struct Sum {
 template <typename T, int DIM>
 __global__ void __launch_bounds__(WARPS* WARP) combine_parts(const Params p) {
     constexpr int COLUMNS = DIM < 128 ? DIM : 128, AT_ONCE = 16, GROUPS = WARP / GROUP_SPLITS;
-    const Plan plan(p);
-    const Parts parts(p, plan, Head<DIM>::SLICES);
+    const Plan& plan = p.plan;
+    const Parts parts(p, Head<DIM>::SLICES);
     const Partials from(p);
     const int row_count = p.group * p.q_rows, lane = lane_index(), most = tile_rows(row_count);
     int64_t rest = static_cast<int64_t>(block_x()) * WARPS + warp_index();
@@ -129,7 +129,7 @@ int64_t prepare(Params& p, Element element, int multiprocessors) {
     int64_t floats = 0;
     with_shape(element, p.dim, [&]<typename T, int DIM>() {
         using Shape = Head<DIM>;
-        const Plan plan(p);
+        const Plan& plan = p.plan;
         const int64_t rows = static_cast<int64_t>(p.group) * p.q_rows, of_each = p.kv_heads * Shape::SLICES;
         const int64_t walkers = p.batch * of_each * plan.row_tiles;
         p.warps = rows <= 2 * WARP_ROWS ? 2 : rows <= 4 * WARP_ROWS ? 4 : MOST_WARPS;
@@ -161,8 +161,9 @@ void launch_attention(const Params& params, Element element, bool planned, Strea
     Params p = params;
     if (!planned) launch_plan("masked_attention", p, !p.walks, stream);
     p.copy_q = copies_whole_chunks(p.q, p.q_strides, p.dim);
-    p.copy_k = copies_whole_chunks(p.k, p.k_strides, p.dim);
-    p.copy_v = copies_whole_chunks(p.v, p.v_strides, p.dim);
+    p.copy_kv = copies_whole_chunks(p.k, p.k_strides, p.dim) && copies_whole_chunks(p.v, p.v_strides, p.dim);
+    p.k_row_bytes = static_cast<int32_t>(2 * p.k_strides[2]);
+    p.v_row_bytes = static_cast<int32_t>(2 * p.v_strides[2]);
     // Of a positive scale the greatest score is the greatest product's, and that of an unseen key stays -infinity.
     p.negated = p.scale < 0.0f;
     p.scale = p.scale == 0.0f ? 0x1p-126f : std::fabs(p.scale);

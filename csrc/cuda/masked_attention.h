@@ -27,8 +27,9 @@ struct Params : Mask {
     int32_t blocks;   // of attend_parts, which take the plan's list in turns
     int64_t parts;    // whose results wait in scratch, at most
     // Set by `launch_attention`.
-    bool negated;                 // q k^T is to be taken times -1; scale is positive
-    bool copy_q, copy_k, copy_v;  // rows are whole, aligned 16-byte chunks
+    bool negated;          // q k^T is to be taken times -1; scale is positive
+    bool copy_q, copy_kv;  // rows are whole, aligned 16-byte chunks
+    int32_t k_row_bytes, v_row_bytes;  // from key to key
 };
 
 // Chooses how the call is served, for a GPU with so many multiprocessors: which does not change a bit. Floats of scratch

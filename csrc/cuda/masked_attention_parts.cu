@@ -50,8 +50,8 @@ template <typename T, int DIM>
 __global__ void __launch_bounds__(MOST_WARPS* WARP, 1) attend_parts(const Params p) {
     constexpr int SLICES = Head<DIM>::SLICES;
     Block<T, DIM> block(p);
-    const Plan plan(p);
-    const Parts parts(p, plan, SLICES);
+    const Plan& plan = p.plan;
+    const Parts parts(p, SLICES);
     const int of_each = p.kv_heads * SLICES, count = parts.count() * of_each;
     State<Head<DIM>::COLUMNS> split, key_group;
     for (int next = block_x(); next < count; next += p.blocks) {

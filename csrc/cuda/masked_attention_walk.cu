@@ -83,7 +83,7 @@ SIMSD_DEVICE void store_rows(const Params& p, const Rows& rows, const int32_t (&
 template <typename T, int DIM>
 __global__ void __launch_bounds__(MOST_WARPS* WARP, 1) attend_all(const Params p) {
     using Shape = Head<DIM>;
-    const Plan plan(p);
+    const Plan& plan = p.plan;
     int rest = block_x();
     const int row_tile = plan.row_tiles - 1 - rest % plan.row_tiles;  // late rows tend to see more: first
     rest /= plan.row_tiles;
@@ -111,12 +111,12 @@ __global__ void __launch_bounds__(MOST_WARPS* WARP, 1) attend_all(const Params p
 }  // namespace
 
 int64_t walk_floats(const Params& p, int columns, int64_t blocks) {
-    return Plan(p).key_groups > 1 ? blocks * (columns / 8 + 1) * 4 * p.warps * WARP : 0;
+    return p.plan.key_groups > 1 ? blocks * (columns / 8 + 1) * 4 * p.warps * WARP : 0;
 }
 
 void launch_walk(const Params& p, Element element, Stream stream) {
     with_shape(element, p.dim, [&]<typename T, int DIM>() {
-        const Grid grid{static_cast<int64_t>(p.batch) * p.kv_heads * Head<DIM>::SLICES * Plan(p).row_tiles};
+        const Grid grid{static_cast<int64_t>(p.batch) * p.kv_heads * Head<DIM>::SLICES * p.plan.row_tiles};
         launch("masked_attention", attend_all<T, DIM>, grid, p.warps * WARP, Head<DIM>::shared_bytes(p.warps), stream,
                p);
     });

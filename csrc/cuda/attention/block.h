@@ -25,16 +25,15 @@ constexpr int MOST_WARPS = 8;
 
 // The live tiles of a row tile in ascending order, those of one window at a time.
 struct Tiles {
-    const TileBits* bits;  // of the row tile in the first window
-    int row_tiles, window, end;
+    int window, end, at;          // at: the window's bits in the plan
     uint32_t within, left, full;  // of the window's tiles: those that count; those to come
 
-    // To the next window that has any; false where there is none.
-    SIMSD_DEVICE bool next_window() {
+    // To the next window that has any; false where there is none. `base`: the row tile's first bits.
+    SIMSD_DEVICE bool next_window(const Plan& plan, int base) {
         while (left == 0 && ++window < end) {
-            const TileBits found = bits[window / 2 * 2 * row_tiles + window % 2];
-            left = found.live & within;
-            full = found.full;
+            at = base + (window >> 1) * 2 * plan.row_tiles + (window & 1);
+            left = plan.bits[at].live & within;
+            full = plan.bits[at].full;
         }
         return left != 0;
     }
@@ -46,7 +45,7 @@ class Block {
     static_assert(Shape::STAGES * Shape::STAGE_ELEMENTS >= MOST_WARPS * WARP_ROWS * ROW_STRIDE<DIM>);
 
   public:
-    SIMSD_DEVICE explicit Block(const Params& p) : p_(p), plan_(p) {
+    SIMSD_DEVICE explicit Block(const Params& p) : p_(p) {
         stages_ = shared_.template take<T>(Shape::STAGES * Shape::STAGE_ELEMENTS);
         clocks_ = shared_.template take<int32_t>(thread_count() / WARP * WARP_ROWS);
     }
@@ -70,10 +69,9 @@ class Block {
         }
         copy_commit();
 
-        k_.start(p_.k, p_.k_strides, p_, rows_, 0, p_.dim, p_.copy_k);
-        v_.start(p_.v, p_.v_strides, p_, rows_, slice * Shape::COLUMNS, p_.dim, p_.copy_v);
-        at_ = batch * plan_.key_groups * plan_.row_tiles + row_tile;
-        to_do_ = to_load_ = {plan_.bits + 2 * at_, plan_.row_tiles, first - 1, end, within, 0, 0};
+        loader_.template start<T, DIM, Shape::COLUMNS, Shape::K_ELEMENTS>(p_, rows_, slice * Shape::COLUMNS);
+        base_ = 2 * (batch * p_.plan.key_groups * p_.plan.row_tiles + row_tile);
+        to_do_ = to_load_ = {first - 1, end, 0, within, 0, 0};
         look_ahead();
         if (apart) fill();
         apart ? copy_wait<Shape::STAGES - 1>() : copy_wait<0>();
@@ -89,7 +87,7 @@ class Block {
     // each split.
     template <typename AfterSplit>
     SIMSD_DEVICE void attend(State<Shape::COLUMNS>& state, AfterSplit after_split) {
-        bool more = to_do_.next_window();
+        bool more = to_do_.next_window(p_.plan, base_);
         int read = 0, write = Shape::STAGES - 1;
         while (more) {
             copy_wait<Shape::STAGES - 2>();
@@ -107,7 +105,7 @@ class Block {
             constexpr int TILES = SPLIT / TILE;
             if ((to_do_.left >> tile / TILES * TILES & ((1u << TILES) - 1)) == 0) {
                 const int key_group = to_do_.window / 2;
-                more = to_do_.next_window();
+                more = to_do_.next_window(p_.plan, base_);
                 after_split(!more || to_do_.window / 2 != key_group);
             }
         }
@@ -122,34 +120,29 @@ class Block {
     // What is known of a tile's keys is read one tile before it is needed.
     SIMSD_DEVICE void look_ahead() {
         tile_ = -1;
-        if (!to_load_.next_window()) return;
+        if (!to_load_.next_window(p_.plan, base_)) return;
         tile_ = lowest_bit(to_load_.left);
         to_load_.left &= to_load_.left - 1;
         full_ = to_load_.full >> tile_ & 1;
-        const int window = to_load_.window;
-        if (!full_) {
-            const int64_t of_window = 2 * (at_ + window / 2 * plan_.row_tiles) + window % 2;
-            seen_ = plan_.seen[of_window * WARP + tile_];
-        }
-        tile_ += window * WARP;
+        if (!full_) seen_ = p_.plan.seen[to_load_.at * WARP + tile_];
+        tile_ += to_load_.window * WARP;
         if (p_.block_table != nullptr) {
-            places_ = plan_.places[static_cast<int64_t>(rows_.batch) * plan_.key_groups * (KEY_GROUP / TILE) + tile_];
+            places_ = p_.plan.places[rows_.batch * p_.plan.key_groups * (KEY_GROUP / TILE) + tile_];
         }
     }
 
     SIMSD_DEVICE void load_next(T* stage) {
         if (tile_ >= 0) {
-            int32_t pages[2] = {0, 0}, slots[2] = {tile_ * TILE, tile_ * TILE + PAGE_UNIT};
+            int slot = tile_ * TILE, other = tile_ * TILE + PAGE_UNIT;
+            const char *page = loader_.from, *other_page = page;
             if (p_.block_table != nullptr) {
-#pragma unroll
-                for (int unit = 0; unit < 2; ++unit) {
-                    pages[unit] = places_.units[unit] / 16;
-                    slots[unit] = places_.units[unit] % 16 * PAGE_UNIT;
-                }
+                slot = places_.units[0] % 16 * PAGE_UNIT;
+                other = places_.units[1] % 16 * PAGE_UNIT;
+                page += (places_.units[0] / 16) * loader_.page_bytes;
+                other_page += (places_.units[1] / 16) * loader_.page_bytes;
             }
-            const uint32_t seen = full_ ? ~0u : seen_;
-            k_.load(stage, pages, slots, seen);
-            v_.load(stage + Shape::K_ELEMENTS, pages, slots, seen);
+            loader_.load(stage, page + slot * static_cast<int64_t>(loader_.row_bytes),
+                         other_page + other * static_cast<int64_t>(loader_.row_bytes), full_, seen_);
             if (!full_) load_lives(reinterpret_cast<int32_t*>(stage + Shape::K_ELEMENTS + Shape::V_ELEMENTS));
             look_ahead();
         }
@@ -170,15 +163,13 @@ class Block {
     }
 
     const Params& p_;
-    const Plan plan_;
     Shared shared_;
     Rows rows_;
     T* stages_;
     int32_t* clocks_;
     Queries<T, DIM> queries_;
-    Loader<T, DIM, ROW_THREADS<DIM>> k_;
-    Loader<T, Shape::COLUMNS, ROW_THREADS<DIM>> v_;
-    int at_;  // number of the row tile in the element's first key group
+    Loader loader_;
+    int base_;  // the row tile's first bits in the plan
     Tiles to_do_, to_load_;
     int tile_;  // the next to load, of all; -1: none
     bool full_;

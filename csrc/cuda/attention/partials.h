@@ -10,9 +10,9 @@ namespace simsd::intervals {
 struct Parts {
     int listed, whole;  // key groups of row tiles: all that are live, those that are not cut
 
-    SIMSD_DEVICE Parts(const Params& p, const Plan& plan, int slices) : listed(*plan.listed) {
-        const int64_t of_each = static_cast<int64_t>(p.kv_heads) * slices;
-        whole = static_cast<int>(listed * of_each / p.blocks * p.blocks / of_each);
+    SIMSD_DEVICE Parts(const Params& p, int slices) : listed(*p.plan.listed) {
+        const int of_each = p.kv_heads * slices;
+        whole = listed * of_each / p.blocks * p.blocks / of_each;
     }
 
     // Their number, and of the group at `place` in the list the (first) one.
@@ -24,7 +24,7 @@ struct Parts {
 
 // At most: a round's worth is cut.
 inline int64_t most_parts(const Params& p, int slices) {
-    const int64_t listed = Plan(p).count, cut = p.blocks / (static_cast<int64_t>(p.kv_heads) * slices) + 1;
+    const int64_t listed = p.plan.count, cut = p.blocks / (static_cast<int64_t>(p.kv_heads) * slices) + 1;
     return listed + (GROUP_SPLITS - 1) * (listed < cut ? listed : cut);
 }
 

@@ -40,51 +40,75 @@ SIMSD_DEVICE void load_queries(T* to, const Params& p, const Rows& rows, int mos
     }
 }
 
-// The keys or the values that this thread loads of every tile: its chunk of rows thread / THREADS and every `step`th
-// after it. A page has whole units of 16 rows, so a row's place is its unit's plus a constant of the thread's.
-template <typename T, int COLUMNS, int THREADS>
+// What this thread loads of every tile: a chunk of the keys, or of the values in the second half of the block; of row
+// `first` and of every `step`th after it, in both units of 16 rows, which lie in one page each.
 struct Loader {
-    const T* from;  // the chunk of the first row in the first page's first unit
-    int64_t page_stride, column_stride;
-    int32_t row_stride, columns;  // how many of the chunk's columns exist, from there on
-    bool copies, idle;
+    const char* from;     // the chunk of `first` in the first page's first unit
+    int64_t page_bytes, column_stride;
+    int32_t row_bytes;
+    int to, to_step, to_unit;  // in elements from the stage's start; from row to row, and to the second unit
+    int first, step;
+    int columns;  // how many of the chunk's exist
+    bool copies;
 
-    SIMSD_DEVICE void start(const void* data, const int64_t (&strides)[4], const Mask& m, const Rows& rows, int first,
-                            int dim, bool copy) {
-        const int column = thread_index() % THREADS * CHUNK, row = thread_index() / THREADS % PAGE_UNIT;
-        row_stride = static_cast<int32_t>(strides[2]);
+    // K and V of `rows`' head; V from `first_column` on. They take K_ELEMENTS and what follows in a stage.
+    template <typename T, int K_COLUMNS, int V_COLUMNS, int K_ELEMENTS>
+    SIMSD_DEVICE void start(const Params& p, const Rows& rows, int first_column) {
+        const int half = thread_count() / 2;
+        const bool values = thread_index() >= half;
+        const int64_t(&strides)[4] = values ? p.v_strides : p.k_strides;
+        const int threads = values ? ROW_THREADS<V_COLUMNS> : ROW_THREADS<K_COLUMNS>;  // to a row
+        const int stride = values ? ROW_STRIDE<V_COLUMNS> : ROW_STRIDE<K_COLUMNS>;
+        const int thread = thread_index() % half, column = thread % threads * CHUNK;
+        first = column < (values ? V_COLUMNS : K_COLUMNS) ? thread / threads : PAGE_UNIT;
+        step = half / threads;
+        columns = p.dim - column - (values ? first_column : 0);
+        copies = p.copy_kv;
         column_stride = strides[3];
-        page_stride = m.block_table ? strides[0] : 0;
-        columns = dim - first - column;
-        copies = copy;
-        idle = column >= COLUMNS;
-        from = static_cast<const T*>(data) + rows.kv_head * strides[1] + row * static_cast<int64_t>(row_stride) +
-               (first + column) * column_stride;
-        if (!m.block_table) from += rows.batch * strides[0];
+        row_bytes = values ? p.v_row_bytes : p.k_row_bytes;
+        page_bytes = 2 * strides[0];
+        to = (values ? K_ELEMENTS : 0) + first * stride + column;
+        to_step = step * stride;
+        to_unit = PAGE_UNIT * stride;
+        int64_t offset = rows.kv_head * strides[1] + (column + (values ? first_column : 0)) * strides[3];
+        if (p.block_table == nullptr) offset += rows.batch * strides[0];
+        from = static_cast<const char*>(values ? p.v : p.k) + 2 * offset + first * static_cast<int64_t>(row_bytes);
     }
 
-    // To a tile in shared memory; of its rows those whose bit is set in `seen` exist.
-    SIMSD_DEVICE void load(T* to, const int32_t (&pages)[2], const int32_t (&slots)[2], uint32_t seen) const {
-        if (idle) return;
-        const int first = thread_index() / THREADS, step = thread_count() / THREADS;  // a power of two
-        to += first % PAGE_UNIT * ROW_STRIDE<COLUMNS> + thread_index() % THREADS * CHUNK;
-        if (columns <= 0) seen = 0;
-#pragma unroll
-        for (int unit = 0; unit < TILE / PAGE_UNIT; ++unit) {
-            if (step > PAGE_UNIT && first / PAGE_UNIT % 2 != unit) continue;
-            const T* row = from + pages[unit] * page_stride + static_cast<int64_t>(slots[unit]) * row_stride;
-            T* target = to + unit * PAGE_UNIT * ROW_STRIDE<COLUMNS>;
-#pragma unroll 1
-            for (int i = first % PAGE_UNIT; i < PAGE_UNIT; i += step) {
-                const bool exists = seen >> (unit * PAGE_UNIT + i) & 1;
-                if (copies) {
-                    copy_async_16(target, row, exists);
-                } else {
-                    gather_chunk(target, row, column_stride, exists ? columns : 0);
-                }
-                row += step * static_cast<int64_t>(row_stride);
-                target += step * ROW_STRIDE<COLUMNS>;
+    // To a stage in shared memory, from where both units lie.
+    template <typename T>
+    SIMSD_DEVICE void load(T* stage, const char* row, const char* other, bool full, uint32_t seen) const {
+        T* target = stage + to;
+        const int64_t row_step = step * row_bytes;
+        if (full && copies) {
+            const bool exists = columns > 0;
+#pragma unroll 2
+            for (int i = first; i < PAGE_UNIT; i += step) {
+                copy_async_16(target, row, exists);
+                copy_async_16(target + to_unit, other, exists);
+                target += to_step;
+                row += row_step;
+                other += row_step;
             }
+            return;
+        }
+        if (full) seen = ~0u;
+#pragma unroll 1
+        for (int i = first; i < PAGE_UNIT; i += step) {
+            load_chunk(target, row, seen >> i & 1);
+            load_chunk(target + to_unit, other, seen >> (i + PAGE_UNIT) & 1);
+            target += to_step;
+            row += row_step;
+            other += row_step;
+        }
+    }
+
+    template <typename T>
+    SIMSD_DEVICE void load_chunk(T* target, const char* row, bool exists) const {
+        if (copies) {
+            copy_async_16(target, row, exists && columns > 0);
+        } else {
+            gather_chunk(target, reinterpret_cast<const T*>(row), column_stride, exists ? columns : 0);
         }
     }
 };

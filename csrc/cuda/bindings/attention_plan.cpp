@@ -14,8 +14,9 @@ Tensor attention_plan(const Tensor clock, const Tensor birth, const Tensor death
     intervals::Mask mask{};
     set_mask(mask, OP, clock, birth, death, group, count ? keys / count : 0, pages, kv_len, block_table);
     const OnDevice device(clock);
-    const Tensor plan = allocate_like(clock, {intervals::Plan(mask).words}, ScalarType::Int);
-    mask.plan = static_cast<int32_t*>(plan.mutable_data_ptr());
+    const int64_t batch = clock.size(0), rows = group * clock.size(1);
+    const Tensor plan = allocate_like(clock, {intervals::plan_words(batch, rows, keys)}, ScalarType::Int);
+    mask.plan = intervals::plan_in(static_cast<int32_t*>(plan.mutable_data_ptr()), batch, rows, keys);
     intervals::launch_plan(OP, mask, true, device.stream());
     return plan;
 }

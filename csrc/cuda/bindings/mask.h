@@ -1,6 +1,7 @@
 // The mask of attention as kernels take it, from the tensors that describe it.
 #pragma once
 
+#include <algorithm>
 #include <optional>
 
 #include "cuda/attention_plan.h"
@@ -21,7 +22,7 @@ inline void set_mask(intervals::Mask& m, const char* op, const Tensor& clock, co
                      const std::optional<Tensor>& block_table) {
     const int64_t batch = clock.size(0), q_rows = clock.size(1), keys = birth.size(1);
     constexpr int64_t MOST = (int64_t{1} << 31) - 4096;  // rows and keys are counted in 32 bits, and words of the plan
-    check(q_rows < MOST / group && keys < MOST && intervals::plan_words(batch, group * q_rows, keys) < MOST, op, ": ",
+    check(q_rows < MOST / std::max<int64_t>(group, 1) && keys < MOST && intervals::plan_words(batch, group * q_rows, keys) < MOST, op, ": ",
           q_rows, " queries and ", keys, " keys are too many for one call");
     check(!block_table || pages < intervals::MOST_PAGES, op, ": cuda takes fewer than ", intervals::MOST_PAGES,
           " pages, got ", pages);

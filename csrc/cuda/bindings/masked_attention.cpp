@@ -31,7 +31,8 @@ Tensor masked_attention(const Tensor q, const Tensor k, const Tensor v, const Te
     const int64_t group = q.size(1) / k.size(1);
     intervals::Params p{};
     set_mask(p, OP, clock, birth, death, group, k.size(2), k.size(0), kv_len, block_table);
-    check_plan(check_same_device, q, plan, intervals::Plan(p).words);
+    const int64_t words = intervals::plan_words(p.batch, group * p.q_rows, p.keys);
+    check_plan(check_same_device, q, plan, words);
     const OnDevice device(q);
     const Tensor rows = allocate_like(q, {q.size(0), q.size(2), q.size(1), q.size(3)}, q.scalar_type());
     const Tensor out = torch::stable::transpose(rows, 1, 2);
@@ -52,8 +53,9 @@ Tensor masked_attention(const Tensor q, const Tensor k, const Tensor v, const Te
 
     const auto element = element_of<intervals::Element>(q);
     const bool planned = plan || element == intervals::Element::float32;  // which takes no plan
-    const Tensor own_plan = allocate_like(q, {planned ? 0 : intervals::Plan(p).words}, ScalarType::Int);
-    p.plan = static_cast<int32_t*>(plan ? const_cast<void*>(plan->const_data_ptr()) : own_plan.mutable_data_ptr());
+    const Tensor own_plan = allocate_like(q, {planned ? 0 : words}, ScalarType::Int);
+    void* of_plan = plan ? const_cast<void*>(plan->const_data_ptr()) : own_plan.mutable_data_ptr();
+    p.plan = intervals::plan_in(static_cast<int32_t*>(of_plan), p.batch, group * p.q_rows, p.keys);
     const Tensor scratch = allocate_like(q, {intervals::prepare(p, element, multiprocessors(q))}, ScalarType::Float);
     p.scratch = static_cast<float*>(scratch.mutable_data_ptr());
     intervals::launch_attention(p, element, planned, device.stream());
