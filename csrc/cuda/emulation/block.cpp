@@ -377,7 +377,8 @@ void launch(const char* op, const void* kernel, int64_t blocks_x, int64_t blocks
         touched.clear();
     }
     std::vector<int64_t> order(counting ? std::min(blocks, most_blocks) : blocks);
-    std::iota(order.begin(), order.end(), (blocks - static_cast<int64_t>(order.size())) / 2);
+    const int64_t count = static_cast<int64_t>(order.size());
+    for (int64_t i = 0; i < count; ++i) order[i] = (2 * i + 1) * blocks / (2 * count);  // i, where all blocks run
     const Counters before = counters;
     const int64_t new_before = new_bytes;
     uint64_t random = schedule_seed;
