@@ -5,6 +5,7 @@ Importing the package defines every op; no device is queried and no kernel is co
 
 from simsd_kernels.add_rms_norm.api import add_rms_norm
 from simsd_kernels.advance_slots.api import advance_slots
+from simsd_kernels.attention_plan.api import attention_plan
 from simsd_kernels.banned import banned_mask
 from simsd_kernels.block_verify.api import block_verify
 from simsd_kernels.combine_experts.api import combine_experts
@@ -34,6 +35,7 @@ __all__ = [
     "Walk",
     "add_rms_norm",
     "advance_slots",
+    "attention_plan",
     "banned_mask",
     "block_verify",
     "combine_experts",

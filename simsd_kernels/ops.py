@@ -13,17 +13,23 @@ from torch import Tensor
 
 from simsd_kernels import dispatch
 from simsd_kernels.advance_slots import arguments as advance_slots
+from simsd_kernels.attention_plan.size import words_of
 from simsd_kernels.plan_block import arguments as plan_block
 from simsd_kernels.propose_block import arguments as propose_block
 from simsd_kernels.reveal import arguments as reveal
 from simsd_kernels.verify_graph import arguments as verify_graph
 
 LIBRARY = torch.library.Library("simsd", "DEF")
+LIBRARIES = (LIBRARY, dispatch.EMULATED) if dispatch.EMULATION else (LIBRARY,)
 
 SCHEMAS = {
     "masked_attention": (
         "(Tensor q, Tensor k, Tensor v, Tensor clock, Tensor birth, Tensor death, Tensor? kv_len=None,"
-        " float? scale=None, Tensor? block_table=None) -> Tensor"
+        " float? scale=None, Tensor? block_table=None, Tensor? plan=None) -> Tensor"
+    ),
+    "attention_plan": (
+        "(Tensor clock, Tensor birth, Tensor death, int group, int pages, Tensor? kv_len=None,"
+        " Tensor? block_table=None) -> Tensor"
     ),
     "masked_attention_backward": (
         "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor clock, Tensor birth, Tensor death,"
@@ -102,7 +108,7 @@ def implement(
         dispatch.note_reference(next(x.device for x in arguments if isinstance(x, Tensor)))
         return reference(*arguments)
 
-    for library in (LIBRARY, dispatch.EMULATED) if dispatch.EMULATION else (LIBRARY,):
+    for library in LIBRARIES:
         if gradients is None:
             library.impl(op, _without_gradients(library.ns, op), "Autograd", with_keyset=True)
         else:
@@ -154,22 +160,32 @@ def _without_gradients(namespace: str, op: str) -> Callable:
     return autograd
 
 
-def fake(op: str) -> Callable:
+def fake(op: str, libraries: tuple[torch.library.Library, ...] = LIBRARIES) -> Callable:
     """Registers the decorated function as what `torch.ops.simsd.<op>` is to a compiler: shapes and dtypes alone."""
 
     def register(function: Callable) -> Callable:
-        torch.library.register_fake(f"simsd::{op}", function, lib=LIBRARY)
-        if dispatch.EMULATION:
-            torch.library.register_fake(f"simsd_emulated::{op}", function, lib=dispatch.EMULATED)
+        for library in libraries:
+            torch.library.register_fake(f"{library.ns}::{op}", function, lib=library)
         return function
 
     return register
 
 
 @fake("masked_attention")
-def _(q, k, v, clock, birth, death, kv_len=None, scale=None, block_table=None) -> Tensor:
+def _(q, k, v, clock, birth, death, kv_len=None, scale=None, block_table=None, plan=None) -> Tensor:
     batch, heads, rows, dim = q.shape
     return q.new_empty((batch, rows, heads, dim)).transpose(1, 2)
+
+
+@fake("attention_plan", (LIBRARY,))
+def _(clock, birth, death, group, pages, kv_len=None, block_table=None) -> Tensor:
+    compiled = clock.device.type == "cuda" and dispatch.compiled_obstacle("attention_plan", "CUDA") is None
+    return clock.new_empty((words_of("cuda" if compiled else "reference", clock, birth, group),))
+
+
+@fake("attention_plan", LIBRARIES[1:])
+def _(clock, birth, death, group, pages, kv_len=None, block_table=None) -> Tensor:
+    return clock.new_empty((words_of("cuda", clock, birth, group),))
 
 
 @fake("masked_attention_backward")

@@ -1,9 +1,9 @@
-"""Counts the instructions of the CUDA kernels' inner loops in the compiled library, and the work of whole launches.
+"""Counts the instructions of the CUDA kernels' inner loops in the compiled library, and the work of whole launches
+(linear_counts.py, attention_counts.py).
 
 Needs what cuda_resources needs, and no GPU. A loop is followed in the machine code on the way that its ordinary turn
 takes (sass.py): which one that is, is said by how often some instructions come on it. An instruction that a predicate
-turns off counts, as it takes its turn all the same. The work of launches is counted as the emulation does it
-(linear_counts.py).
+turns off counts, as it takes its turn all the same.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import dataclasses
 
 from ..contest import Bench
 from ..report import Table
-from . import cuda_resources, linear_counts, sass
+from . import attention_counts, cuda_resources, linear_counts, sass
 
 PHILOX = {r"IMAD\.WIDE\.U32": range(100, 400)}  # multiplications of the ten rounds, that of eight counters at least
 
@@ -133,6 +133,7 @@ def run(bench: Bench) -> None:
     counted = {capability: count(capability) for capability in cuda_resources.TARGETS}
     products = cuda_resources.emulated("benchmarks.cpu.linear_counts")
     tabulate(bench, counted, flights(), products, cuda_resources.compiler(cuda_resources.compiled()))
+    attention_counts.tabulate(bench)
 
 
 def tabulate(

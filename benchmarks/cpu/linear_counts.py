@@ -70,16 +70,15 @@ def count() -> Iterator[Count]:
     """Needs SIMSD_CUDA_EMULATION."""
     emulated = torch.ops.simsd_emulated
     emulated.set_multiprocessors(MULTIPROCESSORS)
-    emulated.set_most_blocks(1)
+    emulated.set_counting(1)
     try:
         for product, (n, k) in PRODUCTS.items():
             weight = torch.empty(n, k, dtype=torch.bfloat16)  # never written, so most of it never exists
             for rows, (blocks_before, copied_mb_before) in zip(ROWS, BEFORE[product], strict=True):
-                emulated.take_counters()
                 thin_linear(torch.empty(rows, k, dtype=torch.bfloat16), weight, backend="cuda")
-                counters = json.loads(emulated.take_counters())
-                blocks, down, across = counters["blocks"], -(-rows // BLAS_TILE), n // BLAS_TILE
-                copied, products = blocks * counters["async_bytes"], blocks * counters["matrix_products"]
+                _, _, blocks, _, copied, _, _, _, products = map(int, emulated.take_notes().split())
+                copied, products = blocks * copied, blocks * products
+                down, across = -(-rows // BLAS_TILE), n // BLAS_TILE
                 yield Count(
                     product=product,
                     rows=rows,
@@ -94,7 +93,7 @@ def count() -> Iterator[Count]:
                     copied_mb_before=copied_mb_before,
                 )
     finally:
-        emulated.set_most_blocks(0)
+        emulated.set_counting(0)
         emulated.set_multiprocessors(4)
 
 

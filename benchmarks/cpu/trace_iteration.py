@@ -73,6 +73,7 @@ def rounds_of_plan(given: dict) -> int:
 # Kernels that a call of an op of ours launches at these sizes on an H100, by its arguments where they decide: what
 # tests/emulated/test_cuda_launches.py counts on the kernels themselves.
 KERNELS: dict[str, int | Callable[[dict], int]] = {
+    "attention_plan": 2,
     "masked_attention": 2,
     "store_kv": 1,
     "qk_norm_rope_store": 1,

@@ -212,8 +212,9 @@ void attend_splits(const Partition& part) {
 
 Tensor masked_attention(const Tensor q, const Tensor k, const Tensor v, const Tensor clock, const Tensor birth,
                         const Tensor death, const std::optional<Tensor> kv_len, const std::optional<double> scale,
-                        const std::optional<Tensor> block_table) {
+                        const std::optional<Tensor> block_table, const std::optional<Tensor> plan) {
     check_masked_attention(check_cpu, q, k, v, clock, birth, death, kv_len, block_table);
+    check_plan(check_cpu, q, plan, 0);
     const Tensor out = allocate_heads(q);
     if (out.numel() == 0) return out;
 

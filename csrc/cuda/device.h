@@ -143,6 +143,16 @@ SIMSD_DEVICE int32_t wait_for(const int32_t* address, int32_t least) {
     }
 }
 
+// Of global memory, as an assignment does it; the emulation counts the bytes.
+template <typename T>
+SIMSD_DEVICE T load_global(const T* address) {
+    return *address;
+}
+template <typename T>
+SIMSD_DEVICE void store_global(T* address, const T& value) {
+    *address = value;
+}
+
 SIMSD_DEVICE uint32_t shared_address(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
@@ -155,6 +165,10 @@ SIMSD_DEVICE void copy_async_16(void* to, const void* from, bool valid = true) {
                  "r"(valid ? 16 : 0)
                  : "memory");
 }
+// 4 bytes.
+SIMSD_DEVICE void copy_async_4(void* to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from) : "memory");
+}
 SIMSD_DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N>
 SIMSD_DEVICE void copy_wait() {
@@ -163,17 +177,19 @@ SIMSD_DEVICE void copy_wait() {
 
 // Four 8 x 8 matrices of 16-bit elements from shared memory, one to a register of every lane (warp). Lane l points at
 // row l % 8 (16 bytes, aligned) of matrix l / 8. Register i of lane t receives elements 2 (t % 4) and 2 (t % 4) + 1 of
-// row t / 4 of matrix i; transposed: of column t / 4.
+// row t / 4 of matrix i; transposed: of column t / 4. BYTES past `row`: an address with a constant costs no operation.
+template <int BYTES = 0>
 SIMSD_DEVICE void load_matrices(uint32_t (&out)[4], const void* row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4 + %5];"
                  : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-                 : "r"(shared_address(row))
+                 : "r"(shared_address(row)), "n"(BYTES)
                  : "memory");
 }
+template <int BYTES = 0>
 SIMSD_DEVICE void load_matrices_transposed(uint32_t (&out)[4], const void* row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4 + %5];"
                  : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-                 : "r"(shared_address(row))
+                 : "r"(shared_address(row)), "n"(BYTES)
                  : "memory");
 }
 

@@ -43,8 +43,9 @@ __global__ void __launch_bounds__(WARPS* WARP, 4) attend_float(const Params p) {
     float* all_weights = shared.take<float>(ROWS * TILE);
     int32_t* clocks = shared.take<int32_t>(ROWS);
 
-    const int head = block_x() / p.row_tiles;
-    const Rows rows = locate_rows(p, head, static_cast<int>(block_x() % p.row_tiles) * ROWS, ROWS);
+    const int row_tiles = (p.group * p.q_rows + ROWS - 1) / ROWS, head = block_x() / row_tiles;
+    const Rows rows = locate_rows(p, head / p.kv_heads, head % p.kv_heads, block_x() % row_tiles * ROWS, ROWS);
+    const int keys = live_slots(p, rows.batch);
     const float* k_head = static_cast<const float*>(p.k) + rows.kv_head * p.k_strides[1];
     const float* v_head = static_cast<const float*>(p.v) + rows.kv_head * p.v_strides[1];
     load_clocks(p, rows, clocks);
@@ -73,8 +74,8 @@ __global__ void __launch_bounds__(WARPS* WARP, 4) attend_float(const Params p) {
         for (int c = 0; c < PER_LANE; ++c) out[r][c] = 0.0f;
     }
 
-    for (int first_key = 0; first_key < rows.keys && span.first <= span.last; first_key += KEYS) {
-        window.fetch(p, rows, first_key);
+    for (int first_key = 0; first_key < keys && span.first <= span.last; first_key += KEYS) {
+        window.fetch(p, rows, keys, first_key);
         block_barrier();
         window.resolve(clocks, rows.queries, span);
         block_barrier();
@@ -105,7 +106,8 @@ __global__ void __launch_bounds__(WARPS* WARP, 4) attend_float(const Params p) {
                 keep[r] = power_of_two(max[r] - shift_of(next));
                 const float weight = exp2_fast(mine - shift_of(next));
                 max[r] = next;
-                lane_sum[r] = fused(lane_sum[r], keep[r], weight);
+                // With that of the key 16 places on: a block's copies lie on multiples of 16, and must sum alike.
+                lane_sum[r] = fused(lane_sum[r], keep[r], sum(weight, shuffle_xor(weight, WARP / 2)));
                 weights[r * TILE + lane] = weight;
             }
             warp_barrier();
@@ -130,7 +132,8 @@ __global__ void __launch_bounds__(WARPS* WARP, 4) attend_float(const Params p) {
     }
 #pragma unroll
     for (int r = 0; r < WARP_ROWS; ++r) {
-        const float total = warp_sum(lane_sum[r]), inverse = inverse_of(total);
+        const float total = product(0.5f, warp_sum(lane_sum[r]));  // each key is in two lanes' sums
+        const float inverse = inverse_of(total);
         if (first + r >= rows.count) continue;
         float* to = static_cast<float*>(p.out) + out_offset(p, rows, rows.first + first + r);
 #pragma unroll
@@ -143,13 +146,12 @@ __global__ void __launch_bounds__(WARPS* WARP, 4) attend_float(const Params p) {
 
 }  // namespace
 
-void launch_float(const Params& params, Stream stream) {
-    Params p = params;
-    p.row_tiles = (p.group * p.q_rows + ROWS - 1) / ROWS;
+void launch_float(const Params& p, Stream stream) {
+    const int64_t row_tiles = (p.group * p.q_rows + ROWS - 1) / ROWS;
     const auto bytes = [](int floats) { return (4 * floats + 15) / 16 * 16; };
     const int shared = Window<KEYS>::SHARED_BYTES + bytes(ROWS * padded(p.dim)) + 2 * bytes(TILE * row_stride(p.dim)) +
                        bytes(ROWS * TILE) + bytes(ROWS);
-    launch("masked_attention", attend_float, {p.heads * p.row_tiles}, WARPS * WARP, shared, stream, p);
+    launch("masked_attention", attend_float, {p.batch * p.kv_heads * row_tiles}, WARPS * WARP, shared, stream, p);
 }
 
 }  // namespace simsd::intervals

@@ -1,8 +1,8 @@
 // masked_attention for many rows: a block per (KV head, tile of 16 rows for each of up to 8 warps) walks over all keys.
 //
-// Data path: that of masked_attention_splits.cu, with the softmax of a split in registers and, next to it, the total
-// that it is added to behind the split's last tile: the same operations in the same order as launch_combine's, so the
-// same bits. Lives are looked at 1024 keys at a time; only there does the ring of tiles run empty.
+// Data path: that of masked_attention_parts.cu, with the softmax of a split in registers and, next to it, that of the
+// key group which it is added to behind the split's last tile; key groups are added up in memory: the same operations
+// in the same order as launch_combine's, so the same bits.
 //
 // Floor: SDAR-8B, a prefill of 2048 tokens (block-causal, so half of the pairs): 4 x 8192 x 2048 x 128 x 8 / 2 = 34
 // GFLOP, 35 us at the 990 TFLOPS of dense bf16, against 8.4 MB of K and V, read from L2 by 64 row tiles. What bounds it
@@ -14,11 +14,46 @@
 namespace simsd::intervals {
 namespace {
 
-constexpr int WINDOW = 4 * SPLIT;
+// A thread's share of the sum of the key groups, in memory of its own: it is touched once in 2048 keys, and registers
+// have no room for it.
+template <int COLUMNS>
+struct Total {
+    static constexpr int ITEMS = COLUMNS / 8 + 1;  // of 16 bytes
+    float* items;
+    bool begun = false;
 
-// Two states of 16 x 128 and queries of 256 columns would be a register or two more than there are.
-template <int DIM>
-using WalkHead = Head<DIM, DIM == 256 ? 64 : 128>;
+    SIMSD_DEVICE explicit Total(const Params& p)
+        : items(p.scratch + (static_cast<int64_t>(block_x()) * ITEMS * thread_count() + thread_index()) * 4) {}
+
+    SIMSD_DEVICE void load(State<COLUMNS>& total) const {
+        total.clear();
+        if (!begun) return;
+        const Bytes16 first = load_16_written(items);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            total.max[half] = bits_as_float(first.words[half]);
+            total.sum[half] = bits_as_float(first.words[2 + half]);
+        }
+#pragma unroll
+        for (int n = 0; n < COLUMNS / 8; ++n) {
+            const Bytes16 item = load_16_written(items + (n + 1) * 4 * thread_count());
+#pragma unroll
+            for (int i = 0; i < 4; ++i) total.out[n][i] = bits_as_float(item.words[i]);
+        }
+    }
+
+    SIMSD_DEVICE void store(const State<COLUMNS>& total) {
+        begun = true;
+        store_16(items, {float_as_bits(total.max[0]), float_as_bits(total.max[1]), float_as_bits(total.sum[0]),
+                         float_as_bits(total.sum[1])});
+#pragma unroll
+        for (int n = 0; n < COLUMNS / 8; ++n) {
+            store_16(items + (n + 1) * 4 * thread_count(),
+                     {float_as_bits(total.out[n][0]), float_as_bits(total.out[n][1]), float_as_bits(total.out[n][2]),
+                      float_as_bits(total.out[n][3])});
+        }
+    }
+};
 
 template <typename T, int COLUMNS>
 SIMSD_DEVICE void store_rows(const Params& p, const Rows& rows, const int32_t (&clock)[2], int first_column,
@@ -29,13 +64,12 @@ SIMSD_DEVICE void store_rows(const Params& p, const Rows& rows, const int32_t (&
         const int row = rows.first + warp_index() * WARP_ROWS + lane / 4 + 8 * half;
         if (row >= end) continue;
         T* out = static_cast<T*>(p.out) + out_offset(p, rows, row);
-        const float inverse = inverse_of(total.sum[half]);
+        const float weights = clock[half] >= 0 ? total.sum[half] : 0.0f, inverse = inverse_of(weights);
 #pragma unroll
         for (int n = 0; n < COLUMNS / 8; ++n) {
             const int column = first_column + 8 * n + 2 * (lane % 4);
-            const bool sees = clock[half] >= 0 && total.sum[half] != 0.0f;
-            const T low = from_float<T>(sees ? product(total.out[n][2 * half], inverse) : 0.0f);
-            const T high = from_float<T>(sees ? product(total.out[n][2 * half + 1], inverse) : 0.0f);
+            const T low = from_float<T>(quotient(total.out[n][2 * half], weights, inverse));
+            const T high = from_float<T>(quotient(total.out[n][2 * half + 1], weights, inverse));
             if (p.dim % 2 == 0) {
                 if (column < p.dim) *reinterpret_cast<uint32_t*>(out + column) = pack(low, high);
             } else {
@@ -48,39 +82,43 @@ SIMSD_DEVICE void store_rows(const Params& p, const Rows& rows, const int32_t (&
 
 template <typename T, int DIM>
 __global__ void __launch_bounds__(MOST_WARPS* WARP, 1) attend_all(const Params p) {
-    using Shape = WalkHead<DIM>;
+    using Shape = Head<DIM>;
+    const Plan& plan = p.plan;
     int rest = block_x();
-    const int row_tile = p.row_tiles - 1 - rest % p.row_tiles;  // late rows tend to see more: first
-    rest /= p.row_tiles;
+    const int row_tile = plan.row_tiles - 1 - rest % plan.row_tiles;  // late rows tend to see more: first
+    rest /= plan.row_tiles;
     const int slice = rest % Shape::SLICES, head = rest / Shape::SLICES;
 
-    Block<T, DIM, WINDOW, Shape> block(p, head, row_tile, slice);
-    block.start(0);
-    State<Shape::COLUMNS> total, state;
-    total.clear();
-    state.clear();
-    for (int first_key = 0; first_key < block.rows().keys; first_key += WINDOW) {
-        if (first_key > 0) block.move(first_key);
-        block.attend(state, [&] {
-            merge(total, state);
-            state.clear();
-        });
-    }
-    store_rows<T>(p, block.rows(), block.queries().clock, block.first_column(), total);
+    Block<T, DIM> block(p);
+    block.start(head / p.kv_heads, head % p.kv_heads, row_tile, slice, 0, 2 * plan.key_groups, ~0u);
+    State<Shape::COLUMNS> split, key_group;
+    split.clear();
+    key_group.clear();
+    Total<Shape::COLUMNS> total(p);
+    block.attend(split, [&](bool ends) {
+        add_split(key_group, split);
+        if (!ends || plan.key_groups == 1) return;
+        State<Shape::COLUMNS> sum;
+        total.load(sum);
+        merge(sum, key_group, key_group.sum);
+        total.store(sum);
+        key_group.clear();
+    });
+    if (plan.key_groups > 1) total.load(key_group);
+    store_rows<T>(p, block.rows(), block.queries().clock, slice * Shape::COLUMNS, key_group);
 }
 
 }  // namespace
 
-void launch_walk(const Params& params, Element element, Stream stream) {
-    Params p = params;
-    const int rows = p.group * p.q_rows;
-    int warps = 2;
-    while (warps < MOST_WARPS && warps * WARP_ROWS < rows) warps *= 2;
-    p.row_tiles = (rows + warps * WARP_ROWS - 1) / (warps * WARP_ROWS);
+int64_t walk_floats(const Params& p, int columns, int64_t blocks) {
+    return p.plan.key_groups > 1 ? blocks * (columns / 8 + 1) * 4 * p.warps * WARP : 0;
+}
+
+void launch_walk(const Params& p, Element element, Stream stream) {
     with_shape(element, p.dim, [&]<typename T, int DIM>() {
-        const Grid grid{p.heads * WalkHead<DIM>::SLICES * p.row_tiles};
-        launch("masked_attention", attend_all<T, DIM>, grid, warps * WARP,
-               WalkHead<DIM>::template shared_bytes<WINDOW>(warps), stream, p);
+        const Grid grid{static_cast<int64_t>(p.batch) * p.kv_heads * Head<DIM>::SLICES * p.plan.row_tiles};
+        launch("masked_attention", attend_all<T, DIM>, grid, p.warps * WARP, Head<DIM>::shared_bytes(p.warps), stream,
+               p);
     });
 }
 

@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from simsd_kernels import dispatch, validate
+from simsd_kernels.attention_plan.size import GROUP_KEYS, words_of
 from simsd_kernels.masked_attention import reference
 from simsd_kernels.ops import implement
 
 OP = "masked_attention"
+SPLIT_KEYS = 256
 
 
 def masked_attention(
@@ -22,6 +24,7 @@ def masked_attention(
     kv_len: Tensor | None = None,
     scale: float | None = None,
     block_table: Tensor | None = None,
+    plan: Tensor | None = None,
     *,
     backend: str | None = None,
 ) -> Tensor:
@@ -44,6 +47,8 @@ def masked_attention(
         scale: factor of q @ k^T, D ** -0.5 by default.
         block_table: int32 [B, n_pages], or None where K and V are not paged. An entry outside [0, P) is no page: its
             keys are dead, and nothing of them is read.
+        plan: int32, of `attention_plan` for the same clock, birth, death, kv_len and block_table by the same backend,
+            where several calls have them: the layers of a forward. None: made inside. It changes no bit.
         backend: "reference", "cpu", "triton" or "cuda"; None chooses (see `simsd_kernels.dispatch`).
 
     Returns:
@@ -57,14 +62,23 @@ def masked_attention(
     Source: SimSD (arXiv 2606.02544), the temporal attention mask, as an interval test.
     """
     check(q, k, v, clock, birth, death, kv_len, block_table)
-    match dispatch.choose(OP, backend, q.device, lambda name: obstacle(name, q)):
+    chosen = dispatch.choose(OP, backend, q.device, lambda name: obstacle(name, q))
+    check_plan(chosen, plan, q, k, clock, birth)
+    match chosen:
         case "reference":
             return reference.masked_attention(q, k, v, clock, birth, death, kv_len, scale, block_table)
         case "triton":
-            return _Triton.apply(q, k, v, clock, birth, death, kv_len, scale, block_table)
+            return _Triton.apply(q, k, v, clock, birth, death, kv_len, scale, block_table, plan)
         case compiled:
             operator = dispatch.operator(OP, compiled)
-            return operator(q, k, v, clock, birth, death, kv_len, scale, block_table)
+            return operator(q, k, v, clock, birth, death, kv_len, scale, block_table, plan)
+
+
+def summed_keys(device: torch.device) -> int:
+    """How many keys what serves `device` adds up by themselves before it adds them to others: the first so many, the
+    next, and so on. A row's bits depend on where in such a stretch its keys lie, and on the order of the stretches in
+    which it sees any; how many others lie between changes nothing."""
+    return GROUP_KEYS if dispatch.choose_for(OP, device) == "cuda" else SPLIT_KEYS
 
 
 def check(q, k, v, clock, birth, death, kv_len, block_table, op=OP) -> None:
@@ -105,6 +119,17 @@ def check(q, k, v, clock, birth, death, kv_len, block_table, op=OP) -> None:
     )
 
 
+def check_plan(backend: str, plan, q, k, clock, birth) -> None:
+    """Raises unless `plan` may be one of `backend`'s for these arguments, which `check` has passed."""
+    if plan is None:
+        return
+    validate.tensor(OP, "plan", plan)
+    validate.dtype(OP, "plan", plan, torch.int32)
+    words = words_of(backend, clock, birth, q.shape[1] // k.shape[1])
+    validate.shape(OP, "plan", plan, (words,), f"that of attention_plan on {backend}")
+    validate.same_device(OP, q=q, plan=plan)
+
+
 def obstacle(backend: str, q: Tensor) -> str | None:
     """What about these arguments keeps `backend` from serving; None if nothing does."""
     if backend == "reference":
@@ -118,15 +143,17 @@ def obstacle(backend: str, q: Tensor) -> str | None:
     return None
 
 
-def _reference(q, k, v, clock, birth, death, kv_len=None, scale=None, block_table=None) -> Tensor:
+def _reference(q, k, v, clock, birth, death, kv_len=None, scale=None, block_table=None, plan=None) -> Tensor:
     check(q, k, v, clock, birth, death, kv_len, block_table)
+    check_plan("reference", plan, q, k, clock, birth)
     return reference.masked_attention(q, k, v, clock, birth, death, kv_len, scale, block_table)
 
 
-def _triton(q, k, v, clock, birth, death, kv_len=None, scale=None, block_table=None) -> Tensor:
+def _triton(q, k, v, clock, birth, death, kv_len=None, scale=None, block_table=None, plan=None) -> Tensor:
     from simsd_kernels.masked_attention import triton
 
     check(q, k, v, clock, birth, death, kv_len, block_table)
+    check_plan("triton", plan, q, k, clock, birth)
     return triton.masked_attention(q, k, v, clock, birth, death, kv_len, scale, block_table)
 
 
@@ -135,7 +162,7 @@ def _why_not_triton(q, *_) -> str | None:
 
 
 def _save(ctx, inputs, output) -> None:
-    q, k, v, clock, birth, death, kv_len, ctx.scale, block_table = inputs
+    q, k, v, clock, birth, death, kv_len, ctx.scale, block_table, _ = inputs
     ctx.save_for_backward(q, k, v, output, clock, birth, death, kv_len, block_table)
 
 
@@ -159,7 +186,7 @@ def _gradients(ctx, gradient: Tensor, backend: str | None = None) -> tuple[Tenso
     if block_table is not None:
         dk, dv = (reference.into_pages(x, pages, block_table) for x in (dk, dv))
     found = zip((dq, dk, dv), ctx.needs_input_grad, strict=False)
-    return (*(x if needed else None for x, needed in found), *(None,) * 6)
+    return (*(x if needed else None for x, needed in found), *(None,) * 7)
 
 
 class _Triton(torch.autograd.Function):
@@ -169,7 +196,7 @@ class _Triton(torch.autograd.Function):
     def forward(*arguments):
         from simsd_kernels.masked_attention import triton
 
-        return triton.masked_attention(*arguments)
+        return triton.masked_attention(*arguments[:-1])  # all but the plan, which is empty
 
     setup_context = staticmethod(_save)
 

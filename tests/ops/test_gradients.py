@@ -19,7 +19,7 @@ OP = "masked_attention"  # what tests are about that name no other
 CPU = torch.device("cpu")
 masked_attention, thin_linear = callable_of("masked_attention"), callable_of("thin_linear")
 DIFFERENTIABLE = ("masked_attention", "thin_linear")
-WITHOUT_FLOATS = ("sort_by_expert",)  # nothing of theirs can require grad
+WITHOUT_FLOATS = ("attention_plan", "sort_by_expert")  # nothing of theirs can require grad
 REFUSING = [op for op in OPS if op.name not in (*DIFFERENTIABLE, *WITHOUT_FLOATS)]
 
 

@@ -27,4 +27,11 @@ inline void check_masked_attention(DeviceCheck check_device, const Tensor& q, co
     expect("kv_len", kv_len, {ScalarType::Int}, {batch}, "[B]");
 }
 
+// `words`: of a plan that attention_plan makes for the same mask.
+inline void check_plan(DeviceCheck check_device, const Tensor& q, const std::optional<Tensor>& plan, int64_t words) {
+    const Expect expect{"masked_attention", check_device, q};
+    expect("plan", plan, {ScalarType::Int}, {words}, "that of attention_plan");
+    check(!plan || plan->is_contiguous(), "masked_attention: plan must be contiguous");
+}
+
 }  // namespace simsd

@@ -1,7 +1,7 @@
-// A block of threads over a window of keys: while its warps compute on one tile, the next ones are on their way.
+// A block of threads and its rows: while its warps compute on one tile of keys, the next ones are on their way.
 //
-// Head sizes run in the next of 64, 96, 128 and 256 columns. 256 columns of output do not fit a warp's registers next
-// to the queries, so blocks compute 128 each, or 64 where they carry two states, from the same scores.
+// Head sizes run in the next of 64, 96, 128 and 256 columns. Two states of 256 columns do not fit a warp's registers
+// next to the queries, so blocks compute 64 of them each, from the same scores.
 #pragma once
 
 #include "cuda/attention/products.h"
@@ -9,113 +9,172 @@
 namespace simsd::intervals {
 
 // Padded D, and the columns of V that a block computes.
-template <int DIM, int WIDEST = 128>
+template <int DIM>
 struct Head {
-    static constexpr int COLUMNS = DIM < WIDEST ? DIM : WIDEST;
+    static constexpr int COLUMNS = DIM < 256 ? DIM : 64;
     static constexpr int SLICES = DIM / COLUMNS;
     // Enough to have 35 to 46 KB on their way while one is used, and to leave room for 3 or 4 blocks on an H100.
-    static constexpr int STAGES = DIM == 64 ? 6 : DIM == 96 || COLUMNS == 64 ? 4 : 3;
-    static constexpr int K_ELEMENTS = TILE * ROW_STRIDE<DIM>;
-    static constexpr int STAGE_ELEMENTS = K_ELEMENTS + TILE * ROW_STRIDE<COLUMNS>;
+    static constexpr int STAGES = DIM == 64 ? 6 : DIM == 96 || DIM == 256 ? 4 : 3;
+    static constexpr int K_ELEMENTS = TILE * ROW_STRIDE<DIM>, V_ELEMENTS = TILE * ROW_STRIDE<COLUMNS>;
+    static constexpr int STAGE_ELEMENTS = K_ELEMENTS + V_ELEMENTS + 2 * TILE * 2;  // and births and deaths
 
-    template <int KEYS>
-    static constexpr int shared_bytes(int warps) {
-        return 2 * STAGES * STAGE_ELEMENTS + Window<KEYS>::SHARED_BYTES + 4 * WARP_ROWS * warps;
-    }
+    static constexpr int shared_bytes(int warps) { return 2 * STAGES * STAGE_ELEMENTS + 4 * WARP_ROWS * warps; }
 };
 
 constexpr int MOST_WARPS = 8;
 
-template <typename T, int DIM, int KEYS, typename Shape = Head<DIM>>
+// The live tiles of a row tile in ascending order, those of one window at a time.
+struct Tiles {
+    int window, end, at;          // at: the window's bits in the plan
+    uint32_t within, left, full;  // of the window's tiles: those that count; those to come
+
+    // To the next window that has any; false where there is none. `base`: the row tile's first bits.
+    SIMSD_DEVICE bool next_window(const Plan& plan, int base) {
+        while (left == 0 && ++window < end) {
+            at = base + (window >> 1) * 2 * plan.row_tiles + (window & 1);
+            left = plan.bits[at].live & within;
+            full = plan.bits[at].full;
+        }
+        return left != 0;
+    }
+};
+
+template <typename T, int DIM>
 class Block {
+    using Shape = Head<DIM>;
     static_assert(Shape::STAGES * Shape::STAGE_ELEMENTS >= MOST_WARPS * WARP_ROWS * ROW_STRIDE<DIM>);
 
   public:
-    // `head`: of B * Hkv; `slice`: of V's columns.
-    SIMSD_DEVICE Block(const Params& p, int head, int row_tile, int slice) : p_(p), window_(shared_) {
-        const int most = thread_count() / WARP * WARP_ROWS;
-        rows_ = locate_rows(p, head, row_tile * most, most);
-        first_column_ = slice * Shape::COLUMNS;
+    SIMSD_DEVICE explicit Block(const Params& p) : p_(p) {
         stages_ = shared_.template take<T>(Shape::STAGES * Shape::STAGE_ELEMENTS);
-        clocks_ = shared_.template take<int32_t>(most);
+        clocks_ = shared_.template take<int32_t>(thread_count() / WARP * WARP_ROWS);
     }
 
     SIMSD_DEVICE const Rows& rows() const { return rows_; }
     SIMSD_DEVICE const Queries<T, DIM>& queries() const { return queries_; }
-    SIMSD_DEVICE int first_column() const { return first_column_; }
 
-    // Reads the queries and the first window's lives. Where all queries are dead, no key is left in rows().
-    SIMSD_DEVICE void start(int first_key) {
-        load_queries<T, DIM>(stages_, p_, rows_, thread_count() / WARP * WARP_ROWS);
+    // Reads the queries of a row tile and begins to load the keys of windows first ... end - 1, of their tiles `within`.
+    // `slice`: of V's columns.
+    SIMSD_DEVICE void start(int batch, int kv_head, int row_tile, int slice, int first, int end, uint32_t within) {
+        block_barrier();  // nobody reads any more what is overwritten
+        const int most = thread_count() / WARP * WARP_ROWS;
+        rows_ = locate_rows(p_, batch, kv_head, row_tile * most, most);
+        // Behind the stages that are filled first, if there is room.
+        const int size = most * ROW_STRIDE<DIM>;
+        const bool apart = size <= Shape::STAGE_ELEMENTS;
+        T* rows = stages_ + (apart ? (Shape::STAGES - 1) * Shape::STAGE_ELEMENTS : 0);
+        load_queries<T, DIM>(rows, p_, rows_, most);
+        for (int i = thread_index(); i < rows_.queries; i += thread_count()) {
+            copy_async_4(clocks_ + i, clock_address(p_, rows_, i));
+        }
         copy_commit();
-        load_clocks(p_, rows_, clocks_);
-        window_.fetch(p_, rows_, first_key);
-        copy_wait<0>();
+
+        loader_.template start<T, DIM, Shape::COLUMNS, Shape::K_ELEMENTS>(p_, rows_, slice * Shape::COLUMNS);
+        base_ = 2 * (batch * p_.plan.key_groups * p_.plan.row_tiles + row_tile);
+        to_do_ = to_load_ = {first - 1, end, 0, within, 0, 0};
+        look_ahead();
+        if (apart) fill();
+        apart ? copy_wait<Shape::STAGES - 1>() : copy_wait<0>();
         block_barrier();
-        const Span span = span_of(clocks_, rows_.queries);
-        if (span.first > span.last) rows_.keys = 0;
-        queries_.load(p_, rows_, stages_ + warp_index() * WARP_ROWS * ROW_STRIDE<DIM>, clocks_);
-        window_.resolve(clocks_, rows_.queries, span);
-        block_barrier();
+        queries_.load(p_, rows_, rows + warp_index() * WARP_ROWS * ROW_STRIDE<DIM>, clocks_);
+        if (!apart) {
+            block_barrier();
+            fill();
+        }
     }
 
-    // Reads another window's lives.
-    SIMSD_DEVICE void move(int first_key) {
-        block_barrier();
-        window_.fetch(p_, rows_, first_key);
-        block_barrier();
-        window_.resolve(clocks_, rows_.queries, span_of(clocks_, rows_.queries));
-        block_barrier();
-    }
-
-    // Adds the window's keys to `state`; calls after_split() behind the last live tile of each split.
+    // Adds the keys to `state`; calls after_split(whether that was the key group's last one) behind the last live tile of
+    // each split.
     template <typename AfterSplit>
     SIMSD_DEVICE void attend(State<Shape::COLUMNS>& state, AfterSplit after_split) {
-        uint32_t to_load = window_.live_tiles(), to_do = to_load;
-        // Negative while the ring is being filled.
-        for (int stage = 1 - Shape::STAGES; to_do != 0; stage = stage + 1 == Shape::STAGES ? 0 : stage + 1) {
-            const bool filled = stage >= 0;
-            if (filled) {
-                copy_wait<Shape::STAGES - 2>();
-                block_barrier();  // the tile is there for all, and nobody reads any more what is overwritten below
-            }
-            load_next(to_load, stage > 0 ? stage - 1 : stage + Shape::STAGES - 1);
-            if (!filled) continue;
+        bool more = to_do_.next_window(p_.plan, base_);
+        int read = 0, write = Shape::STAGES - 1;
+        while (more) {
+            copy_wait<Shape::STAGES - 2>();
+            block_barrier();  // the tile is there for all, and nobody reads any more what is overwritten below
+            load_next(stages_ + write * Shape::STAGE_ELEMENTS);
+            write = read;
 
-            const int tile = lowest_bit(to_do);
-            to_do &= to_do - 1;
-            const T* k = stages_ + stage * Shape::STAGE_ELEMENTS;
-            add_tile<T, DIM>(state, queries_, k, k + Shape::K_ELEMENTS, window_.birth + tile * TILE,
-                             window_.death + tile * TILE, p_.scale);
-            const uint32_t split = ((1u << (SPLIT / TILE)) - 1) << (tile / (SPLIT / TILE) * (SPLIT / TILE));
-            if ((to_do & split) == 0) after_split();
+            const int tile = lowest_bit(to_do_.left);
+            to_do_.left &= to_do_.left - 1;
+            const T* k = stages_ + read * Shape::STAGE_ELEMENTS;
+            const int32_t* lives = reinterpret_cast<const int32_t*>(k + Shape::K_ELEMENTS + Shape::V_ELEMENTS);
+            add_tile<T, DIM>(state, queries_, k, k + Shape::K_ELEMENTS, lives, lives + TILE, to_do_.full >> tile & 1,
+                             p_.scale);
+            read = read + 1 == Shape::STAGES ? 0 : read + 1;
+            constexpr int TILES = SPLIT / TILE;
+            if ((to_do_.left >> tile / TILES * TILES & ((1u << TILES) - 1)) == 0) {
+                const int key_group = to_do_.window / 2;
+                more = to_do_.next_window(p_.plan, base_);
+                after_split(!more || to_do_.window / 2 != key_group);
+            }
         }
     }
 
   private:
-    SIMSD_DEVICE void load_next(uint32_t& to_load, int stage) {
-        if (to_load != 0) {
-            constexpr int THREADS = ROW_THREADS<DIM>;
-            const int tile = lowest_bit(to_load);
-            to_load &= to_load - 1;
-            T* k = stages_ + stage * Shape::STAGE_ELEMENTS;
-            const T* k_head = static_cast<const T*>(p_.k) + rows_.kv_head * p_.k_strides[1];
-            const T* v_head = static_cast<const T*>(p_.v) + rows_.kv_head * p_.v_strides[1];
-            load_tile<T, DIM, THREADS>(k, k_head, p_.k_strides, p_.dim, p_.copy_k, window_, tile);
-            load_tile<T, Shape::COLUMNS, THREADS>(k + Shape::K_ELEMENTS, v_head + first_column_ * p_.v_strides[3],
-                                                  p_.v_strides, p_.dim - first_column_, p_.copy_v, window_, tile);
+    SIMSD_DEVICE void fill() {
+#pragma unroll 1
+        for (int stage = 0; stage < Shape::STAGES - 1; ++stage) load_next(stages_ + stage * Shape::STAGE_ELEMENTS);
+    }
+
+    // What is known of a tile's keys is read one tile before it is needed.
+    SIMSD_DEVICE void look_ahead() {
+        tile_ = -1;
+        if (!to_load_.next_window(p_.plan, base_)) return;
+        tile_ = lowest_bit(to_load_.left);
+        to_load_.left &= to_load_.left - 1;
+        full_ = to_load_.full >> tile_ & 1;
+        if (!full_) seen_ = p_.plan.seen[to_load_.at * WARP + tile_];
+        tile_ += to_load_.window * WARP;
+        if (p_.block_table != nullptr) {
+            places_ = p_.plan.places[rows_.batch * p_.plan.key_groups * (KEY_GROUP / TILE) + tile_];
+        }
+    }
+
+    SIMSD_DEVICE void load_next(T* stage) {
+        if (tile_ >= 0) {
+            int slot = tile_ * TILE, other = tile_ * TILE + PAGE_UNIT;
+            const char *page = loader_.from, *other_page = page;
+            if (p_.block_table != nullptr) {
+                slot = places_.units[0] % 16 * PAGE_UNIT;
+                other = places_.units[1] % 16 * PAGE_UNIT;
+                page += (places_.units[0] / 16) * loader_.page_bytes;
+                other_page += (places_.units[1] / 16) * loader_.page_bytes;
+            }
+            loader_.load(stage, page + slot * static_cast<int64_t>(loader_.row_bytes),
+                         other_page + other * static_cast<int64_t>(loader_.row_bytes), full_, seen_);
+            if (!full_) load_lives(reinterpret_cast<int32_t*>(stage + Shape::K_ELEMENTS + Shape::V_ELEMENTS));
+            look_ahead();
         }
         copy_commit();
     }
 
+    SIMSD_DEVICE void load_lives(int32_t* to) const {
+        if (thread_index() >= 2 * TILE) return;
+        const bool deaths = thread_index() / TILE;
+        const int lane = lane_index(), key = tile_ * TILE + lane;
+        const int64_t(&strides)[2] = deaths ? p_.death_strides : p_.birth_strides;
+        to += thread_index();
+        if (seen_ >> lane & 1) {
+            copy_async_4(to, (deaths ? p_.death : p_.birth) + rows_.batch * strides[0] + key * strides[1]);
+        } else {
+            *to = deaths ? NEVER : UNSEEN;
+        }
+    }
+
     const Params& p_;
     Shared shared_;
-    Window<KEYS> window_;
     Rows rows_;
-    int first_column_;
     T* stages_;
     int32_t* clocks_;
     Queries<T, DIM> queries_;
+    Loader loader_;
+    int base_;  // the row tile's first bits in the plan
+    Tiles to_do_, to_load_;
+    int tile_;  // the next to load, of all; -1: none
+    bool full_;
+    uint32_t seen_;      // where it is not full
+    TilePlaces places_;  // where there is a block table
 };
 
 // Calls `use` with the kernel's element type and number of columns as a type and a constant.

@@ -1,16 +1,11 @@
-// A window of keys as a block of threads sees it: their lives, where they lie, and which of them no row of the block
-// sees. What is unseen is neither loaded nor, where it shares a tile with seen keys, left to reach a product: zeros
-// stand in its place, which changes no bit, since it weighs exactly zero.
+// A window of keys as a block of threads sees it that works without a plan: their lives, where they lie, and which of
+// them no row of the block sees. What is unseen is neither loaded nor, where it shares a tile with seen keys, left to
+// reach a product: zeros stand in its place, which changes no bit, since it weighs exactly zero.
 #pragma once
 
 #include "cuda/attention/rows.h"
 
 namespace simsd::intervals {
-
-constexpr int TILE = 32;       // keys that are loaded together; a warp classifies a tile with one vote
-constexpr int SPLIT = 256;     // keys that one softmax runs over before it is added to the others
-constexpr int PAGE_UNIT = 16;  // keys that lie in one page for certain
-constexpr int32_t UNSEEN = INT32_MAX, NEVER = INT32_MIN;
 
 template <int KEYS>
 struct Window {
@@ -29,8 +24,8 @@ struct Window {
         seen = shared.take<uint32_t>(KEYS / TILE);
     }
 
-    // Reads the lives and places of keys start ... start + KEYS - 1. A barrier must follow.
-    SIMSD_DEVICE void fetch(const Params& p, const Rows& rows, int start) const {
+    // Reads the lives and places of keys start ... start + KEYS - 1, those before `keys`. A barrier must follow.
+    SIMSD_DEVICE void fetch(const Params& p, const Rows& rows, int keys, int start) const {
 #pragma unroll 1
         for (int i = thread_index(); i < KEYS / PAGE_UNIT; i += thread_count()) {
             const int key = start + i * PAGE_UNIT;
@@ -40,7 +35,7 @@ struct Window {
                 continue;
             }
             int32_t found = -1;
-            if (key < rows.keys) {
+            if (key < keys) {
                 found = p.block_table[rows.batch * p.table_strides[0] + key / p.page_size * p.table_strides[1]];
             }
             page[i] = found < p.pages ? larger(found, -1) : -1;
@@ -55,7 +50,7 @@ struct Window {
                 const int local = first + i * thread_count(), key = start + local;
                 births[i] = UNSEEN;
                 deaths[i] = NEVER;
-                if (local < KEYS && key < rows.keys) {
+                if (local < KEYS && key < keys) {
                     births[i] = p.birth[rows.batch * p.birth_strides[0] + key * p.birth_strides[1]];
                     deaths[i] = p.death[rows.batch * p.death_strides[0] + key * p.death_strides[1]];
                 }

@@ -3,12 +3,22 @@
 // and columns 2 (l % 4) and 2 (l % 4) + 1.
 #pragma once
 
+#include <utility>
+
 #include "cuda/attention/softmax.h"
 #include "cuda/attention/tiles.h"
 
 namespace simsd::intervals {
 
 constexpr int WARP_ROWS = 16;
+
+// Calls `use` with 0 ... COUNT - 1 as constants.
+template <int COUNT, typename Use>
+SIMSD_DEVICE void unrolled(Use use) {
+    [&]<int... I>(std::integer_sequence<int, I...>) {
+        (use.template operator()<I>(), ...);
+    }(std::make_integer_sequence<int, COUNT>{});
+}
 
 // Softmax over some keys: whole maximum, sum of weights and weighted sum of V. `sum` is of this lane's columns alone
 // until `quad_sum`.
@@ -41,23 +51,30 @@ SIMSD_DEVICE float quad_max(float value) {
     return maximum(value, shuffle_xor(value, 2));
 }
 
+// Adds `added`, whose sums of all columns are `sums`, to `total`.
 template <int COLUMNS>
-SIMSD_DEVICE void merge(State<COLUMNS>& total, const State<COLUMNS>& split) {
+SIMSD_DEVICE void merge(State<COLUMNS>& total, const State<COLUMNS>& added, const float (&sums)[2]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        const float added = quad_sum(split.sum[half]);
-        if (added == 0.0f) continue;
-        const Rescale by = rescale(total.max[half], split.max[half]);
+        if (sums[half] == 0.0f) continue;
+        const Rescale by = rescale(total.max[half], added.max[half]);
         total.max[half] = by.max;
-        total.sum[half] = merged(by, total.sum[half], added);
+        total.sum[half] = merged(by, total.sum[half], sums[half]);
 #pragma unroll
         for (int n = 0; n < COLUMNS / 8; ++n) {
 #pragma unroll
             for (int i = 2 * half; i < 2 * half + 2; ++i) {
-                total.out[n][i] = merged(by, total.out[n][i], split.out[n][i]);
+                total.out[n][i] = merged(by, total.out[n][i], added.out[n][i]);
             }
         }
     }
+}
+
+// A split to its key group.
+template <int COLUMNS>
+SIMSD_DEVICE void add_split(State<COLUMNS>& key_group, State<COLUMNS>& split) {
+    merge(key_group, split, {quad_sum(split.sum[0]), quad_sum(split.sum[1])});
+    split.clear();
 }
 
 template <typename T, int DIM>
@@ -71,7 +88,11 @@ struct Queries {
         const int lane = lane_index();
         const T* row = shared + (lane / 8 % 2 * 8 + lane % 8) * ROW_STRIDE<DIM> + lane / 16 * CHUNK;
 #pragma unroll
-        for (int k = 0; k < DIM / 16; ++k) load_matrices(fragments[k], row + 16 * k);
+        for (int k = 0; k < DIM / 16; ++k) {
+            load_matrices(fragments[k], row + 16 * k);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) fragments[k][i] ^= p.negated ? 0x80008000u : 0u;
+        }
         const int first = rows.first + warp_index() * WARP_ROWS, end = rows.first + rows.count;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -87,33 +108,28 @@ struct Queries {
     }
 };
 
-// Adds the keys of one tile; `k` and `v` are its rows in shared memory, `birth` and `death` its lives (warp).
+// Adds the keys of one tile; `k` and `v` are its rows in shared memory, `birth` and `death` its lives, which nobody
+// looks at where `full` says that every row sees all (warp).
 template <typename T, int DIM, int COLUMNS>
 SIMSD_DEVICE void add_tile(State<COLUMNS>& state, const Queries<T, DIM>& q, const T* k, const T* v,
-                           const int32_t* birth, const int32_t* death, float scale) {
+                           const int32_t* birth, const int32_t* death, bool full, float scale) {
     const int lane = lane_index();
-    const bool overlaps = birth[lane] <= q.span.last && death[lane] >= q.span.first;
-    if (!warp_any(overlaps)) return;
-    const bool full = warp_all(birth[lane] <= q.span.first && death[lane] >= q.span.last);
+    if (!full) {
+        const bool overlaps = birth[lane] <= q.span.last && death[lane] >= q.span.first;
+        if (!warp_any(overlaps)) return;
+    }
 
     // [16, TILE]
     float scores[TILE / 8][4] = {};
     k += (lane / 16 * 8 + lane % 8) * ROW_STRIDE<DIM> + lane / 8 % 2 * CHUNK;
-#pragma unroll
-    for (int step = 0; step < DIM / 16; ++step) {
-#pragma unroll
-        for (int pair = 0; pair < TILE / 16; ++pair) {
+    unrolled<DIM / 16>([&]<int STEP>() {
+        unrolled<TILE / 16>([&]<int PAIR>() {
             uint32_t b[4];
-            load_matrices(b, k + 16 * pair * ROW_STRIDE<DIM> + 16 * step);
-            multiply_add<T>(scores[2 * pair], q.fragments[step], b[0], b[1]);
-            multiply_add<T>(scores[2 * pair + 1], q.fragments[step], b[2], b[3]);
-        }
-    }
-#pragma unroll
-    for (int n = 0; n < TILE / 8; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) scores[n][i] = product(scores[n][i], scale);
-    }
+            load_matrices<2 * (16 * PAIR * ROW_STRIDE<DIM> + 16 * STEP)>(b, k);
+            multiply_add<T>(scores[2 * PAIR], q.fragments[STEP], b[0], b[1]);
+            multiply_add<T>(scores[2 * PAIR + 1], q.fragments[STEP], b[2], b[3]);
+        });
+    });
     if (!full) {
 #pragma unroll
         for (int n = 0; n < TILE / 8; ++n) {
@@ -125,7 +141,7 @@ SIMSD_DEVICE void add_tile(State<COLUMNS>& state, const Queries<T, DIM>& q, cons
         }
     }
 
-    float next[2], keep[2];
+    float next[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         float most = NOTHING;
@@ -133,19 +149,19 @@ SIMSD_DEVICE void add_tile(State<COLUMNS>& state, const Queries<T, DIM>& q, cons
         for (int n = 0; n < TILE / 8; ++n) {
             most = maximum(most, maximum(scores[n][2 * half], scores[n][2 * half + 1]));
         }
-        next[half] = maximum(state.max[half], round_up(quad_max(most)));
-        keep[half] = power_of_two(state.max[half] - shift_of(next[half]));
+        next[half] = maximum(state.max[half], round_up(product(quad_max(most), scale)));
     }
     if (warp_any(next[0] > state.max[0] || next[1] > state.max[1])) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
+            const float keep = power_of_two(state.max[half] - shift_of(next[half]));
             state.max[half] = next[half];
-            state.sum[half] = product(state.sum[half], keep[half]);
-        }
+            state.sum[half] = product(state.sum[half], keep);
 #pragma unroll
-        for (int n = 0; n < COLUMNS / 8; ++n) {
+            for (int n = 0; n < COLUMNS / 8; ++n) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) state.out[n][i] = product(state.out[n][i], keep[i / 2]);
+                for (int i = 2 * half; i < 2 * half + 2; ++i) state.out[n][i] = product(state.out[n][i], keep);
+            }
         }
     }
     uint32_t weights[TILE / 8][2];  // [n][half]
@@ -155,7 +171,8 @@ SIMSD_DEVICE void add_tile(State<COLUMNS>& state, const Queries<T, DIM>& q, cons
         float added = 0.0f;
 #pragma unroll
         for (int n = 0; n < TILE / 8; ++n) {
-            const float low = exp2_fast(scores[n][2 * half] - shift), high = exp2_fast(scores[n][2 * half + 1] - shift);
+            const float low = exp2_fast(fused(scores[n][2 * half], scale, -shift));
+            const float high = exp2_fast(fused(scores[n][2 * half + 1], scale, -shift));
             added = sum(added, sum(low, high));
             weights[n][half] = pack<T>(low, high);
         }
@@ -164,18 +181,16 @@ SIMSD_DEVICE void add_tile(State<COLUMNS>& state, const Queries<T, DIM>& q, cons
 
     // [16, COLUMNS]
     v += (lane / 8 % 2 * 8 + lane % 8) * ROW_STRIDE<COLUMNS> + lane / 16 * CHUNK;
-#pragma unroll
-    for (int step = 0; step < TILE / 16; ++step) {
-        const uint32_t a[4] = {weights[2 * step][0], weights[2 * step][1], weights[2 * step + 1][0],
-                               weights[2 * step + 1][1]};
-#pragma unroll
-        for (int n = 0; n < COLUMNS / 16; ++n) {
+    unrolled<TILE / 16>([&]<int STEP>() {
+        const uint32_t a[4] = {weights[2 * STEP][0], weights[2 * STEP][1], weights[2 * STEP + 1][0],
+                               weights[2 * STEP + 1][1]};
+        unrolled<COLUMNS / 16>([&]<int N>() {
             uint32_t b[4];
-            load_matrices_transposed(b, v + 16 * step * ROW_STRIDE<COLUMNS> + 16 * n);
-            multiply_add<T>(state.out[2 * n], a, b[0], b[1]);
-            multiply_add<T>(state.out[2 * n + 1], a, b[2], b[3]);
-        }
-    }
+            load_matrices_transposed<2 * (16 * STEP * ROW_STRIDE<COLUMNS> + 16 * N)>(b, v);
+            multiply_add<T>(state.out[2 * N], a, b[0], b[1]);
+            multiply_add<T>(state.out[2 * N + 1], a, b[2], b[3]);
+        });
+    });
 }
 
 }  // namespace simsd::intervals

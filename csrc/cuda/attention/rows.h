@@ -3,30 +3,45 @@
 #pragma once
 
 #include "common/visibility.h"
+#include "cuda/attention_plan.h"
 #include "cuda/device.h"
 #include "cuda/masked_attention.h"
 #include "cuda/warp.h"
 
 namespace simsd::intervals {
 
+constexpr int32_t UNSEEN = INT32_MAX, NEVER = INT32_MIN;  // birth and death of a key that is not there
+
 struct Rows {
     int batch, kv_head;
     int first, count;          // packed rows
     int first_query, queries;  // which queries those are
-    int keys;                  // slots of the batch element that may live
 };
 
-SIMSD_DEVICE Rows locate_rows(const Params& p, int head, int first, int most) {
+SIMSD_DEVICE Rows locate_rows(const Mask& m, int batch, int kv_head, int first, int most) {
     Rows rows;
-    rows.batch = head / p.kv_heads;
-    rows.kv_head = head % p.kv_heads;
+    rows.batch = batch;
+    rows.kv_head = kv_head;
     rows.first = first;
-    rows.count = smaller(most, p.group * p.q_rows - first);
-    rows.first_query = first / p.group;
-    rows.queries = (first + rows.count - 1) / p.group - rows.first_query + 1;
-    rows.keys = p.keys;
-    if (p.kv_len) rows.keys = larger(0, smaller(p.keys, p.kv_len[rows.batch * p.kv_len_stride]));
+    rows.count = smaller(most, m.group * m.q_rows - first);
+    rows.first_query = first / m.group;
+    rows.queries = (first + rows.count - 1) / m.group - rows.first_query + 1;
     return rows;
+}
+
+// Slots of a batch element that may live.
+SIMSD_DEVICE int live_slots(const Mask& m, int batch) {
+    return m.kv_len ? larger(0, smaller(m.keys, m.kv_len[batch * m.kv_len_stride])) : m.keys;
+}
+
+SIMSD_DEVICE const int32_t* clock_address(const Mask& m, const Rows& rows, int query) {
+    return m.clock + rows.batch * m.clock_strides[0] + (rows.first_query + query) * m.clock_strides[1];
+}
+
+// To shared memory; visible after a barrier.
+SIMSD_DEVICE void load_clocks(const Mask& m, const Rows& rows, int32_t* clocks) {
+#pragma unroll 1
+    for (int i = thread_index(); i < rows.queries; i += thread_count()) clocks[i] = *clock_address(m, rows, i);
 }
 
 // Of packed row `row` of the KV head, in elements of q.
@@ -39,14 +54,6 @@ SIMSD_DEVICE int64_t out_offset(const Params& p, const Rows& rows, int row) {
     const int64_t head = static_cast<int64_t>(rows.kv_head) * p.group + row % p.group;
     const int64_t query = static_cast<int64_t>(rows.batch) * p.q_rows + row / p.group;
     return (query * p.kv_heads * p.group + head) * p.dim;
-}
-
-// To shared memory; visible after a barrier.
-SIMSD_DEVICE void load_clocks(const Params& p, const Rows& rows, int32_t* clocks) {
-#pragma unroll 1
-    for (int i = thread_index(); i < rows.queries; i += thread_count()) {
-        clocks[i] = p.clock[rows.batch * p.clock_strides[0] + (rows.first_query + i) * p.clock_strides[1]];
-    }
 }
 
 // The moments between which some live queries look; first > last if all are dead.

@@ -33,4 +33,10 @@ SIMSD_DEVICE float merged(const Rescale& by, float value, float added) {
 
 SIMSD_DEVICE float inverse_of(float sum) { return sum == 0.0f ? 0.0f : reciprocal_fast(sum); }
 
+// A row's result, of a weighted sum whose weights' sum has this inverse; 0 where the row saw nothing. Never -0 for 0:
+// that would tell in how many steps the sum was made.
+SIMSD_DEVICE float quotient(float weighted, float weights, float inverse) {
+    return weights != 0.0f ? product(sum(weighted, 0.0f), inverse) : 0.0f;
+}
+
 }  // namespace simsd::intervals

@@ -4,7 +4,7 @@
 // for powers of two only and costs an operation per access).
 #pragma once
 
-#include "cuda/attention/keys.h"
+#include "cuda/attention/rows.h"
 
 namespace simsd::intervals {
 
@@ -40,39 +40,77 @@ SIMSD_DEVICE void load_queries(T* to, const Params& p, const Rows& rows, int mos
     }
 }
 
-// The keys or values of a tile. `from`: their KV head in the first page; `columns`: how many they have from there on.
-// THREADS to a row: where they are the same for keys and values, registers hold one place instead of two.
-template <typename T, int COLUMNS, int THREADS, int KEYS>
-SIMSD_DEVICE void load_tile(T* to, const T* from, const int64_t (&strides)[4], int columns, bool copy,
-                            const Window<KEYS>& window, int tile) {
-    const int column = thread_index() % THREADS * CHUNK;
-    if (column >= COLUMNS) return;
-    columns -= column;
-    from += column * strides[3];
-    to += column;
-    const uint32_t seen = columns > 0 ? window.seen[tile] : 0;
-    const int row_stride = static_cast<int>(strides[2]);
-    const int first = thread_index() / THREADS, step = thread_count() / THREADS;  // rows; step is a power of two
-    for (int run = first / PAGE_UNIT; run < TILE / PAGE_UNIT; run += larger(1, step / PAGE_UNIT)) {
-        const int unit = tile * (TILE / PAGE_UNIT) + run, start = run * PAGE_UNIT + first % PAGE_UNIT;
-        const T* row = from + larger(window.page[unit], 0) * strides[0] +
-                       static_cast<int64_t>(window.slot[unit] + first % PAGE_UNIT) * row_stride;
-        if (copy) {
-            T* target = to + start * ROW_STRIDE<COLUMNS>;
-#pragma unroll 4
-            for (int i = start; i < (run + 1) * PAGE_UNIT; i += step) {
-                copy_async_16(target, row, seen >> i & 1);
-                row += step * row_stride;
-                target += step * ROW_STRIDE<COLUMNS>;
+// What this thread loads of every tile: a chunk of the keys, or of the values in the second half of the block; of row
+// `first` and of every `step`th after it, in both units of 16 rows, which lie in one page each.
+struct Loader {
+    const char* from;     // the chunk of `first` in the first page's first unit
+    int64_t page_bytes, column_stride;
+    int32_t row_bytes;
+    int to, to_step, to_unit;  // in elements from the stage's start; from row to row, and to the second unit
+    int first, step;
+    int columns;  // how many of the chunk's exist
+    bool copies;
+
+    // K and V of `rows`' head; V from `first_column` on. They take K_ELEMENTS and what follows in a stage.
+    template <typename T, int K_COLUMNS, int V_COLUMNS, int K_ELEMENTS>
+    SIMSD_DEVICE void start(const Params& p, const Rows& rows, int first_column) {
+        const int half = thread_count() / 2;
+        const bool values = thread_index() >= half;
+        const int64_t(&strides)[4] = values ? p.v_strides : p.k_strides;
+        const int threads = values ? ROW_THREADS<V_COLUMNS> : ROW_THREADS<K_COLUMNS>;  // to a row
+        const int stride = values ? ROW_STRIDE<V_COLUMNS> : ROW_STRIDE<K_COLUMNS>;
+        const int thread = thread_index() % half, column = thread % threads * CHUNK;
+        first = column < (values ? V_COLUMNS : K_COLUMNS) ? thread / threads : PAGE_UNIT;
+        step = half / threads;
+        columns = p.dim - column - (values ? first_column : 0);
+        copies = p.copy_kv;
+        column_stride = strides[3];
+        row_bytes = values ? p.v_row_bytes : p.k_row_bytes;
+        page_bytes = 2 * strides[0];
+        to = (values ? K_ELEMENTS : 0) + first * stride + column;
+        to_step = step * stride;
+        to_unit = PAGE_UNIT * stride;
+        int64_t offset = rows.kv_head * strides[1] + (column + (values ? first_column : 0)) * strides[3];
+        if (p.block_table == nullptr) offset += rows.batch * strides[0];
+        from = static_cast<const char*>(values ? p.v : p.k) + 2 * offset + first * static_cast<int64_t>(row_bytes);
+    }
+
+    // To a stage in shared memory, from where both units lie.
+    template <typename T>
+    SIMSD_DEVICE void load(T* stage, const char* row, const char* other, bool full, uint32_t seen) const {
+        T* target = stage + to;
+        const int64_t row_step = step * row_bytes;
+        if (full && copies) {
+            const bool exists = columns > 0;
+#pragma unroll 2
+            for (int i = first; i < PAGE_UNIT; i += step) {
+                copy_async_16(target, row, exists);
+                copy_async_16(target + to_unit, other, exists);
+                target += to_step;
+                row += row_step;
+                other += row_step;
             }
-        } else {
+            return;
+        }
+        if (full) seen = ~0u;
 #pragma unroll 1
-            for (int i = start; i < (run + 1) * PAGE_UNIT; i += step) {
-                gather_chunk(to + i * ROW_STRIDE<COLUMNS>, row, strides[3], seen >> i & 1 ? columns : 0);
-                row += step * row_stride;
-            }
+        for (int i = first; i < PAGE_UNIT; i += step) {
+            load_chunk(target, row, seen >> i & 1);
+            load_chunk(target + to_unit, other, seen >> (i + PAGE_UNIT) & 1);
+            target += to_step;
+            row += row_step;
+            other += row_step;
         }
     }
-}
+
+    template <typename T>
+    SIMSD_DEVICE void load_chunk(T* target, const char* row, bool exists) const {
+        if (copies) {
+            copy_async_16(target, row, exists && columns > 0);
+        } else {
+            gather_chunk(target, reinterpret_cast<const T*>(row), column_stride, exists ? columns : 0);
+        }
+    }
+};
 
 }  // namespace simsd::intervals

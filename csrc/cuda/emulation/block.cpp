@@ -7,6 +7,7 @@
 #include <numeric>
 #include <stdexcept>
 #include <string>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -22,6 +23,7 @@ namespace simsd::emulation {
 
 Place here;
 Counters counters;
+bool counting = false;
 
 namespace {
 
@@ -32,6 +34,7 @@ constexpr int POISON = 0xff;  // NaN, whatever the type
 struct Copy {
     void* to;
     const void* from;
+    int bytes;
     bool valid;
     int group;
 };
@@ -51,9 +54,34 @@ struct Warp {
 
 uint64_t schedule_seed = 0;
 int multiprocessor_count = 4;
-int64_t most_blocks = 0;
 bool noting = false;
+int64_t most_blocks = 0;
 std::string notes;
+
+// Which 16 bytes of memory were copied to shared memory in this launch.
+class Touched {
+  public:
+    void clear() { regions_.clear(), last_ = nullptr; }
+
+    // Whether `address` is the first of its 16 bytes.
+    bool is_new(const void* address) {
+        const uintptr_t chunk = reinterpret_cast<uintptr_t>(address) / 16, number = chunk / CHUNKS;
+        if (last_ == nullptr || number != last_number_) {
+            last_ = &regions_.try_emplace(number, CHUNKS).first->second;
+            last_number_ = number;
+        }
+        auto bit = (*last_)[chunk % CHUNKS];
+        return !bit && (bit = true);
+    }
+
+  private:
+    static constexpr uintptr_t CHUNKS = 1 << 18;
+    std::unordered_map<uintptr_t, std::vector<bool>> regions_;
+    std::vector<bool>* last_ = nullptr;
+    uintptr_t last_number_ = 0;
+};
+Touched touched;
+int64_t new_bytes = 0;
 
 uint64_t next_random(uint64_t& state) {  // splitmix64
     uint64_t z = state += 0x9e3779b97f4a7c15u;
@@ -171,13 +199,15 @@ class Block {
         return place(index);
     }
 
-    void copy_async(void* to, const void* from, bool valid) {
-        check_aligned(to, 16);
-        if (valid) check_aligned(from, 16);
+    void copy_async(void* to, const void* from, int bytes, bool valid) {
+        check_aligned(to, bytes);
+        if (valid) check_aligned(from, bytes);
+        if (valid) counters.async_bytes += bytes;
+        if (counting && valid && touched.is_new(from)) new_bytes += bytes;
+        if (counting && bytes == 16) return;
         Thread& thread = threads_[fibers_.current()];
-        std::memset(to, POISON, 16);
-        thread.copies.push_back({to, from, valid, thread.group});
-        if (valid) counters.async_bytes += 16;
+        std::memset(to, POISON, bytes);
+        thread.copies.push_back({to, from, bytes, valid, thread.group});
     }
 
     void copy_commit() { ++threads_[fibers_.current()].group; }
@@ -188,9 +218,9 @@ class Block {
         for (; done < thread.copies.size() && thread.copies[done].group < thread.group - pending; ++done) {
             const Copy& copy = thread.copies[done];
             if (copy.valid) {
-                std::memcpy(copy.to, copy.from, 16);
+                std::memcpy(copy.to, copy.from, copy.bytes);
             } else {
-                std::memset(copy.to, 0, 16);
+                std::memset(copy.to, 0, copy.bytes);
             }
         }
         thread.copies.erase(thread.copies.begin(), thread.copies.begin() + done);
@@ -309,7 +339,7 @@ void warp_collective(const char* name, void* operands, void (*perform)(void* con
 }
 int block_collective(const char* name, bool value) { return block().block_collective(name, value); }
 void* take_shared(int index, int offset, int bytes) { return block().take_shared(index, offset, bytes); }
-void copy_async(void* to, const void* from, bool valid) { block().copy_async(to, from, valid); }
+void copy_async(void* to, const void* from, int bytes, bool valid) { block().copy_async(to, from, bytes, valid); }
 void copy_commit() { block().copy_commit(); }
 void copy_wait(int pending_groups) { block().copy_wait(pending_groups); }
 void fail(const char* message) { block().fail(message); }
@@ -320,9 +350,12 @@ int multiprocessors() { return multiprocessor_count; }
 
 void set_multiprocessors(int count) { multiprocessor_count = count; }
 
-void set_most_blocks(int64_t count) { most_blocks = count; }
-
 void set_noting(bool on) { noting = on; }
+
+void set_counting(int64_t most) {
+    most_blocks = most;
+    counting = most > 0;
+}
 
 std::string take_notes() { return std::exchange(notes, ""); }
 
@@ -331,22 +364,29 @@ void launch(const char* op, const void* kernel, int64_t blocks_x, int64_t blocks
     const auto refuse = [&](const std::string& why) { throw std::runtime_error(std::string(op) + ": " + why); };
     if (threads < WARP || threads > 1024 || threads % WARP) refuse(std::to_string(threads) + " threads in a block");
     if (shared_bytes > 99 * 1024) refuse(std::to_string(shared_bytes) + " bytes of shared memory; sm_120 has 101376");
-    if (noting) {
+    const int64_t blocks = blocks_x * blocks_y * blocks_z;
+    if (noting || counting) {
         Dl_info library{};
         dladdr(kernel, &library);
         const auto address = static_cast<const char*>(kernel) - static_cast<const char*>(library.dli_fbase);
-        notes += std::to_string(address) + " " + std::to_string(shared_bytes) + "\n";
-        return;
+        notes += std::to_string(address) + " " + std::to_string(shared_bytes) + " " + std::to_string(blocks);
+        if (noting) {
+            notes += "\n";
+            return;
+        }
+        touched.clear();
     }
-    std::vector<int64_t> order(blocks_x * blocks_y * blocks_z);
-    std::iota(order.begin(), order.end(), 0);
+    std::vector<int64_t> order(counting ? std::min(blocks, most_blocks) : blocks);
+    const int64_t count = static_cast<int64_t>(order.size());
+    for (int64_t i = 0; i < count; ++i) order[i] = (2 * i + 1) * blocks / (2 * count);  // i, where all blocks run
+    const Counters before = counters;
+    const int64_t new_before = new_bytes;
     uint64_t random = schedule_seed;
     if (schedule_seed != 0) {
         for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[next_random(random) % i]);
     }
     ++counters.launches;
     counters.blocks += static_cast<int64_t>(order.size());
-    if (most_blocks > 0 && most_blocks < static_cast<int64_t>(order.size())) order.resize(most_blocks);
     for (int64_t index : order) {
         here = {0,
                 threads,
@@ -360,6 +400,15 @@ void launch(const char* op, const void* kernel, int64_t blocks_x, int64_t blocks
         } catch (const std::runtime_error& error) {
             refuse(error.what());
         }
+    }
+    if (counting) {
+        for (const int64_t number :
+             {static_cast<int64_t>(order.size()), counters.async_bytes - before.async_bytes, new_bytes - new_before,
+              counters.loaded_bytes - before.loaded_bytes, counters.stored_bytes - before.stored_bytes,
+              counters.matrix_products - before.matrix_products}) {
+            notes += " " + std::to_string(number);
+        }
+        notes += "\n";
     }
 }
 

@@ -18,12 +18,15 @@ void set_schedule(uint64_t seed);
 int multiprocessors();
 void set_multiprocessors(int count);
 
-// Of a launch no more blocks than these are run, though all are counted; 0: all.
-void set_most_blocks(int64_t count);
-
-// While it is on, launches are noted and not run: a line for each of them, the kernel's address in this library and its
-// bytes of shared memory.
+// While it is on, launches are noted and not run: a line for each of them, the kernel's address in this library, its
+// bytes of shared memory and how many blocks it has.
 void set_noting(bool on);
+
+// While `most_blocks` is not 0, kernels run only to have their work counted, and of each as many of its blocks, evenly
+// spread. Launches are noted, with six numbers more: the blocks that ran, the bytes that they copied to shared memory,
+// those of them that no block had copied before, the bytes that they loaded and stored otherwise, and their products on
+// tensor cores.
+void set_counting(int64_t most_blocks);
 std::string take_notes();
 
 }  // namespace simsd::emulation
