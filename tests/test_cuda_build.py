@@ -75,13 +75,25 @@ def test_inner_loops_take_no_more_instructions_than_allowed(counts):
             assert instructions <= loop.ceilings[capability], place
 
 
-def test_the_table_of_counts_shows_this_build(counts):
+@pytest.fixture(scope="module")
+def filtered():
+    return cuda_counts.filters()
+
+
+def test_few_rows_are_filtered_by_many_blocks_in_one_launch(filtered):
+    assert all(found["launches"] == 1 for found in filtered)
+    assert {found["rows"]: found["blocks"] for found in filtered} == {1: 19, 8: 8 * 19, 64: 264}
+    for found in filtered:
+        assert found["reads"] < 1.3 * cuda_counts.READS_BEFORE[found["filter"]], found
+
+
+def test_the_table_of_counts_shows_this_build(counts, filtered):
     release = cuda_resources.compiler(PATH)
     kept = report.load(COUNTS)
     if kept["machine"]["compiler"] != f"CUDA {release}":
         pytest.skip(f"the table was made with another CUDA release than {release}")
     bench = contest.Bench()
-    cuda_counts.tabulate(bench, counts, release)
+    cuda_counts.tabulate(bench, counts, filtered, release)
     shown = report.tables_of(kept["benchmarks"]["cuda_counts"])
     assert shown == report.tables_of(bench.state()), "run `python -m benchmarks cuda_counts`"
 

@@ -1,4 +1,5 @@
-"""Counts the instructions of the CUDA kernels' inner loops in the compiled library.
+"""Counts the instructions of the CUDA kernels' inner loops in the compiled library, and the blocks and bytes of filters
+where kernels run on the CPU.
 
 Needs what cuda_resources needs, and no GPU. A loop is followed in the machine code on the way that its ordinary turn
 takes (sass.py): which one that is, is said by how often some instructions come on it. An instruction that a predicate
@@ -62,15 +63,34 @@ def count(capability: int) -> list[int | None]:
     return [sass.shortest_loop(blocks[loop.kernel], loop.through, loop.counts) for loop in LOOPS]
 
 
+# How many times a row was read as of commit 85d77a6, where one block filtered it, in the launch that finished it; of 64
+# rows, as cuda_filters counts.
+READS_BEFORE = {"top-k 50": 3.0, "top-p 0.9": 7.0, "top-k 50, top-p 0.9": 4.1, "neither": 1.2}
+
+
+def filters() -> list[dict]:
+    """See cuda_filters."""
+    return cuda_resources.emulated("cuda_filters")
+
+
 def run(bench: Bench) -> None:
     counted = {capability: count(capability) for capability in cuda_resources.TARGETS}
-    tabulate(bench, counted, cuda_resources.compiler(cuda_resources.compiled()))
+    tabulate(bench, counted, filters(), cuda_resources.compiler(cuda_resources.compiled()))
 
 
-def tabulate(bench: Bench, counted: dict[int, list[int | None]], release: str) -> None:
+def tabulate(bench: Bench, counted: dict[int, list[int | None]], filtered: list[dict], release: str) -> None:
     bench.machine["compiler"] = f"CUDA {release}"
     of_targets = [(f"sm_{capability}", f"{{sm_{capability}[0]}} / {{sm_{capability}[1]}}") for capability in counted]
     table = Table([("kernel", "`{kernel}`"), ("a turn", "{what}"), *of_targets, ("sm_90 before", "{before}")])
     for number, loop in enumerate(LOOPS):
         cells = {f"sm_{cc}": (found[number], loop.ceilings[cc]) for cc, found in counted.items()}
         bench.row(table, kernel=loop.kernel, what=loop.what, before=loop.before, **cells)
+    table = Table(
+        [
+            *(("filter of 151,936 ids, bfloat16", "{filter}"), ("rows", "{rows}")),
+            *(("launches for it", "{launches}"), ("blocks", "{blocks}"), ("before", "{rows}")),
+            *(("times that the call reads a row", "{reads:.1f}"), ("for 64 rows before", "{before:.1f}")),
+        ]
+    )
+    for found in filtered:
+        bench.row(table, **found, before=READS_BEFORE[found["filter"]])
