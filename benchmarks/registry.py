@@ -235,7 +235,7 @@ BENCHMARKS = {
     "cuda_counts": Benchmark(
         "cpu.cuda_counts:run",
         "Instructions of a warp in the inner loops of CUDA kernels, as compiled / the most that a test allows; then"
-        " what products and attention do in all. No GPU is needed.",
+        " what products, filters and attention do in all. No GPU is needed.",
         asked=True,
     ),
     "triton_resources": Benchmark(

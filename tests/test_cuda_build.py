@@ -41,7 +41,12 @@ def in_flight():
 
 @pytest.fixture(scope="module")
 def products():
-    return cuda_resources.emulated("benchmarks.cpu.linear_counts")
+    return cuda_resources.emulated("linear_counts")
+
+
+@pytest.fixture(scope="module")
+def filtered():
+    return cuda_resources.emulated("filter_counts")
 
 
 @pytest.fixture(scope="module")
@@ -90,13 +95,20 @@ def test_enough_bytes_are_in_flight_where_bandwidth_is_all(in_flight):
         assert loads == flight.loads and size >= cuda_counts.LEAST_BYTES, flight.kernel
 
 
-def test_the_table_of_counts_shows_this_build(counts, in_flight, products):
+def test_few_rows_are_filtered_by_many_blocks_in_one_launch(filtered):
+    assert all(found["launches"] == 1 for found in filtered)
+    assert {found["rows"]: found["blocks"] for found in filtered} == {1: 19, 8: 8 * 19, 64: 264}
+    for found in filtered:
+        assert found["reads"] < 1.3 * found["reads_before"], found
+
+
+def test_the_table_of_counts_shows_this_build(counts, in_flight, products, filtered):
     release = cuda_resources.compiler(PATH)
     kept = report.load(COUNTS)
     if kept["machine"]["compiler"] != f"CUDA {release}":
         pytest.skip(f"the table was made with another CUDA release than {release}")
     bench = contest.Bench()
-    cuda_counts.tabulate(bench, counts, in_flight, products, release)
+    cuda_counts.tabulate(bench, counts, in_flight, products, filtered, release)
     shown = report.tables_of(kept["benchmarks"]["cuda_counts"])
     made = report.tables_of(bench.state())
     assert shown[: len(made)] == made, "run `python -m benchmarks cuda_counts`"

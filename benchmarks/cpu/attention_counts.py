@@ -164,7 +164,7 @@ def count(case: Case, most_blocks: int | None = None) -> Count:
 
 
 def tabulate(bench: Bench) -> None:
-    for case, found in zip(CASES, cuda_resources.emulated("benchmarks.cpu.attention_counts"), strict=True):
+    for case, found in zip(CASES, cuda_resources.emulated("attention_counts"), strict=True):
         blocks_before, written_before = BEFORE[case.batch, case.keys, case.rows]
         before = {"blocks_before": blocks_before, "written_before": written_before}
         limits = {"wanted": case.blocks, "most": most_written(case.rows)}

@@ -1,5 +1,5 @@
 """Counts the instructions of the CUDA kernels' inner loops in the compiled library, and the work of whole launches
-(linear_counts.py, attention_counts.py).
+(linear_counts.py, filter_counts.py, attention_counts.py).
 
 Needs what cuda_resources needs, and no GPU. A loop is followed in the machine code on the way that its ordinary turn
 takes (sass.py): which one that is, is said by how often some instructions come on it. An instruction that a predicate
@@ -12,7 +12,7 @@ import dataclasses
 
 from ..contest import Bench
 from ..report import Table
-from . import attention_counts, cuda_resources, linear_counts, sass
+from . import attention_counts, cuda_resources, filter_counts, linear_counts, sass
 
 PHILOX = {r"IMAD\.WIDE\.U32": range(100, 400)}  # multiplications of the ten rounds, that of eight counters at least
 
@@ -131,8 +131,9 @@ def count(capability: int) -> list[int | None]:
 
 def run(bench: Bench) -> None:
     counted = {capability: count(capability) for capability in cuda_resources.TARGETS}
-    products = cuda_resources.emulated("benchmarks.cpu.linear_counts")
-    tabulate(bench, counted, flights(), products, cuda_resources.compiler(cuda_resources.compiled()))
+    products, filtered = (cuda_resources.emulated(f"{what}_counts") for what in ("linear", "filter"))
+    release = cuda_resources.compiler(cuda_resources.compiled())
+    tabulate(bench, counted, flights(), products, filtered, release)
     attention_counts.tabulate(bench)
 
 
@@ -141,6 +142,7 @@ def tabulate(
     counted: dict[int, list[int | None]],
     in_flight: list[tuple[int, int]],
     products: list[dict],
+    filtered: list[dict],
     release: str,
 ) -> None:
     bench.machine["compiler"] = f"CUDA {release}"
@@ -155,3 +157,5 @@ def tabulate(
         bench.row(table, kernel=flight.kernel, loads=loads, before=flight.before, kib=size / 1024)
     for figures in products:
         bench.row(linear_counts.TABLE, **figures)
+    for found in filtered:
+        bench.row(filter_counts.TABLE, **found)

@@ -101,16 +101,17 @@ def _by_name(found: dict[str, T]) -> dict[str, T]:
 
 def shared_memory() -> dict[str, int]:
     """Kernel to the bytes of shared memory that a block of it takes at most."""
-    return emulated("benchmarks.cpu.cuda_shapes")
+    return emulated("cuda_shapes")
 
 
 def emulated(module: str) -> dict | list:
-    """The JSON that a module prints in a process whose CUDA kernels are those on the CPU."""
+    """What a module of this folder prints where the CUDA kernels run on the CPU."""
     build = [sys.executable, str(ROOT / "tests" / "emulation.py")]
     library = subprocess.run(build, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
-    environment = os.environ | {"SIMSD_CUDA_EMULATION": library}
-    command = [sys.executable, "-m", module]
-    ran = subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    ran = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.cpu.{module}"], cwd=ROOT,
+        env=os.environ | {"SIMSD_CUDA_EMULATION": library}, check=True, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
     return json.loads(ran.stdout)
 
 

@@ -4,9 +4,12 @@
 // one segment ahead, with 128 bytes of the mask of banned ids, and leaves of each a Partial of 32 bytes: largest x,
 // sums of the others relative to the largest of them, best noisy score (vocabulary/segment.h). Segments are constant in
 // length, so no sum depends on what else runs or on how many segments a warp takes: one of a row of 152k ids while rows
-// are few, up to 16 of many. `finish` merges the partials of a row in a fixed tree, in double. Where top-k or top-p is
-// on, `scan` makes no noise and `finish` first finds what they keep (vocabulary/filter.h) and then races over that: the
-// block reads the row about twice more, mostly from the L2 cache, as segments whose largest x is too small are skipped.
+// are few, up to 16 of many. `finish`, a warp per row, merges the partials of a row in a fixed tree, in double. Where
+// top-k or top-p is on, `scan` makes no noise and `finish` puts the row in a queue, from which all blocks of `filter`
+// together find what is kept (vocabulary/filter.h) and race over that: a row of 152k ids has 19 blocks while it is
+// alone, 4 of them among 64. Rows are read once more for what top-k keeps and once for the draw, mostly from the L2
+// cache, and for flat logits up to five times for top-p: segments whose largest x is too small are skipped. A call
+// without top-k and top-p has no `filter`.
 //
 // Bytes: R x V x itemsize, and 3 % (bfloat16) of that for the partials. 256 rows of 151936 in bfloat16: 77.8 MB, 23 us
 // at 3.35 TB/s; 64 rows 5.8 us. Instructions (benchmarks/results/cuda_counts.md, sm_90): at temperature 0 a warp issues

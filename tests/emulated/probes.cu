@@ -32,6 +32,10 @@ __global__ void a_warp_skips_the_barrier(const Params) {
     if (warp_index() == 0) block_barrier();
 }
 
+__global__ void waits_for_a_block_behind_it(const Params p) {
+    if (thread_index() == 0) wait_for(reinterpret_cast<const int32_t*>(p.out), 1);
+}
+
 __global__ void writes_past_a_shared_array(const Params) {
     Shared shared;
     float* first = shared.take<float>(64);
@@ -154,6 +158,7 @@ const Probe PROBES[] = {
     {"lanes_part_ways", lanes_part_ways, 1, 32, 0, 0},
     {"some_lanes_stay_away", some_lanes_stay_away, 1, 32, 0, 0},
     {"a_warp_skips_the_barrier", a_warp_skips_the_barrier, 1, 64, 0, 0},
+    {"waits_for_a_block_behind_it", waits_for_a_block_behind_it, 2, 32, 0, 1},
     {"writes_past_a_shared_array", writes_past_a_shared_array, 1, 64, 512, 0},
     {"takes_more_than_launched", takes_more_than_launched, 1, 32, 1024, 0},
     {"copies_to_a_misaligned_place", copies_to_a_misaligned_place, 1, 32, 256, 0},

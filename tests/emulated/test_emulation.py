@@ -36,6 +36,7 @@ MISUSES = {
     "lanes_part_ways": "lanes of one warp are at",
     "some_lanes_stay_away": "threads wait for each other: 0 at shuffle, 16 at its end",
     "a_warp_skips_the_barrier": "wait at a block barrier",
+    "waits_for_a_block_behind_it": "waits for a block that has yet to run",
     "writes_past_a_shared_array": "wrote 0 bytes past shared array 0",
     "takes_more_than_launched": "takes 262144 bytes of shared memory, was launched with 1024",
     "copies_to_a_misaligned_place": "misaligned address",
