@@ -53,7 +53,7 @@ def calls() -> Iterator[tuple]:
                 yield kernels.thin_linear, {"x": torch.zeros(rows, 4096, dtype=dtype), "weight": weight}
                 yield kernels.thin_linear, {"x": torch.zeros(rows, 4095, dtype=dtype), "weight": weight[:, 1:]}
         for rows in (2, 4, 8, 16, 32, 64, 128, 256):
-            for columns in (256, 2048):
+            for columns in (256, 1024, 2048):
                 yield kernels.grouped_linear, grouped(dtype, rows, columns, 768)
                 yield kernels.grouped_linear, grouped(dtype, rows, columns, 767)
     for length, states in ((4, 31), (16, 9), (16, 31), (64, 63)):

@@ -97,7 +97,7 @@ def configuration(dtype: torch.dtype, rows: int, columns: int) -> tuple[dict[str
         return {"ROWS": 16, "COLUMNS": 32, "STEP": 64}, {"num_warps": 4, "num_stages": 4}
     if triton.cdiv(rows, 32) * triton.cdiv(columns, 128) < ENOUGH_PROGRAMS or rows <= 32:
         return {"ROWS": 16, "COLUMNS": 32, "STEP": 256}, {"num_warps": 4, "num_stages": 4}
-    return {"ROWS": 32, "COLUMNS": 128, "STEP": 256}, {"num_warps": 4, "num_stages": 2}
+    return {"ROWS": 32, "COLUMNS": 128, "STEP": 256}, {"num_warps": 8, "num_stages": 2}
 
 
 def thin_linear(x: Tensor, weight: Tensor) -> Tensor:
