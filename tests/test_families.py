@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 import simsd
 from simsd import SimsdError
 from simsd.models.fused import obstacle
-from small_checkpoints import edit_json
+from small_checkpoints import edit_json, write_tokenizer
 
 FIXTURES = Path(__file__).parent / "published_families"
 MASK = 46
@@ -102,6 +102,24 @@ def test_a_loaded_model_can_be_saved_and_loaded_without_naming_anything(name, tm
     tokens = torch.tensor(fixture(name)["tokens"])
     with torch.no_grad():
         assert torch.equal(again.model(tokens).logits, loaded.model(tokens).logits)
+
+
+def test_the_familys_mask_token_goes_before_the_tokenizers_and_the_callers_before_both(tmp_path):
+    for name, own in ((DIFFCODER, 5), ("a2d_qwen3", 0)):
+        folder = write(tmp_path / name, name)
+        write_tokenizer(folder)  # its <|MASK|> is 0
+        assert simsd.load(folder).mask_token_id == own
+        assert simsd.load(folder, mask_token_id=7).mask_token_id == 7
+        edit_json(folder / "config.json", mask_token_id=9)
+        assert simsd.load(folder).mask_token_id == 9
+
+
+def test_a_text_goes_in_and_a_text_comes_out(tmp_path):
+    folder = write(tmp_path, "llada2")
+    write_tokenizer(folder)
+    loaded = simsd.load(folder, mask_token_id=0, block_length=8)
+    assert loaded.encode_prompt("a b") and loaded.end_token_ids == (1,)
+    assert isinstance(simsd.generate(loaded, ["a b"], max_new_tokens=8)[0].text, str)
 
 
 # Naming a family, and what is refused

@@ -121,5 +121,5 @@ def test_what_is_for_rows_of_their_own_position_is_refused_in_one_line(pair):
         simsd.generate(target, [[5]], draft, verify="temporal")
     assert "\n" not in str(error.value)
     with pytest.raises(SimsdError, match="predict the next one") as error:
-        Scorer(target)
+        Scorer(target).score([5], [6])
     assert "\n" not in str(error.value)

@@ -37,10 +37,6 @@ class Scorer:
     """
 
     def __init__(self, model: LoadedModel, block_length: int | None = None) -> None:
-        if model.shift:
-            raise SimsdError(
-                f"texts are scored by rows of their own positions, and {model.name}'s predict the next one"
-            )
         self.model, self.block_length = model, block_length or model.block_length
         self._states_at_once = max(min(MAX_ROWS // self.block_length, MAX_STATES), 1)
         self._banned = torch.tensor(model.banned_ids, device=model.device)
@@ -51,8 +47,12 @@ class Scorer:
     def score(self, context: Sequence[int], continuation: Sequence[int]) -> tuple[float, bool]:
         """Log-probability of the continuation, and whether greedy decoding in that order gives it.
 
-        Raises SimsdError where both together are longer than the model's positions.
+        Raises SimsdError where both together are longer than the model's positions, or its rows predict the next one.
         """
+        if self.model.shift:
+            raise SimsdError(
+                f"texts are scored by rows of their own positions, and {self.model.name}'s predict the next one"
+            )
         tokens, first, L = [*context, *continuation], len(context), self.block_length
         places = aligned(len(tokens), L)
         if self.model.max_positions is not None and places > self.model.max_positions:

@@ -126,8 +126,8 @@ def load(
             (qwen3, qwen2, llama) does not: name it then, with block_length and mask_token_id.
         block_length: 1 to 64; None: the configuration's `block_length`, `block_size` or `bd_size`, else that in the
             name of a published checkpoint (32 of SDAR-8B-Chat-b32), else the family's, else 4.
-        mask_token_id: None: the configuration's, else that of the tokenizer's `<|MASK|>` or mask token, else the
-            family's.
+        mask_token_id: None: the configuration's, else the family's, else that of the tokenizer's `<|MASK|>` or mask
+            token.
         shift: whether the logits of a row are those of the next position; None: as the configuration or the family has
             it.
         tokenizer: for a model that comes without one: a transformers tokenizer or its folder.
@@ -276,9 +276,9 @@ def _mask_token_id(
     name: str, given: int | None, config, backend: PreTrainedTokenizerBase | None, family: Family
 ) -> int:
     mask = given if given is not None else config.mask_token_id
+    mask = family.mask_token_id if mask is None else mask
     if mask is None and backend is not None:
         mask = backend.get_vocab().get(MASK, backend.mask_token_id)
-    mask = family.mask_token_id if mask is None else mask
     if mask is None:
         raise SimsdError(f"{name}: neither its configuration nor a tokenizer names the mask token: pass mask_token_id=")
     if isinstance(mask, bool) or not isinstance(mask, int) or not 0 <= mask < config.vocab_size:

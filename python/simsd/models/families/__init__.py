@@ -87,7 +87,7 @@ FAMILIES = (
         module="a2d",
         config="A2DQwen3Config",
         model="A2DQwen3ForCausalLM",
-        model_types=("a2d-qwen3",),
+        model_types=("a2d-qwen3", "simsd_qwen3"),
         block_length=32,
     ),
     Family(
@@ -98,7 +98,7 @@ FAMILIES = (
         module="a2d",
         config="A2DQwen2Config",
         model="A2DQwen2ForCausalLM",
-        model_types=("a2d-qwen2",),
+        model_types=("a2d-qwen2", "simsd_qwen2"),
         block_length=32,
     ),
     Family(
@@ -109,7 +109,7 @@ FAMILIES = (
         module="a2d",
         config="A2DLlamaConfig",
         model="A2DLlamaForCausalLM",
-        model_types=("a2d-llama",),
+        model_types=("a2d-llama", "simsd_llama"),
         block_length=32,
     ),
     Family(

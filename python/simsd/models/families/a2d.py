@@ -1,6 +1,7 @@
 """Autoregressive models trained on to block diffusion, with their modules and names: Qwen3, Qwen2, Llama.
 
-What is recorded of such a model in its configuration is enough to load it again, whichever family it came as.
+What is recorded of such a model in its configuration is enough to load it again, whichever family it came as. Its
+model_type is one of ours: dllm registers "a2d-qwen3" and its like with transformers itself.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from simsd.models.generation import CustomGeneration
 
 
 class A2DQwen3Config(BlockDiffusionConfig, Qwen3Config):
-    model_type = "a2d-qwen3"
+    model_type = "simsd_qwen3"
 
     block_length: int | None = None
     mask_token_id: int | None = None
@@ -22,7 +23,7 @@ class A2DQwen3Config(BlockDiffusionConfig, Qwen3Config):
 
 
 class A2DQwen2Config(BlockDiffusionConfig, Qwen2Config):
-    model_type = "a2d-qwen2"
+    model_type = "simsd_qwen2"
 
     block_length: int | None = None
     mask_token_id: int | None = None
@@ -30,7 +31,7 @@ class A2DQwen2Config(BlockDiffusionConfig, Qwen2Config):
 
 
 class A2DLlamaConfig(BlockDiffusionConfig, LlamaConfig):
-    model_type = "a2d-llama"
+    model_type = "simsd_llama"
 
     block_length: int | None = None
     mask_token_id: int | None = None
