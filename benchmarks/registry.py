@@ -235,7 +235,7 @@ BENCHMARKS = {
     "cuda_counts": Benchmark(
         "cpu.cuda_counts:run",
         "Instructions of a warp in one turn of the CUDA kernels' inner loops, as compiled / the most that a test"
-        " allows. No GPU is needed.",
+        " allows; bytes and blocks of attention, counted on kernels that run on the CPU. No GPU is needed.",
         asked=True,
     ),
     "triton_resources": Benchmark(

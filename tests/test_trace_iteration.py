@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 
 import pytest
@@ -26,6 +27,14 @@ def test_an_iteration_of_sdar_8b_launches_few_kernels(noise, most):
 @pytest.mark.parametrize(("target", "most"), [("8B", 11), ("30B-A3B", 20)], ids=["dense", "experts"])
 def test_a_layer_launches_few_kernels(target, most):
     assert 8 <= tracing.per_layer(target, batch=1, block_length=4, states=16) <= most
+
+
+def test_one_plan_of_the_mask_serves_all_layers_of_a_forward():
+    calls = tracing.trace("8B", "1.7B", tracing.exact_shape(1, 4, 2, 16), layers=3).calls
+    found = collections.Counter((c.part, c.op) for c in calls)
+    for part, forwards in (("draft forward", 2), ("forward", 1)):
+        assert found[part, "simsd::attention_plan"] == forwards
+        assert found[part, "simsd::masked_attention"] == 3 * forwards
 
 
 def exact(**changes) -> Shape:

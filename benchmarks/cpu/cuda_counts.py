@@ -1,4 +1,5 @@
-"""Counts the instructions of the CUDA kernels' inner loops in the compiled library.
+"""Counts the instructions of the CUDA kernels' inner loops in the compiled library, and attention's bytes and blocks
+(attention_counts.py).
 
 Needs what cuda_resources needs, and no GPU. A loop is followed in the machine code on the way that its ordinary turn
 takes (sass.py): which one that is, is said by how often some instructions come on it. An instruction that a predicate
@@ -11,7 +12,7 @@ import dataclasses
 
 from ..contest import Bench
 from ..report import Table
-from . import cuda_resources, sass
+from . import attention_counts, cuda_resources, sass
 
 PHILOX = {r"IMAD\.WIDE\.U32": range(100, 400)}  # multiplications of the ten rounds, that of eight counters at least
 
@@ -65,6 +66,7 @@ def count(capability: int) -> list[int | None]:
 def run(bench: Bench) -> None:
     counted = {capability: count(capability) for capability in cuda_resources.TARGETS}
     tabulate(bench, counted, cuda_resources.compiler(cuda_resources.compiled()))
+    attention_counts.tabulate(bench)
 
 
 def tabulate(bench: Bench, counted: dict[int, list[int | None]], release: str) -> None:

@@ -101,10 +101,15 @@ def _by_name(found: dict[str, T]) -> dict[str, T]:
 
 def shared_memory() -> dict[str, int]:
     """Kernel to the bytes of shared memory that a block of it takes at most."""
+    return emulated("benchmarks.cpu.cuda_shapes")
+
+
+def emulated(module: str) -> dict | list:
+    """The JSON that a program of ours prints where the CUDA kernels run on the CPU."""
     build = [sys.executable, str(ROOT / "tests" / "emulation.py")]
     library = subprocess.run(build, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
     ran = subprocess.run(
-        [sys.executable, "-m", "benchmarks.cpu.cuda_shapes"], cwd=ROOT,
+        [sys.executable, "-m", module], cwd=ROOT,
         env=os.environ | {"SIMSD_CUDA_EMULATION": library}, check=True, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     return json.loads(ran.stdout)

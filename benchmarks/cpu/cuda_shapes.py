@@ -111,7 +111,7 @@ def measure() -> dict[str, int]:
         function(**arguments, backend="cuda")
     most: dict[int, int] = {}
     for line in torch.ops.simsd_emulated.take_notes().splitlines():
-        address, size = map(int, line.split())
+        address, size, _ = map(int, line.split())
         most[address] = max(most.get(address, 0), size)
     symbols = subprocess.run(["nm", "-C", "--defined-only", dispatch.EMULATION], capture_output=True, text=True).stdout
     names = {int(line.split()[0], 16): line.split(maxsplit=2)[2] for line in symbols.splitlines()}

@@ -61,6 +61,7 @@ PAGE_SIZE, KV_MEMORY = EngineConfig.page_size, 2**40
 # tests/emulated/test_cuda_launches.py counts on the kernels themselves.
 DRAW = 3  # sample_logits: marks what is banned, reads the logits, finishes
 KERNELS: dict[str, int | Callable[[dict], int]] = {
+    "attention_plan": 2,
     "masked_attention": 2,
     "store_kv": 1,
     "qk_norm_rope_store": 1,

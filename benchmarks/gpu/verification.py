@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import simsd_kernels
-from simsd.decode.rows import SCRATCH_ALIGNMENT, STRIDE, aligned
+from simsd.decode.rows import STRIDE
 from simsd_kernels import dispatch
 from simsd_kernels.plan_block.api import Plan, copy_stride
 from simsd_kernels.reveal.api import STRATEGIES
@@ -135,7 +135,7 @@ def proposal(batch: int, length: int, states: int) -> dict:
     generator = torch.Generator().manual_seed(0)
     ahead, slot = 2, torch.ones(batch, dtype=torch.int32)
     shape = (batch, ahead, length)
-    scratch = aligned(1024, SCRATCH_ALIGNMENT)
+    scratch = 1024
     order = torch.rand(shape, generator=generator).argsort(2).float()
     start = 8 * length
     return {

@@ -17,6 +17,7 @@ constexpr int GROUP_SPLITS = 8;   // whose sum is added to the others of a row
 constexpr int KEY_GROUP = GROUP_SPLITS * SPLIT;
 constexpr int WINDOW = 32 * TILE;
 constexpr int PAGE_UNIT = 16;     // keys that lie in one page for certain
+constexpr int HEADER = 4;         // words of a plan before its arrays
 constexpr int MOST_PAGES = 1 << 27;
 
 // Bit t: of a window's tile t some live row sees a key; all live rows see all keys.
@@ -60,7 +61,7 @@ inline int64_t plan_words(int64_t batch, int64_t rows, int64_t keys) {
     constexpr int64_t TILES = KEY_GROUP / TILE;
     const int64_t row_tiles = (rows + tile_rows(rows) - 1) / tile_rows(rows);
     const int64_t key_groups = batch * ((keys + KEY_GROUP - 1) / KEY_GROUP);
-    return 4 + (4 + TILES + 2) * key_groups * row_tiles + 2 * TILES * key_groups;
+    return HEADER + (4 + TILES + 2) * key_groups * row_tiles + 2 * TILES * key_groups;
 }
 
 // How the plan lies in `words`, aligned to 8 bytes.
@@ -71,7 +72,7 @@ inline Plan plan_in(int32_t* words, int64_t batch, int64_t rows, int64_t keys) {
     plan.key_groups = static_cast<int32_t>((keys + KEY_GROUP - 1) / KEY_GROUP);
     plan.count = static_cast<int32_t>(batch * plan.key_groups * plan.row_tiles);
     plan.listed = words;
-    plan.bits = reinterpret_cast<TileBits*>(words + 4);
+    plan.bits = reinterpret_cast<TileBits*>(words + HEADER);
     plan.places = reinterpret_cast<TilePlaces*>(plan.bits + 2 * plan.count);
     plan.seen = reinterpret_cast<uint32_t*>(plan.places + TILES * batch * plan.key_groups);
     plan.list = reinterpret_cast<int32_t*>(plan.seen + static_cast<int64_t>(TILES) * plan.count);

@@ -132,6 +132,16 @@ SIMSD_DEVICE T atomic_compare_exchange(T* address, T expected, T desired) {
 // This thread's writes before it are seen by other blocks that see a later write or atomic of its.
 SIMSD_DEVICE void device_fence() { __threadfence(); }
 
+// Of global memory, as an assignment does it; the emulation counts the bytes.
+template <typename T>
+SIMSD_DEVICE T load_global(const T* address) {
+    return *address;
+}
+template <typename T>
+SIMSD_DEVICE void store_global(T* address, const T& value) {
+    *address = value;
+}
+
 SIMSD_DEVICE uint32_t shared_address(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }

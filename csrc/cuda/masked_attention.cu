@@ -1,8 +1,8 @@
 // masked_attention: which kernel serves a call, and the one that adds up the partial results of few rows.
 //
 // A row's bits depend on its own visible keys and their places alone. Key groups (2048 keys), splits (256) and tiles
-// (32) are constants; a warp goes over all keys of a split for its 16 rows by itself, whichever kernel it belongs to and
-// however many warps share the loads; splits are added to their key group and key groups to each other in ascending
+// (32) are constants; a warp goes over all keys of a split for its 16 rows by itself, whichever kernel it belongs to
+// and however many warps share the loads; splits are added to their key group and key groups to each other in ascending
 // order; what a row does not see weighs exactly zero. So the choice below may depend on the GPU.
 #include <cmath>
 
@@ -13,7 +13,7 @@ namespace simsd::intervals {
 namespace {
 
 constexpr int WARPS = 4;
-constexpr int PER_LANE = 4;    // columns
+constexpr int PER_LANE = 4;     // columns
 constexpr int MANY_ROWS = 256;  // whose partial results would be more bytes than K and V
 
 struct alignas(8) Words {
@@ -67,8 +67,8 @@ __global__ void __launch_bounds__(WARPS* WARP) combine_parts(const Params p) {
         float my_max = NOTHING, my_sum = 0.0f;
         const int64_t my_row = partial_row(p, part, kv_head, row % most);
         if (part >= 0) {
-            my_max = from.max[my_row];
-            my_sum = from.sum[my_row];
+            my_max = load_global(from.max + my_row);
+            my_sum = load_global(from.sum + my_row);
         }
         for (uint32_t left = ballot(part >= 0); left != 0;) {
             Bytes16 added[AT_ONCE];

@@ -106,7 +106,8 @@ __global__ void __launch_bounds__(WARPS* WARP, 4) attend_float(const Params p) {
                 keep[r] = power_of_two(max[r] - shift_of(next));
                 const float weight = exp2_fast(mine - shift_of(next));
                 max[r] = next;
-                lane_sum[r] = fused(lane_sum[r], keep[r], weight);
+                // With that of the key 16 places on: a block's copies lie on multiples of 16, and must sum alike.
+                lane_sum[r] = fused(lane_sum[r], keep[r], sum(weight, shuffle_xor(weight, WARP / 2)));
                 weights[r * TILE + lane] = weight;
             }
             warp_barrier();
@@ -131,7 +132,8 @@ __global__ void __launch_bounds__(WARPS* WARP, 4) attend_float(const Params p) {
     }
 #pragma unroll
     for (int r = 0; r < WARP_ROWS; ++r) {
-        const float total = warp_sum(lane_sum[r]), inverse = inverse_of(total);
+        const float total = product(0.5f, warp_sum(lane_sum[r]));  // each key is in two lanes' sums
+        const float inverse = inverse_of(total);
         if (first + r >= rows.count) continue;
         float* to = static_cast<float*>(p.out) + out_offset(p, rows, rows.first + first + r);
 #pragma unroll

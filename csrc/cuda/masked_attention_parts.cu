@@ -6,10 +6,10 @@
 // which launch_combine adds up.
 //
 // Floor: K and V once. SDAR-8B (8 KV heads of 128, G = 4), 16 rows, 4096 keys: 8 x 4096 x 128 x 2 x 2 B = 16.8 MB, 5.0
-// us at 3.35 TB/s, by 16 splits x 8 heads = 128 blocks; partial results are 16 x 130 x 4 B per 128 KB read, 6%, of a key
-// group 0.8%. Operations: 4 x 16 x 4096 x 128 x 8 = 0.27 GFLOP, which needs 0.3 us of the tensor cores. So bytes in
-// flight and latencies in a row (list, bits, keys) are what bounds it. Up to 64 rows every tile is read by one block; of
-// 128 and more by one per 128 rows, which run at the same time, so that all but the first find it in L2.
+// us at 3.35 TB/s, by 16 splits x 8 heads = 128 blocks; partial results are 16 x 130 x 4 B per 128 KB read, 6%, of a
+// key group 0.8%. Operations: 4 x 16 x 4096 x 128 x 8 = 0.27 GFLOP, which needs 0.3 us of the tensor cores. So bytes in
+// flight and latencies in a row (list, bits, keys) are what bounds it. Up to 64 rows every tile is read by one block;
+// of 128 and more by one per 128 rows, which run at the same time, so that all but the first find it in L2.
 #include "cuda/attention/partials.h"
 #include "cuda/launch.h"
 
@@ -33,14 +33,14 @@ SIMSD_DEVICE void store_part(const Params& p, const Block<T, DIM>& block, const 
         const int64_t at = partial_row(p, work.part, work.rows.kv_head, row);
         const bool sees = state.sum[half] != 0.0f && block.moments().of_half(half) >= 0;
         if (work.slice == 0 && lane % 4 == 0) {
-            to.max[at] = state.max[half];
-            to.sum[at] = sees ? state.sum[half] : 0.0f;
+            store_global(to.max + at, state.max[half]);
+            store_global(to.sum + at, sees ? state.sum[half] : 0.0f);
         }
         if (!sees) continue;
         float* out = to.out + at * DIM + work.slice * COLUMNS + 2 * (lane % 4);
 #pragma unroll
         for (int n = 0; n < COLUMNS / 8; ++n) {
-            *reinterpret_cast<Pair*>(out + 8 * n) = {state.out[n][2 * half], state.out[n][2 * half + 1]};
+            store_global(reinterpret_cast<Pair*>(out + 8 * n), {state.out[n][2 * half], state.out[n][2 * half + 1]});
         }
     }
 }

@@ -1,8 +1,8 @@
 // masked_attention for many rows: a block per (KV head, tile of 16 rows for each of up to 8 warps) walks over all keys.
 //
 // Data path: that of masked_attention_parts.cu, with the softmax of a split in registers and, next to it, that of the
-// key group which it is added to behind the split's last tile; key groups are added up in memory: the same operations in
-// the same order as launch_combine's, so the same bits.
+// key group which it is added to behind the split's last tile; key groups are added up in memory: the same operations
+// in the same order as launch_combine's, so the same bits.
 //
 // Floor: SDAR-8B, a prefill of 2048 tokens (block-causal, so half of the pairs): 4 x 8192 x 2048 x 128 x 8 / 2 = 34
 // GFLOP, 35 us at the 990 TFLOPS of dense bf16, against 8.4 MB of K and V, read from L2 by 64 row tiles. What bounds it

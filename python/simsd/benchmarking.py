@@ -12,7 +12,7 @@ import torch
 
 from simsd import tasks
 from simsd.config import GenerationConfig
-from simsd.decode.rows import SCRATCH_ALIGNMENT, aligned
+from simsd.decode.rows import aligned, scratch_behind
 from simsd.engine.decoder import Decoder
 from simsd.engine.request import Update
 from simsd.errors import SimsdError
@@ -109,7 +109,7 @@ class ForwardClock:
     REPEATS = 3
 
     def __init__(self, model: LoadedModel, length: int, capacity: int) -> None:
-        scratch = aligned(capacity, SCRATCH_ALIGNMENT)
+        scratch = scratch_behind(capacity, model.device)
         self.runner = ModelRunner(model, 1, scratch + length, scratch)
         for values in (self.runner.cache.keys, self.runner.cache.values):
             values.normal_()  # untouched zeros may all be one page of memory

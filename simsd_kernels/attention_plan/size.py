@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
+GROUP_KEYS = 2048  # keys that the CUDA kernels add up by themselves before they add them to others
+
 
 def words_of(backend: str, clock: Tensor, birth: Tensor, group: int) -> int:
     """Words (int32) of the plan that `backend` makes for clock [B, Lq], birth [B, Lk] and `group` query heads per KV
-    head. csrc/cuda/attention_plan.h says the same to the CUDA kernels."""
+    head: the same number as of `plan_words` of the CUDA kernels (csrc/cuda/attention_plan.h)."""
     if backend != "cuda":
         return 0
-    rows, keys = group * clock.shape[1], birth.shape[1]
+    (batch, keys), rows = birth.shape, group * clock.shape[1]
+    groups = batch * -(-keys // GROUP_KEYS)
     row_tiles = -(-rows // (64 if rows <= 64 else 128))
-    key_groups = clock.shape[0] * -(-keys // 2048)
-    return 4 + 70 * key_groups * row_tiles + 128 * key_groups
+    return 4 + 70 * groups * row_tiles + 128 * groups

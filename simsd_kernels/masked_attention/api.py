@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from simsd_kernels import dispatch, validate
-from simsd_kernels.attention_plan.size import words_of
+from simsd_kernels.attention_plan.size import GROUP_KEYS, words_of
 from simsd_kernels.masked_attention import reference
 from simsd_kernels.ops import implement
 
 OP = "masked_attention"
+SPLIT_KEYS = 256
 
 
 def masked_attention(
@@ -71,6 +72,13 @@ def masked_attention(
         case compiled:
             operator = dispatch.operator(OP, compiled)
             return operator(q, k, v, clock, birth, death, kv_len, scale, block_table, plan)
+
+
+def summed_keys(device: torch.device) -> int:
+    """How many keys what serves `device` adds up by themselves before it adds them to others: the first so many, the
+    next, and so on. A row's bits depend on where in such a stretch its keys lie, and on the order of the stretches in
+    which it sees any; how many others lie between changes nothing."""
+    return GROUP_KEYS if dispatch.choose_for(OP, device) == "cuda" else SPLIT_KEYS
 
 
 def check(q, k, v, clock, birth, death, kv_len, block_table, op=OP) -> None:

@@ -7,6 +7,7 @@
 #include <numeric>
 #include <stdexcept>
 #include <string>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -22,6 +23,7 @@ namespace simsd::emulation {
 
 Place here;
 Counters counters;
+bool counting = false;
 
 namespace {
 
@@ -53,7 +55,33 @@ struct Warp {
 uint64_t schedule_seed = 0;
 int multiprocessor_count = 4;
 bool noting = false;
+int64_t most_blocks = 0;
 std::string notes;
+
+// Which 16 bytes of memory were copied to shared memory in this launch.
+class Touched {
+  public:
+    void clear() { regions_.clear(), last_ = nullptr; }
+
+    // Whether `address` is the first of its 16 bytes.
+    bool is_new(const void* address) {
+        const uintptr_t chunk = reinterpret_cast<uintptr_t>(address) / 16, number = chunk / CHUNKS;
+        if (last_ == nullptr || number != last_number_) {
+            last_ = &regions_.try_emplace(number, CHUNKS).first->second;
+            last_number_ = number;
+        }
+        auto bit = (*last_)[chunk % CHUNKS];
+        return !bit && (bit = true);
+    }
+
+  private:
+    static constexpr uintptr_t CHUNKS = 1 << 18;
+    std::unordered_map<uintptr_t, std::vector<bool>> regions_;
+    std::vector<bool>* last_ = nullptr;
+    uintptr_t last_number_ = 0;
+};
+Touched touched;
+int64_t new_bytes = 0;
 
 uint64_t next_random(uint64_t& state) {  // splitmix64
     uint64_t z = state += 0x9e3779b97f4a7c15u;
@@ -174,10 +202,12 @@ class Block {
     void copy_async(void* to, const void* from, int bytes, bool valid) {
         check_aligned(to, bytes);
         if (valid) check_aligned(from, bytes);
+        if (valid) counters.async_bytes += bytes;
+        if (counting && valid && touched.is_new(from)) new_bytes += bytes;
+        if (counting && bytes == 16) return;
         Thread& thread = threads_[fibers_.current()];
         std::memset(to, POISON, bytes);
         thread.copies.push_back({to, from, bytes, valid, thread.group});
-        if (valid) counters.async_bytes += bytes;
     }
 
     void copy_commit() { ++threads_[fibers_.current()].group; }
@@ -322,6 +352,11 @@ void set_multiprocessors(int count) { multiprocessor_count = count; }
 
 void set_noting(bool on) { noting = on; }
 
+void set_counting(int64_t most) {
+    most_blocks = most;
+    counting = most > 0;
+}
+
 std::string take_notes() { return std::exchange(notes, ""); }
 
 void launch(const char* op, const void* kernel, int64_t blocks_x, int64_t blocks_y, int64_t blocks_z, int threads,
@@ -329,15 +364,23 @@ void launch(const char* op, const void* kernel, int64_t blocks_x, int64_t blocks
     const auto refuse = [&](const std::string& why) { throw std::runtime_error(std::string(op) + ": " + why); };
     if (threads < WARP || threads > 1024 || threads % WARP) refuse(std::to_string(threads) + " threads in a block");
     if (shared_bytes > 99 * 1024) refuse(std::to_string(shared_bytes) + " bytes of shared memory; sm_120 has 101376");
-    if (noting) {
+    const int64_t blocks = blocks_x * blocks_y * blocks_z;
+    if (noting || counting) {
         Dl_info library{};
         dladdr(kernel, &library);
         const auto address = static_cast<const char*>(kernel) - static_cast<const char*>(library.dli_fbase);
-        notes += std::to_string(address) + " " + std::to_string(shared_bytes) + "\n";
-        return;
+        notes += std::to_string(address) + " " + std::to_string(shared_bytes) + " " + std::to_string(blocks);
+        if (noting) {
+            notes += "\n";
+            return;
+        }
+        touched.clear();
     }
-    std::vector<int64_t> order(blocks_x * blocks_y * blocks_z);
-    std::iota(order.begin(), order.end(), 0);
+    std::vector<int64_t> order(counting ? std::min(blocks, most_blocks) : blocks);
+    const int64_t count = static_cast<int64_t>(order.size());
+    for (int64_t i = 0; i < count; ++i) order[i] = (2 * i + 1) * blocks / (2 * count);  // i, where all blocks run
+    const Counters before = counters;
+    const int64_t new_before = new_bytes;
     uint64_t random = schedule_seed;
     if (schedule_seed != 0) {
         for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[next_random(random) % i]);
@@ -357,6 +400,14 @@ void launch(const char* op, const void* kernel, int64_t blocks_x, int64_t blocks
         } catch (const std::runtime_error& error) {
             refuse(error.what());
         }
+    }
+    if (counting) {
+        for (const int64_t number :
+             {static_cast<int64_t>(order.size()), counters.async_bytes - before.async_bytes, new_bytes - new_before,
+              counters.loaded_bytes - before.loaded_bytes, counters.stored_bytes - before.stored_bytes}) {
+            notes += " " + std::to_string(number);
+        }
+        notes += "\n";
     }
 }
 

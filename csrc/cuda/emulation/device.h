@@ -28,9 +28,12 @@ extern Place here;
 
 // What kernels have done since `counters` was last cleared.
 struct Counters {
-    int64_t launches, blocks, matrix_products, async_bytes, loaded_bytes;
+    int64_t launches, blocks, matrix_products, async_bytes, loaded_bytes, stored_bytes;
 };
 extern Counters counters;
+
+// Whether kernels run only to have their bytes counted: without products, and without copies of 16 bytes.
+extern bool counting;
 
 // Waits for the warp's other lanes; the last to come runs `perform` on the operands of all, in lane order.
 void warp_collective(const char* name, void* operands, void (*perform)(void* const* operands));
@@ -221,11 +224,23 @@ inline Bytes16 load_16(const void* address) {
 inline Bytes16 load_16_written(const void* address) { return load_16(address); }
 inline void store_16(void* address, const Bytes16& value) {
     emulation::check_aligned(address, 16);
+    emulation::counters.stored_bytes += 16;
     std::memcpy(address, &value, 16);
 }
 template <typename T>
 inline T load_fresh(const T* address) {
     return *address;
+}
+
+template <typename T>
+inline T load_global(const T* address) {
+    emulation::counters.loaded_bytes += sizeof(T);
+    return *address;
+}
+template <typename T>
+inline void store_global(T* address, const T& value) {
+    emulation::counters.stored_bytes += sizeof(T);
+    *address = value;
 }
 
 // Blocks run one after the other and fibers yield at collectives only, so a plain update is atomic.
@@ -261,9 +276,7 @@ inline T atomic_compare_exchange(T* address, T expected, T desired) {
 }
 inline void device_fence() {}
 
-inline void copy_async_16(void* to, const void* from, bool valid = true) {
-    emulation::copy_async(to, from, 16, valid);
-}
+inline void copy_async_16(void* to, const void* from, bool valid = true) { emulation::copy_async(to, from, 16, valid); }
 inline void copy_async_4(void* to, const void* from) { emulation::copy_async(to, from, 4, true); }
 inline void copy_commit() { emulation::copy_commit(); }
 template <int N>
@@ -275,6 +288,7 @@ template <int BYTES = 0>
 inline void load_matrices(uint32_t (&out)[4], const void* base) {
     const void* row = static_cast<const char*>(base) + BYTES;
     emulation::check_aligned(row, 16);
+    if (emulation::counting) return void(out[0] = out[1] = out[2] = out[3] = 0);
     emulation::Matrices mine{out, row};
     emulation::warp_collective("load_matrices", &mine, emulation::load_matrices<false>);
 }
@@ -282,12 +296,14 @@ template <int BYTES = 0>
 inline void load_matrices_transposed(uint32_t (&out)[4], const void* base) {
     const void* row = static_cast<const char*>(base) + BYTES;
     emulation::check_aligned(row, 16);
+    if (emulation::counting) return void(out[0] = out[1] = out[2] = out[3] = 0);
     emulation::Matrices mine{out, row};
     emulation::warp_collective("load_matrices_transposed", &mine, emulation::load_matrices<true>);
 }
 
 template <typename T>
 inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    if (emulation::counting) return;
     const uint32_t b[2] = {b0, b1};
     emulation::Product mine{c, a, b};
     emulation::warp_collective("multiply_add", &mine, emulation::multiply_add<T>);

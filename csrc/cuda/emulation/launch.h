@@ -18,9 +18,14 @@ void set_schedule(uint64_t seed);
 int multiprocessors();
 void set_multiprocessors(int count);
 
-// While it is on, launches are noted and not run: a line for each of them, the kernel's address in this library and its
-// bytes of shared memory.
+// While it is on, launches are noted and not run: a line for each of them, the kernel's address in this library, its
+// bytes of shared memory and how many blocks it has.
 void set_noting(bool on);
+
+// While `most_blocks` is not 0, kernels run only to have their bytes counted, and of each as many of its blocks,
+// evenly spread. Launches are noted, with five numbers more: the blocks that ran, and the bytes that they copied to
+// shared memory, those of them that no block had copied before, and the bytes that they loaded and stored otherwise.
+void set_counting(int64_t most_blocks);
 std::string take_notes();
 
 }  // namespace simsd::emulation

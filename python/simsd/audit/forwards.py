@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from simsd.decode.iteration import Parts, Shape, run_plan
-from simsd.decode.rows import SCRATCH_ALIGNMENT, STRIDE, Rows, aligned, key_lifetimes, pending_rows, span, state_stride
+from simsd.decode.rows import STRIDE, Rows, aligned, key_lifetimes, pending_rows, scratch_behind, span, state_stride
 from simsd.decode.slots import Slots
 from simsd.engine.decoder import Decoder
 from simsd.models.loading import LoadedModel
@@ -56,7 +56,7 @@ class Alone:
         """`capacity`: positions of the longest prefix and the block behind it. `states`: room for rows, in blocks."""
         length = self.length = target.block_length
         self.target = target
-        scratch = aligned(aligned(capacity, length), SCRATCH_ALIGNMENT)
+        scratch = scratch_behind(aligned(capacity, length), target.device)
         kv_slots = aligned(scratch + states * state_stride(length) + 1, 16)
         self.runner = ModelRunner(target, 1, kv_slots, scratch)
         self.prefix: list[int] | None = None

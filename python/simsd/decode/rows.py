@@ -13,12 +13,10 @@ import torch
 from torch import Tensor
 
 from simsd_kernels import rows as lifetimes
+from simsd_kernels.masked_attention.api import summed_keys
 from simsd_kernels.plan_block.reference import copy_stride
 
 STRIDE = 1024
-# Attention sums keys in splits of 256 slots. Scratch starts on such a boundary, so that a row's sums are grouped alike
-# wherever its copy lies and however long the cache is.
-SCRATCH_ALIGNMENT = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +100,14 @@ def key_lifetimes(rows: Rows, end: Tensor, block_length: int, slots: int) -> tup
     death = torch.full_like(birth, lifetimes.INF)
     index = torch.where(rows.slots >= 0, rows.slots, slots - 1).long()  # dead rows are born never, in the last slot
     return birth.scatter_(1, index, rows.birth), death.scatter_(1, index, rows.death)
+
+
+def scratch_behind(capacity: int, *devices: torch.device) -> int:
+    """The first slot of what is not committed, behind slots for `capacity` positions, in caches on these devices.
+
+    No keys of it are summed together with committed ones, so that a row's sums are grouped alike wherever its copy lies
+    and however long the cache is."""
+    return aligned(capacity, max(map(summed_keys, devices)))
 
 
 def aligned(slot: int, alignment: int) -> int:

@@ -141,13 +141,13 @@ def places_of(
     Raises:
         SimsdError: no memory for one page.
     """
-    scratch = rows.aligned(capacity, rows.SCRATCH_ALIGNMENT)
+    models = [model for model in (target, draft) if model is not None]
+    scratch = rows.scratch_behind(capacity, *(model.device for model in models))
     stride = rows.state_stride(block_length)
     # One to spare: see rows.key_lifetimes.
     whole = [rows.aligned(scratch + room * stride + 1, max(page_size, 16)) for room in (states, 1)]
     positions = -(-capacity // page_size)
     most = slots * positions
-    models = [model for model in (target, draft) if model is not None]
     each = sum(page_bytes(model, page_size) for model in models)
     if kv_memory is None:
         pages = most

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from simsd.decode.rows import SCRATCH_ALIGNMENT, aligned
+from simsd.decode.rows import aligned, scratch_behind
 from simsd.errors import SimsdError
 from simsd.models.loading import LoadedModel
 from simsd.models.runner import ModelRunner
@@ -71,7 +71,8 @@ class Scorer:
     def _runner_for(self, places: int) -> ModelRunner:
         """One with room for as many committed tokens, and for the rows of a forward behind them."""
         if self._runner is None or self._runner.scratch < places:
-            scratch = aligned(max(places, 2 * self._runner.scratch if self._runner else 0), SCRATCH_ALIGNMENT)
+            most = max(places, 2 * self._runner.scratch if self._runner else 0)
+            scratch = scratch_behind(most, self.model.device)
             self._runner = ModelRunner(self.model, 1, scratch + self._states_at_once * self.block_length, scratch)
             self._committed = []
         return self._runner

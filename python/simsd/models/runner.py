@@ -18,7 +18,7 @@ from simsd.models.loading import LoadedModel
 from simsd.models.packing import Packing
 from simsd.models.stock import Attend, StockLayers
 from simsd.models.weights import version_of
-from simsd_kernels import masked_attention
+from simsd_kernels import attention_plan, dispatch, masked_attention
 
 # A BLAS gives a row the same bits at every multiple of this many rows, on the CPUs where it was tried
 # (benchmarks/cpu/batch_invariance.py); below and between it may not.
@@ -81,6 +81,11 @@ class ModelRunner:
         self._angles: Tensor | None = None  # of `_angles_of`
         self._angles_of: FusedLayers | None = None
         self._attention = unchecked(masked_attention, self.device, self.dtype)
+        # Only our CUDA kernels gain by a plan.
+        backend = dispatch.choose_for("masked_attention", self.device)
+        planned = backend == "cuda" and self._attention is not masked_attention
+        self._plan = unchecked(attention_plan, self.device, self.dtype) if planned else None
+        self._group = model.config.num_attention_heads // model.config.num_key_value_heads
         self._first = torch.arange(slots, dtype=torch.int32, device=self.device).unsqueeze(1) * kv_slots
 
     @torch.inference_mode()
@@ -204,6 +209,7 @@ class ModelRunner:
         self, clock: Tensor, birth: Tensor, death: Tensor, table: BlockTable | None, members: Tensor | None
     ) -> Attend:
         kernel, pages = self._attention, None if table is None else table.pages
+        plan = self._plan_of(clock, birth, death, pages)
         shape, rows = clock.shape, clock.numel()
         chosen = table is None and members is not None
         joined = shape[0] > 1 and (chosen or table is not None)  # rows ran as [1, N]
@@ -213,7 +219,7 @@ class ModelRunner:
                 q = q[0].unflatten(1, shape).transpose(0, 1)
             if chosen:
                 keys, values = keys.index_select(0, members), values.index_select(0, members)
-            out = kernel(q, keys, values, clock, birth, death, None, scale, pages)
+            out = kernel(q, keys, values, clock, birth, death, None, scale, pages, plan)
             return out.transpose(1, 2).reshape(rows, -1)
 
         return attend
@@ -232,15 +238,23 @@ class ModelRunner:
         chosen, source = table is None and members is not None, packing.source
         shape = len(packing.counts), packing.width
         clock = torch.where(packing.inside, clock[0].index_select(0, source).view(shape), -1)
+        plan = self._plan_of(clock, birth, death, pages)
 
         def attend(q, keys, values, scale):
             q = q[0].index_select(1, source).unflatten(1, shape).transpose(0, 1)  # [B, Hq, W, D]
             if chosen:
                 keys, values = keys.index_select(0, members), values.index_select(0, members)
-            out = kernel(q, keys, values, clock, birth, death, None, scale, pages)
+            out = kernel(q, keys, values, clock, birth, death, None, scale, pages, plan)
             return out.transpose(1, 2).reshape(len(source), -1).index_select(0, packing.places)
 
         return attend
+
+    def _plan_of(self, clock: Tensor, birth: Tensor, death: Tensor, pages: Tensor | None) -> Tensor | None:
+        """What the attention of every layer takes of clock [B, R]."""
+        if self._plan is None:
+            return None
+        count = len(clock) if pages is None else self.cache.batch_size
+        return self._plan(clock, birth, death, self._group, count, None, pages)
 
 
 def _widen(tokens, positions, slots, clock, logits_rows, columns: int) -> tuple[Tensor | None, ...]:
