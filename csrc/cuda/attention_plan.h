@@ -11,13 +11,13 @@
 
 namespace simsd::intervals {
 
-constexpr int TILE = 32;          // keys that are loaded together; a warp classifies a tile with one vote
-constexpr int SPLIT = 256;        // keys that one softmax runs over before it is added to its key group's
-constexpr int GROUP_SPLITS = 8;   // whose sum is added to the others of a row
+constexpr int TILE = 32;         // keys that are loaded together; a warp classifies a tile with one vote
+constexpr int SPLIT = 256;       // keys that one softmax runs over before it is added to its key group's
+constexpr int GROUP_SPLITS = 8;  // whose sum is added to the others of a row
 constexpr int KEY_GROUP = GROUP_SPLITS * SPLIT;
 constexpr int WINDOW = 32 * TILE;
-constexpr int PAGE_UNIT = 16;     // keys that lie in one page for certain
-constexpr int HEADER = 4;         // words of a plan before its arrays
+constexpr int PAGE_UNIT = 16;  // keys that lie in one page for certain
+constexpr int HEADER = 4;      // words of a plan before its arrays
 constexpr int MOST_PAGES = 1 << 27;
 
 // Bit t: of a window's tile t some live row sees a key; all live rows see all keys.
@@ -55,8 +55,8 @@ struct Mask {
     Plan plan;
 };
 
-// Words of the plan for B x (group * Lq) packed rows and B x Lk keys, fewer than 2^31: simsd_kernels/attention_plan/size.py
-// says the same to a compiler.
+// Words of the plan for B x (group * Lq) packed rows and B x Lk keys, fewer than 2^31:
+// simsd_kernels/attention_plan/size.py says the same to a compiler.
 inline int64_t plan_words(int64_t batch, int64_t rows, int64_t keys) {
     constexpr int64_t TILES = KEY_GROUP / TILE;
     const int64_t row_tiles = (rows + tile_rows(rows) - 1) / tile_rows(rows);

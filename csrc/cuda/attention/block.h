@@ -11,16 +11,20 @@ namespace simsd::intervals {
 // What a block works on.
 struct Work {
     Rows rows;
-    int slice;               // of V's columns
-    int part;                // where attend_parts puts the result
+    int slice;  // of V's columns
+    int part;   // where attend_parts puts the result
     int first_window, end_window;
-    uint32_t within;         // of a window's tiles, those that count
-    int bits;                // of the row tile in the element's first window, in the plan
+    uint32_t within;  // of a window's tiles, those that count
+    int bits;         // of the row tile in the element's first window, in the plan
 
     // Row tile `row_tile`, the windows of key groups first ... end - 1.
     SIMSD_DEVICE Work(const Params& p, int batch, int kv_head, int row_tile, int slice, int first, int end)
         : rows(locate_rows(p, batch, kv_head, row_tile * tile_rows(p.group * p.q_rows), tile_rows(p.group * p.q_rows))),
-          slice(slice), part(0), first_window(2 * first), end_window(2 * end), within(~0u),
+          slice(slice),
+          part(0),
+          first_window(2 * first),
+          end_window(2 * end),
+          within(~0u),
           bits(2 * (batch * p.plan.key_groups * p.plan.row_tiles + row_tile)) {}
 };
 
@@ -34,8 +38,9 @@ struct Head {
     static constexpr int K_ELEMENTS = TILE * ROW_STRIDE<DIM>, V_ELEMENTS = TILE * ROW_STRIDE<COLUMNS>;
     static constexpr int STAGE_ELEMENTS = K_ELEMENTS + V_ELEMENTS + 2 * TILE * 2;  // and births and deaths
 
-    static constexpr int shared_bytes(int warps) { 
-        return 2 * STAGES * STAGE_ELEMENTS + (4 * WARP_ROWS + static_cast<int>(sizeof(Moments))) * warps + 16 * ((static_cast<int>(sizeof(Work)) + 15) / 16);
+    static constexpr int shared_bytes(int warps) {
+        return 2 * STAGES * STAGE_ELEMENTS + (4 * WARP_ROWS + static_cast<int>(sizeof(Moments))) * warps +
+               16 * ((static_cast<int>(sizeof(Work)) + 15) / 16);
     }
 };
 
@@ -105,8 +110,8 @@ class Block {
         }
     }
 
-    // Adds the keys to `state`; calls after_split(whether that was the key group's last one) behind the last live tile of
-    // each split.
+    // Adds the keys to `state`; calls after_split(whether that was the key group's last one) behind the last live tile
+    // of each split.
     template <typename AfterSplit>
     SIMSD_DEVICE void attend(State<Shape::COLUMNS>& state, AfterSplit after_split) {
         bool more = to_do_.next_window(p_.plan, *work_);
@@ -174,7 +179,7 @@ class Block {
         if (thread_index() >= 2 * TILE) return;
         const bool deaths = thread_index() / TILE;
         const int lane = lane_index(), key = tile_ * TILE + lane;
-        const int64_t(&strides)[2] = deaths ? p_.death_strides : p_.birth_strides;
+        const int64_t (&strides)[2] = deaths ? p_.death_strides : p_.birth_strides;
         to += thread_index();
         if (seen_ >> lane & 1) {
             copy_async_4(to, (deaths ? p_.death : p_.birth) + work_->rows.batch * strides[0] + key * strides[1]);

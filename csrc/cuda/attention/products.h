@@ -87,7 +87,8 @@ struct Moments {
         const int lane = lane_index(), first = rows.first + warp_index() * WARP_ROWS, row = first + lane;
         const bool exists = lane < WARP_ROWS && row < rows.first + rows.count;
         const int32_t mine = exists ? clocks[row / p.group - rows.first_query] : -1;
-        const int32_t earliest = lanes_min(mine < 0 ? INT32_MAX : mine), latest = lanes_max(mine < 0 ? INT32_MIN : mine);
+        const int32_t earliest = lanes_min(mine < 0 ? INT32_MAX : mine),
+                      latest = lanes_max(mine < 0 ? INT32_MIN : mine);
         if (lane < WARP_ROWS) clock[lane] = mine;
         if (lane == 0) span = {earliest, latest};
         warp_barrier();
