@@ -39,9 +39,12 @@ def test_keys_are_read_once_and_partial_results_are_few(case):
 
 @pytest.mark.parametrize("case", LARGE, ids=name)
 def test_there_are_enough_blocks_for_a_gpu(case):
-    found = counting.count(case, most_blocks=1)
-    assert found.blocks >= case.blocks
-    assert found.written <= counting.most_written(case.rows)
+    assert counting.count(case, most_blocks=1).blocks >= case.blocks
+
+
+@pytest.mark.parametrize("case", [counting.Case(8, 1024, 256), counting.Case(64, 4096, 64)], ids=name)
+def test_a_batch_needs_no_more_partial_results(case):
+    assert counting.count(case).written <= counting.most_written(case.rows)
 
 
 def test_the_table_shows_these_kernels():
