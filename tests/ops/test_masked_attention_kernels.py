@@ -336,6 +336,15 @@ def test_dead_slots_of_a_roomy_cache_cost_nothing(work_of):
     ]
 
 
+@backends("emulation")
+def test_a_plan_that_lies_at_an_odd_address_is_refused():
+    call = make(torch.bfloat16, 1, (2, 1), 4, 300, 64)
+    plan = dispatch.operator("attention_plan", "cuda")(call.clock, call.birth, call.death, 2, 1)
+    odd = torch.cat((plan[:1], plan))[1:]
+    with pytest.raises(RuntimeError, match="plan must be as attention_plan returns it"):
+        dispatch.operator(OP, "cuda")(*call.arguments(), odd)
+
+
 @pytest.mark.parametrize("number", range(sized(20, interpreted=2)))
 def test_lives_that_end_before_they_begin(backend, number):
     call = make(torch.bfloat16, 2, (4, 2), 11, 330, 64, lives=random_intervals(2, 11, 330, number), seed=number)
