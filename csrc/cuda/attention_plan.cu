@@ -27,8 +27,8 @@ __global__ void __launch_bounds__(WARPS* WARP) mark_tiles(const Mask m) {
     uint32_t* full = shared.take<uint32_t>(TILES);
     const Plan& plan = m.plan;
     const int at = block_x(), row_tile = at % plan.row_tiles, key_group = at / plan.row_tiles % plan.key_groups;
-    const int most = tile_rows(static_cast<int64_t>(m.group) * m.q_rows);
-    const Rows rows = locate_rows(m, at / plan.row_tiles / plan.key_groups, 0, row_tile * most, most);
+    const Rows rows =
+        locate_rows(m, at / plan.row_tiles / plan.key_groups, 0, row_tile * plan.tile_rows, plan.tile_rows);
     load_clocks(m, rows, clocks);
 
     const int lane = lane_index(), keys = live_slots(m, rows.batch);

@@ -30,16 +30,21 @@ struct alignas(8) TilePlaces {
     uint32_t units[TILE / PAGE_UNIT];
 };
 
-SIMSD_ANYWHERE int tile_rows(int64_t rows) { return rows <= 64 ? 64 : 128; }
+// Rows of a row tile: 128 share the keys that are read, but 64 fill a GPU where there are few rows and keys (of 8 KV
+// heads 132 multiprocessors).
+inline int tile_rows(int64_t batch, int64_t rows, int64_t keys) {
+    const int64_t blocks = batch * ((keys + SPLIT - 1) / SPLIT) * ((rows + 127) / 128);
+    return rows <= 64 || blocks < 16 ? 64 : 128;
+}
 
 struct Plan {
-    int32_t row_tiles, key_groups, count;  // count: of (element, key group, row tile)s
-    int32_t* listed;                       // how many of them have a live tile
-    TileBits* bits;                        // [count, 2]: of both windows
-    TilePlaces* places;                    // [B, key_groups, 64], where there is a block table
-    uint32_t* seen;                        // [count, 64]: by tile, which keys some live row sees
-    int32_t* list;                         // the live ones
-    int32_t* place;                        // [count]: where they are in the list, -1 for the others
+    int32_t tile_rows, row_tiles, key_groups, count;  // count: of (element, key group, row tile)s
+    int32_t* listed;                                  // how many of them have a live tile
+    TileBits* bits;                                   // [count, 2]: of both windows
+    TilePlaces* places;                               // [B, key_groups, 64], where there is a block table
+    uint32_t* seen;                                   // [count, 64]: by tile, which keys some live row sees
+    int32_t* list;                                    // the live ones
+    int32_t* place;                                   // [count]: where they are in the list, -1 for the others
 };
 
 // Strides count elements.
@@ -59,7 +64,7 @@ struct Mask {
 // simsd_kernels/attention_plan/size.py says the same to a compiler.
 inline int64_t plan_words(int64_t batch, int64_t rows, int64_t keys) {
     constexpr int64_t TILES = KEY_GROUP / TILE;
-    const int64_t row_tiles = (rows + tile_rows(rows) - 1) / tile_rows(rows);
+    const int64_t of_tile = tile_rows(batch, rows, keys), row_tiles = (rows + of_tile - 1) / of_tile;
     const int64_t key_groups = batch * ((keys + KEY_GROUP - 1) / KEY_GROUP);
     return HEADER + (4 + TILES + 2) * key_groups * row_tiles + 2 * TILES * key_groups;
 }
@@ -68,7 +73,8 @@ inline int64_t plan_words(int64_t batch, int64_t rows, int64_t keys) {
 inline Plan plan_in(int32_t* words, int64_t batch, int64_t rows, int64_t keys) {
     constexpr int TILES = KEY_GROUP / TILE;
     Plan plan;
-    plan.row_tiles = static_cast<int32_t>((rows + tile_rows(rows) - 1) / tile_rows(rows));
+    plan.tile_rows = tile_rows(batch, rows, keys);
+    plan.row_tiles = static_cast<int32_t>((rows + plan.tile_rows - 1) / plan.tile_rows);
     plan.key_groups = static_cast<int32_t>((keys + KEY_GROUP - 1) / KEY_GROUP);
     plan.count = static_cast<int32_t>(batch * plan.key_groups * plan.row_tiles);
     plan.listed = words;

@@ -14,5 +14,6 @@ def words_of(backend: str, clock: Tensor, birth: Tensor, group: int) -> int:
         return 0
     (batch, keys), rows = birth.shape, group * clock.shape[1]
     groups = batch * -(-keys // GROUP_KEYS)
-    row_tiles = -(-rows // (64 if rows <= 64 else 128))
+    few = batch * -(-keys // 256) * -(-rows // 128) < 16
+    row_tiles = -(-rows // (64 if rows <= 64 or few else 128))
     return 4 + 70 * groups * row_tiles + 128 * groups

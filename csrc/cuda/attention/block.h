@@ -19,7 +19,7 @@ struct Work {
 
     // Row tile `row_tile`, the windows of key groups first ... end - 1.
     SIMSD_DEVICE Work(const Params& p, int batch, int kv_head, int row_tile, int slice, int first, int end)
-        : rows(locate_rows(p, batch, kv_head, row_tile * tile_rows(p.group * p.q_rows), tile_rows(p.group * p.q_rows))),
+        : rows(locate_rows(p, batch, kv_head, row_tile * p.plan.tile_rows, p.plan.tile_rows)),
           slice(slice),
           part(0),
           first_window(2 * first),
