@@ -16,6 +16,7 @@ import json
 import torch
 
 from simsd_kernels import INF, dispatch
+from simsd_kernels.attention_plan.size import SPLIT_KEYS, row_tiles
 
 from ..contest import Bench
 from ..report import Table
@@ -23,7 +24,6 @@ from . import cuda_resources
 
 MULTIPROCESSORS = 132
 KV_HEADS, GROUP, DIM = 8, 4, 128
-SPLIT, ROW_TILE = 256, 64  # that a block takes at least, where there are as many
 MOST_ROWS = 128  # that a block takes
 BATCHES, KEYS, ROWS = (1, 8, 64), (1024, 4096, 32768), (16, 64, 128, 256)
 FULL, BLOCKS = 2**27, 6
@@ -46,7 +46,8 @@ class Case:
     @property
     def blocks(self) -> int:
         """As many as there is work for, or as an H100 has multiprocessors."""
-        return min(self.batch * KV_HEADS * -(-self.rows // ROW_TILE) * -(-self.keys // SPLIT), MULTIPROCESSORS)
+        parts = self.batch * -(-self.keys // SPLIT_KEYS) * row_tiles(self.batch, self.rows, self.keys)
+        return min(KV_HEADS * parts, MULTIPROCESSORS)
 
 
 @dataclasses.dataclass(frozen=True)
