@@ -74,6 +74,6 @@ def test_dead_keys_are_not_read():
         finally:
             torch.ops.simsd_emulated.set_counting(0)
         launches = torch.ops.simsd_emulated.take_notes().splitlines()
-        found.append([list(map(int, line.split()))[4:] for line in launches])
+        found.append([list(map(int, line.split()))[5:] for line in launches])
     assert found[0][0] == found[1][0]  # copied, loaded and stored where keys are read
     assert found[0][1] == found[1][1]
