@@ -8,8 +8,8 @@
 // Floor: K and V once. SDAR-8B (8 KV heads of 128, G = 4), 16 rows, 4096 keys: 8 x 4096 x 128 x 2 x 2 B = 16.8 MB, 5.0
 // us at 3.35 TB/s, by 16 splits x 8 heads = 128 blocks; partial results are 16 x 130 x 4 B per 128 KB read, 6%, of a
 // key group 0.8%. Operations: 4 x 16 x 4096 x 128 x 8 = 0.27 GFLOP, which needs 0.3 us of the tensor cores. So bytes in
-// flight and latencies in a row (list, bits, keys) are what bounds it. Every tile is read by a block per row tile, up to
-// 64 rows by one; they run at the same time, so that all but the first find it in L2.
+// flight and latencies in a row (list, bits, keys) are what bounds it. Every tile is read by a block per row tile, up
+// to 64 rows by one; they run at the same time, so that all but the first find it in L2.
 #include "cuda/attention/partials.h"
 #include "cuda/launch.h"
 
