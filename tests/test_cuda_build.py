@@ -21,7 +21,7 @@ if PATH is None or not cuda_resources.contents(PATH)[0]:
     )
 
 
-MATRIX_KERNELS = re.compile(r"intervals::attend_(all|split)<|linear::multiply(_wide)?<")
+MATRIX_KERNELS = re.compile(r"intervals::attend_(all|parts)<|linear::multiply(_wide)?<")
 
 
 @pytest.fixture(scope="module")

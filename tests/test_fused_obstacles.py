@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from simsd.models.fused import obstacle
+from simsd_kernels import INF
 from test_fused import KINDS, ROWS, causal, is_fused, load, random_tokens, stock
 
 

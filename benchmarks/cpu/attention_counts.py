@@ -16,6 +16,7 @@ import json
 import torch
 
 from simsd_kernels import INF, dispatch
+from simsd_kernels.attention_plan.size import SPLIT_KEYS, row_tiles
 
 from ..contest import Bench
 from ..report import Table
@@ -23,8 +24,7 @@ from . import cuda_resources
 
 MULTIPROCESSORS = 132
 KV_HEADS, GROUP, DIM = 8, 4, 128
-TILE = 64, 128  # rows of a row tile: of up to 64 rows, of more
-SPLIT = 256
+MOST_ROWS = 128  # that a block takes
 BATCHES, KEYS, ROWS = (1, 8, 64), (1024, 4096, 32768), (16, 64, 128, 256)
 FULL, BLOCKS = 2**27, 6
 
@@ -46,15 +46,15 @@ class Case:
     @property
     def blocks(self) -> int:
         """As many as there is work for, or as an H100 has multiprocessors."""
-        row_tiles = -(-self.rows // TILE[self.rows > TILE[0]])
-        return min(self.batch * KV_HEADS * row_tiles * -(-self.keys // SPLIT), MULTIPROCESSORS)
+        parts = self.batch * -(-self.keys // SPLIT_KEYS) * row_tiles(self.batch, self.rows, self.keys)
+        return min(KV_HEADS * parts, MULTIPROCESSORS)
 
 
 @dataclasses.dataclass(frozen=True)
 class Count:
     """
     Attributes:
-        blocks: of the kernel that reads K and V.
+        blocks: that read K and V.
         memory: bytes from and to memory, over K, V, queries and output once; None where blocks that share keys did not
             all run.
         written, read: partial results, over K and V. again: of K, V and queries what more than one block read, over K
@@ -149,13 +149,13 @@ def count(case: Case, most_blocks: int | None = None) -> Count:
     finally:
         emulated.set_counting(0)
     launches = [list(map(int, line.split())) for line in emulated.take_notes().splitlines()]
-    _, _, blocks, ran, copied, first, _, written, _ = launches[0]
+    _, _, blocks, ran, busy, copied, first, _, written, _ = launches[0]
     scale = blocks / ran
-    read = sum(loaded * of / done for _, _, of, done, _, _, loaded, _, _ in launches[1:])
-    shares = case.rows > TILE[1] and ran < blocks
+    read = sum(loaded * of / done for _, _, of, done, _, _, _, loaded, _, _ in launches[1:])
+    shares = case.rows > MOST_ROWS and ran < blocks
     moved = scale * first + 4 * plan.numel() + case.q_bytes  # queries are in `first`, the output is as large
     return Count(
-        blocks=blocks,
+        blocks=busy * blocks // ran,
         memory=None if shares else moved / (case.kv_bytes + 2 * case.q_bytes),
         written=scale * written / case.kv_bytes,
         read=read / case.kv_bytes,

@@ -24,8 +24,8 @@ class Loop:
         kernel: as cuda_resources names it. what: a turn of its inner loop, or some, by a warp.
         through: an opcode, as a regular expression, that each turn comes by once; counts: see `sass.shortest_loop`.
         ceilings: compute capability to the most instructions of a turn.
-        before: what sm_90 took for the same work as of commit 7cdc1e3, counted the same way; of `scan`, whose warps
-            took one turn each, from the first instruction to the last.
+        before: what sm_90 took for the same work as of commit 7cdc1e3, of attention as of 4759be4, counted the same
+            way; of `scan`, whose warps took one turn each, from the first instruction to the last.
     """
 
     kernel: str
@@ -54,12 +54,28 @@ def product(tile: str, work: str, matrices: int, copies: int, before: int, most:
     return Loop(f"linear::{tile}, linear::Params>", work, "LDGDEPBAR", counts, most, before)
 
 
+def attention(dtype: str, before: tuple[int, int, int]) -> list[Loop]:
+    """`masked_attention`: from one tile of 32 keys that every row sees to the next, for the 16 rows of a warp and 128
+    columns: 64 products, a weight for each of 16 scores, no rescaling, nothing read but the next tile, which is 32 rows
+    of 256 bytes of K and of V, by 2, 4 or 8 warps."""
+    loops = []
+    for warps, instructions in zip((2, 4, 8), before, strict=True):
+        copies = 2 * 32 * 256 // 16 // (32 * warps)
+        ordinary = {"HMMA": range(64, 65), r"MUFU\.EX2": range(16, 17), r"LDG\.": range(1)}
+        ordinary[r"LDGSTS.*\.128"] = range(copies, copies + 1)
+        for kernel in (f"intervals::attend_parts<{dtype}, 128>", f"intervals::attend_all<{dtype}, 128>"):
+            loops.append(Loop(kernel, f"32 keys, {warps} warps", r"BAR\.SYNC", ordinary, alike(450), instructions))
+    return loops
+
+
 def alike(most: int) -> dict[int, int]:
     return dict.fromkeys(cuda_resources.TARGETS, most)
 
 
 GREEDY, NOISE = alike(450), alike(900)
 LOOPS = [
+    *attention("Bfloat16", (552, 448, 396)),
+    *attention("Float16", (552, 448, 396)),
     *scan("Bfloat16", 4, (840, 1752), {**GREEDY, 80: 650}, {**NOISE, 80: 1100}),  # sm_80 compares no bfloat16 in pairs
     *scan("Float16", 4, (840, 1752), GREEDY, NOISE),
     *scan("float", 8, (809, 1710), GREEDY, NOISE),

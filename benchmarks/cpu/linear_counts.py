@@ -76,7 +76,7 @@ def count() -> Iterator[Count]:
             weight = torch.empty(n, k, dtype=torch.bfloat16)  # never written, so most of it never exists
             for rows, (blocks_before, copied_mb_before) in zip(ROWS, BEFORE[product], strict=True):
                 thin_linear(torch.empty(rows, k, dtype=torch.bfloat16), weight, backend="cuda")
-                _, _, blocks, _, copied, _, _, _, products = map(int, emulated.take_notes().split())
+                _, _, blocks, _, _, copied, _, _, _, products = map(int, emulated.take_notes().split())
                 copied, products = blocks * copied, blocks * products
                 down, across = -(-rows // BLAS_TILE), n // BLAS_TILE
                 yield Count(

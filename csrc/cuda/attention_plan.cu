@@ -27,8 +27,8 @@ __global__ void __launch_bounds__(WARPS* WARP) mark_tiles(const Mask m) {
     uint32_t* full = shared.take<uint32_t>(TILES);
     const Plan& plan = m.plan;
     const int at = block_x(), row_tile = at % plan.row_tiles, key_group = at / plan.row_tiles % plan.key_groups;
-    const int most = tile_rows(static_cast<int64_t>(m.group) * m.q_rows);
-    const Rows rows = locate_rows(m, at / plan.row_tiles / plan.key_groups, 0, row_tile * most, most);
+    const Rows rows =
+        locate_rows(m, at / plan.row_tiles / plan.key_groups, 0, row_tile * plan.tile_rows, plan.tile_rows);
     load_clocks(m, rows, clocks);
 
     const int lane = lane_index(), keys = live_slots(m, rows.batch);
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(WARPS* WARP) mark_tiles(const Mask m) {
                 deaths[i] = m.death[rows.batch * m.death_strides[0] + key * m.death_strides[1]];
             }
         }
-        if (m.block_table != nullptr && row_tile == 0 && lane % PAGE_UNIT == 0) {
+        if (row_tile == 0 && lane % PAGE_UNIT == 0) {
             TilePlaces& places = plan.places[(at / plan.row_tiles) * TILES + tile];
             places.units[lane / PAGE_UNIT] = static_cast<uint32_t>(larger(place, 0));
         }
@@ -113,7 +113,9 @@ __global__ void __launch_bounds__(LISTERS) list_groups(const Mask m) {
             block_barrier();
         }
     }
-    if (thread_index() == 0) *plan.listed = listed;
+    // Every word is written: plans of the same mask are the same.
+    for (int i = listed + thread_index(); i < plan.count; i += thread_count()) plan.list[i] = -1;
+    if (thread_index() < HEADER) plan.listed[thread_index()] = thread_index() == 0 ? listed : 0;
 }
 
 }  // namespace

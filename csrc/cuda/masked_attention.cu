@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(WARPS* WARP) combine_parts(const Params p) {
     const Plan& plan = p.plan;
     const Parts parts(p, Head<DIM>::SLICES);
     const Partials from(p);
-    const int row_count = p.group * p.q_rows, lane = lane_index(), most = tile_rows(row_count);
+    const int row_count = p.group * p.q_rows, lane = lane_index(), most = plan.tile_rows;
     int64_t rest = static_cast<int64_t>(block_x()) * WARPS + warp_index();
     const int column = static_cast<int>(rest % (DIM / COLUMNS)) * COLUMNS + lane * PER_LANE;
     rest /= DIM / COLUMNS;
@@ -132,7 +132,7 @@ int64_t prepare(Params& p, Element element, int multiprocessors) {
         const Plan& plan = p.plan;
         const int64_t rows = static_cast<int64_t>(p.group) * p.q_rows, of_each = p.kv_heads * Shape::SLICES;
         const int64_t walkers = p.batch * of_each * plan.row_tiles;
-        p.warps = rows <= 2 * WARP_ROWS ? 2 : rows <= 4 * WARP_ROWS ? 4 : MOST_WARPS;
+        p.warps = rows <= 2 * WARP_ROWS ? 2 : plan.tile_rows / WARP_ROWS;
         // Walking leaves no partial results but unequal work, which does not matter within a key group. Of many rows
         // they would be the larger part of the bytes, so half the blocks will do.
         p.walks = p.keys <= SPLIT || (rows > MANY_ROWS ? 2 * walkers >= multiprocessors

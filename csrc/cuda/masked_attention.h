@@ -22,18 +22,18 @@ struct Params : Mask {
     float scale;  // of q k^T, to a power of two: it includes log2(e)
     // Set by `prepare`; `scratch` is of as many floats as it asks for.
     float* scratch;
-    bool walks;       // a block of threads goes over all keys of its rows
-    int32_t warps;    // of a block
-    int32_t blocks;   // of attend_parts, which take the plan's list in turns
-    int64_t parts;    // whose results wait in scratch, at most
+    bool walks;      // a block of threads goes over all keys of its rows
+    int32_t warps;   // of a block
+    int32_t blocks;  // of attend_parts, which take the plan's list in turns
+    int64_t parts;   // whose results wait in scratch, at most
     // Set by `launch_attention`.
-    bool negated;          // q k^T is to be taken times -1; scale is positive
-    bool copy_q, copy_kv;  // rows are whole, aligned 16-byte chunks
+    bool negated;                      // q k^T is to be taken times -1; scale is positive
+    bool copy_q, copy_kv;              // rows are whole, aligned 16-byte chunks
     int32_t k_row_bytes, v_row_bytes;  // from key to key
 };
 
-// Chooses how the call is served, for a GPU with so many multiprocessors: which does not change a bit. Floats of scratch
-// that it takes.
+// Chooses how the call is served, for a GPU with so many multiprocessors: which does not change a bit. Floats of
+// scratch that it takes.
 int64_t prepare(Params& params, Element element, int multiprocessors);
 
 // Makes the plan first, in params.plan, unless it is `planned` already.

@@ -8,8 +8,8 @@
 // Floor: K and V once. SDAR-8B (8 KV heads of 128, G = 4), 16 rows, 4096 keys: 8 x 4096 x 128 x 2 x 2 B = 16.8 MB, 5.0
 // us at 3.35 TB/s, by 16 splits x 8 heads = 128 blocks; partial results are 16 x 130 x 4 B per 128 KB read, 6%, of a
 // key group 0.8%. Operations: 4 x 16 x 4096 x 128 x 8 = 0.27 GFLOP, which needs 0.3 us of the tensor cores. So bytes in
-// flight and latencies in a row (list, bits, keys) are what bounds it. Up to 64 rows every tile is read by one block;
-// of 128 and more by one per 128 rows, which run at the same time, so that all but the first find it in L2.
+// flight and latencies in a row (list, bits, keys) are what bounds it. Every tile is read by a block per row tile, up
+// to 64 rows by one; they run at the same time, so that all but the first find it in L2.
 #include "cuda/attention/partials.h"
 #include "cuda/launch.h"
 
@@ -21,24 +21,23 @@ struct alignas(8) Pair {
 };
 
 template <typename T, int DIM>
-SIMSD_DEVICE void store_part(const Params& p, const Block<T, DIM>& block, int part, int slice,
-                             const State<Head<DIM>::COLUMNS>& state) {
+SIMSD_DEVICE void store_part(const Params& p, const Block<T, DIM>& block, const State<Head<DIM>::COLUMNS>& state) {
     constexpr int COLUMNS = Head<DIM>::COLUMNS;
     const Partials to(p);
-    const Rows& rows = block.rows();
+    const Work& work = block.work();
     const int lane = lane_index();
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const int row = warp_index() * WARP_ROWS + lane / 4 + 8 * half;
-        if (row >= rows.count) continue;
-        const int64_t at = partial_row(p, part, rows.kv_head, row);
-        const bool sees = state.sum[half] != 0.0f && block.queries().clock[half] >= 0;
-        if (slice == 0 && lane % 4 == 0) {
+        if (row >= work.rows.count) continue;
+        const int64_t at = partial_row(p, work.part, work.rows.kv_head, row);
+        const bool sees = state.sum[half] != 0.0f && block.moments().of_half(half) >= 0;
+        if (work.slice == 0 && lane % 4 == 0) {
             store_global(to.max + at, state.max[half]);
             store_global(to.sum + at, sees ? state.sum[half] : 0.0f);
         }
         if (!sees) continue;
-        float* out = to.out + at * DIM + slice * COLUMNS + 2 * (lane % 4);
+        float* out = to.out + at * DIM + work.slice * COLUMNS + 2 * (lane % 4);
 #pragma unroll
         for (int n = 0; n < COLUMNS / 8; ++n) {
             store_global(reinterpret_cast<Pair*>(out + 8 * n), {state.out[n][2 * half], state.out[n][2 * half + 1]});
@@ -53,26 +52,28 @@ __global__ void __launch_bounds__(MOST_WARPS* WARP, 1) attend_parts(const Params
     const Plan& plan = p.plan;
     const Parts parts(p, SLICES);
     const int of_each = p.kv_heads * SLICES, count = parts.count() * of_each;
-    State<Head<DIM>::COLUMNS> split, key_group;
+    State<Head<DIM>::COLUMNS> split, sum;
     for (int next = block_x(); next < count; next += p.blocks) {
         const int part = next / of_each, slice = next % SLICES, kv_head = next % of_each / SLICES;
         const bool whole = part < parts.whole;
         const int cut = (part - parts.whole) % GROUP_SPLITS, place = parts.whole + (part - parts.whole) / GROUP_SPLITS;
         const int at = plan.list[whole ? part : place];
-        int first = at / plan.row_tiles % plan.key_groups * 2, end = first + 2;
-        uint32_t within = ~0u;
+        const int key_group = at / plan.row_tiles % plan.key_groups;
+        Work work(p, at / plan.row_tiles / plan.key_groups, kv_head, at % plan.row_tiles, slice, key_group,
+                  key_group + 1);
+        work.part = part;
         if (!whole) {
             constexpr int SPLITS = WINDOW / SPLIT, TILES = SPLIT / TILE;
-            within = ((1u << TILES) - 1) << cut % SPLITS * TILES;
-            first += cut / SPLITS;
-            end = first + 1;
-            if ((plan.bits[2 * at + cut / SPLITS].live & within) == 0) continue;  // launch_combine does not look there
+            work.within = ((1u << TILES) - 1) << cut % SPLITS * TILES;
+            work.first_window += cut / SPLITS;
+            work.end_window = work.first_window + 1;
+            if ((plan.bits[2 * at + cut / SPLITS].live & work.within) == 0) continue;  // launch_combine knows it
         }
-        block.start(at / plan.row_tiles / plan.key_groups, kv_head, at % plan.row_tiles, slice, first, end, within);
+        block.start(work);
         split.clear();
-        key_group.clear();
-        block.attend(split, [&](bool) { add_split(key_group, split); });
-        store_part(p, block, part, slice, key_group);
+        sum.clear();
+        block.attend(split, [&](bool) { add_split(sum, split); });
+        store_part(p, block, sum);
     }
 }
 

@@ -15,59 +15,86 @@ namespace simsd::intervals {
 namespace {
 
 // A thread's share of the sum of the key groups, in memory of its own: it is touched once in 2048 keys, and registers
-// have no room for it.
+// have no room for it. Nothing at first.
 template <int COLUMNS>
 struct Total {
-    static constexpr int ITEMS = COLUMNS / 8 + 1;  // of 16 bytes
-    float* items;
+    static constexpr int ITEMS = COLUMNS / 8 + 1;  // of 4 floats: maxima and sums; columns
+    const Params& p;
     bool begun = false;
 
-    SIMSD_DEVICE explicit Total(const Params& p)
-        : items(p.scratch + (static_cast<int64_t>(block_x()) * ITEMS * thread_count() + thread_index()) * 4) {}
+    SIMSD_DEVICE explicit Total(const Params& params) : p(params) {}
+
+    SIMSD_DEVICE float* item(int n) const {
+        return p.scratch + ((static_cast<int64_t>(block_x()) * ITEMS + n) * thread_count() + thread_index()) * 4;
+    }
+
+    SIMSD_DEVICE void read(float (&values)[4], int n) const {
+        const Bytes16 bytes = load_16_written(item(n));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) values[i] = bits_as_float(bytes.words[i]);
+    }
+
+    SIMSD_DEVICE void write(const float (&values)[4], int n) const {
+        Bytes16 bytes;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) bytes.words[i] = float_as_bits(values[i]);
+        store_16(item(n), bytes);
+    }
+
+    // As `merge` does, a few columns at a time.
+    SIMSD_DEVICE void add(const State<COLUMNS>& key_group) {
+        float whole[4] = {NOTHING, NOTHING, 0.0f, 0.0f};
+        if (begun) read(whole, 0);
+        Rescale by[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            by[half] = rescale(whole[half], key_group.max[half]);
+            if (key_group.sum[half] == 0.0f) continue;
+            whole[half] = by[half].max;
+            whole[2 + half] = merged(by[half], whole[2 + half], key_group.sum[half]);
+        }
+        write(whole, 0);
+#pragma unroll
+        for (int n = 0; n < COLUMNS / 8; ++n) {
+            float out[4] = {};
+            if (begun) read(out, n + 1);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                if (key_group.sum[i / 2] != 0.0f) out[i] = merged(by[i / 2], out[i], key_group.out[n][i]);
+            }
+            write(out, n + 1);
+        }
+        begun = true;
+    }
 
     SIMSD_DEVICE void load(State<COLUMNS>& total) const {
         total.clear();
         if (!begun) return;
-        const Bytes16 first = load_16_written(items);
+        float whole[4];
+        read(whole, 0);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            total.max[half] = bits_as_float(first.words[half]);
-            total.sum[half] = bits_as_float(first.words[2 + half]);
+            total.max[half] = whole[half];
+            total.sum[half] = whole[2 + half];
         }
 #pragma unroll
-        for (int n = 0; n < COLUMNS / 8; ++n) {
-            const Bytes16 item = load_16_written(items + (n + 1) * 4 * thread_count());
-#pragma unroll
-            for (int i = 0; i < 4; ++i) total.out[n][i] = bits_as_float(item.words[i]);
-        }
-    }
-
-    SIMSD_DEVICE void store(const State<COLUMNS>& total) {
-        begun = true;
-        store_16(items, {float_as_bits(total.max[0]), float_as_bits(total.max[1]), float_as_bits(total.sum[0]),
-                         float_as_bits(total.sum[1])});
-#pragma unroll
-        for (int n = 0; n < COLUMNS / 8; ++n) {
-            store_16(items + (n + 1) * 4 * thread_count(),
-                     {float_as_bits(total.out[n][0]), float_as_bits(total.out[n][1]), float_as_bits(total.out[n][2]),
-                      float_as_bits(total.out[n][3])});
-        }
+        for (int n = 0; n < COLUMNS / 8; ++n) read(total.out[n], n + 1);
     }
 };
 
 template <typename T, int COLUMNS>
-SIMSD_DEVICE void store_rows(const Params& p, const Rows& rows, const int32_t (&clock)[2], int first_column,
-                             const State<COLUMNS>& total) {
+SIMSD_DEVICE void store_rows(const Params& p, const Work& work, const Moments& moments, const State<COLUMNS>& total) {
+    const Rows& rows = work.rows;
     const int lane = lane_index(), end = rows.first + rows.count;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const int row = rows.first + warp_index() * WARP_ROWS + lane / 4 + 8 * half;
         if (row >= end) continue;
         T* out = static_cast<T*>(p.out) + out_offset(p, rows, row);
-        const float weights = clock[half] >= 0 ? total.sum[half] : 0.0f, inverse = inverse_of(weights);
+        const float weights = moments.of_half(half) >= 0 ? total.sum[half] : 0.0f, inverse = inverse_of(weights);
 #pragma unroll
         for (int n = 0; n < COLUMNS / 8; ++n) {
-            const int column = first_column + 8 * n + 2 * (lane % 4);
+            const int column = work.slice * COLUMNS + 8 * n + 2 * (lane % 4);
             const T low = from_float<T>(quotient(total.out[n][2 * half], weights, inverse));
             const T high = from_float<T>(quotient(total.out[n][2 * half + 1], weights, inverse));
             if (p.dim % 2 == 0) {
@@ -90,7 +117,7 @@ __global__ void __launch_bounds__(MOST_WARPS* WARP, 1) attend_all(const Params p
     const int slice = rest % Shape::SLICES, head = rest / Shape::SLICES;
 
     Block<T, DIM> block(p);
-    block.start(head / p.kv_heads, head % p.kv_heads, row_tile, slice, 0, 2 * plan.key_groups, ~0u);
+    block.start(Work(p, head / p.kv_heads, head % p.kv_heads, row_tile, slice, 0, plan.key_groups));
     State<Shape::COLUMNS> split, key_group;
     split.clear();
     key_group.clear();
@@ -98,14 +125,11 @@ __global__ void __launch_bounds__(MOST_WARPS* WARP, 1) attend_all(const Params p
     block.attend(split, [&](bool ends) {
         add_split(key_group, split);
         if (!ends || plan.key_groups == 1) return;
-        State<Shape::COLUMNS> sum;
-        total.load(sum);
-        merge(sum, key_group, key_group.sum);
-        total.store(sum);
+        total.add(key_group);
         key_group.clear();
     });
     if (plan.key_groups > 1) total.load(key_group);
-    store_rows<T>(p, block.rows(), block.queries().clock, slice * Shape::COLUMNS, key_group);
+    store_rows<T>(p, block.work(), block.moments(), key_group);
 }
 
 }  // namespace

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+SPLIT_KEYS = 256  # keys that one softmax runs over
 GROUP_KEYS = 2048  # keys that the CUDA kernels add up by themselves before they add them to others
 
 
@@ -14,5 +15,10 @@ def words_of(backend: str, clock: Tensor, birth: Tensor, group: int) -> int:
         return 0
     (batch, keys), rows = birth.shape, group * clock.shape[1]
     groups = batch * -(-keys // GROUP_KEYS)
-    row_tiles = -(-rows // (64 if rows <= 64 else 128))
-    return 4 + 70 * groups * row_tiles + 128 * groups
+    return 4 + 70 * groups * row_tiles(batch, rows, keys) + 128 * groups
+
+
+def row_tiles(batch: int, rows: int, keys: int) -> int:
+    """Of the CUDA kernels: of 64 packed rows, or of 128 where those fill a GPU. `rows`: of a KV head, packed."""
+    few = batch * -(-keys // SPLIT_KEYS) * -(-rows // 128) < 16
+    return -(-rows // (64 if rows <= 64 or few else 128))

@@ -6,12 +6,11 @@ import torch
 from torch import Tensor
 
 from simsd_kernels import dispatch, validate
-from simsd_kernels.attention_plan.size import GROUP_KEYS, words_of
+from simsd_kernels.attention_plan.size import GROUP_KEYS, SPLIT_KEYS, words_of
 from simsd_kernels.masked_attention import reference
 from simsd_kernels.ops import implement
 
 OP = "masked_attention"
-SPLIT_KEYS = 256
 
 
 def masked_attention(

@@ -67,20 +67,72 @@ def test_every_family_of_masks(backend, family):
     assert_right(run(call, backend), call)
 
 
+def element(call, b):
+    """Batch element b alone."""
+    names = ("q", "k", "v", "clock", "birth", "death", "kv_len")
+    return call.replace(**{name: getattr(call, name)[b : b + 1] for name in names})
+
+
+@pytest.fixture
+def multiprocessors():
+    """Sets how many the emulated GPU has."""
+    yield torch.ops.simsd_emulated.set_multiprocessors
+    torch.ops.simsd_emulated.set_multiprocessors(4)
+
+
 @backends("emulation")
 @pytest.mark.parametrize("dim", [64, 96, 128, 200])
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_few_and_many_rows_go_different_ways_to_the_same_bits(work_of, dtype, dim):
-    """Many blocks of rows walk over all keys; few spread the splits over blocks and add them up in a second kernel."""
+def test_few_and_many_rows_go_different_ways_to_the_same_bits(work_of, multiprocessors, dtype, dim):
+    """Many blocks of rows walk over all keys; few spread the splits over blocks and add them up in a second kernel. One
+    more finds out first what is live, two more where its list is needed."""
+    multiprocessors(8)
     call = poisoned(make(dtype, 9, (3, 1), 6, 600, dim, [600, 411, 0, 256, 257, 1, 600, 600, 520]))
     together, work = work_of(call)
-    assert work["launches"] == 1
+    assert work["launches"] == 2
     for b in (0, 1, 2, 4, 8):
-        alone, work = work_of(call.replace(**{
-            name: getattr(call, name)[b : b + 1] for name in ("q", "k", "v", "clock", "birth", "death", "kv_len")
-        }))  # fmt: skip
-        assert work["launches"] == 2
+        alone, work = work_of(element(call, b))
+        assert work["launches"] == 4
         assert torch.equal(alone[0], together[b])
+
+
+@backends("emulation")
+@pytest.mark.parametrize("dim", [64, 128, 200])
+@pytest.mark.parametrize("page_size", [None, 80], ids=["in order", "paged"])
+def test_splits_key_groups_and_all_keys_are_added_up_to_the_same_bits(work_of, multiprocessors, dim, page_size):
+    """A large GPU takes split by split; a small one whole key groups, but for the last of the list; of many rows a
+    block takes all keys. The elements' lengths differ, and most tiles are dead."""
+    keys, rows = 7 * 800, 3
+    call = make(torch.bfloat16, 3, (2, 1), rows, keys, dim, [5300, 2100, 4097])
+    generator = torch.Generator().manual_seed(dim)
+    dead = torch.rand(3, keys // 32, generator=generator).repeat_interleave(32, 1) < 0.9
+    call = call.replace(birth=torch.where(dead, INF, call.birth))
+    if page_size is None:
+        call = poisoned(call)
+    else:
+        call = in_pages(call, page_size, generator)[1]
+    outs, blocks = [], set()
+    for count in (1, 2, 132):
+        multiprocessors(count)
+        out, work = work_of(call)
+        outs.append(out)
+        blocks.add(work["blocks"])
+    assert len(blocks) == 3
+    multiprocessors(4)
+    riders = 129 - rows
+    more = call.replace(
+        q=torch.nn.functional.pad(call.q, (0, 0, 0, riders)),
+        clock=torch.nn.functional.pad(call.clock, (0, riders), value=-1),
+    )
+    walked, work = work_of(more)
+    assert work["launches"] == 2
+    outs.append(walked[:, :, :rows])
+    for out in outs:
+        assert out.any() and torch.equal(out.view(torch.int16), outs[0].view(torch.int16))
+    if page_size is None:
+        assert_right(outs[0], call)
+        for b in range(3):
+            assert torch.equal(work_of(element(call, b))[0][0], outs[0][b])
 
 
 def first_rows(call, rows):
@@ -161,20 +213,21 @@ def bytes_of_tiles(tiles, dim, heads=1):
 def test_only_keys_that_somebody_sees_are_loaded(work_of, batch):
     dim, queries, keys = 64, 4, 1024
     clock, birth, death = see_all(batch, queries, keys)
-    query_bytes = batch * queries * 2 * dim * 2 * (1 if batch > 1 else keys // SPLIT)  # few rows: in every split
+    row_bytes = batch * queries * (2 * dim * 2 + 4)  # of both heads, and the clock
+    splits = 1 if batch > 1 else keys // SPLIT  # few rows: each split by a block that reads the queries
     whole = make(torch.bfloat16, batch, (2, 1), queries, keys, dim, lives=(clock, birth, death))
-    assert work_of(whole)[1]["async_bytes"] == batch * bytes_of_tiles(keys // TILE, dim) + query_bytes
+    assert work_of(whole)[1]["async_bytes"] == batch * bytes_of_tiles(keys // TILE, dim) + splits * row_bytes
     birth = torch.full_like(birth, INF)
     birth[:, 64:128] = 0  # two whole tiles
-    birth[:, 700:703] = 0  # three keys of a tile
+    birth[:, 700:703] = 0  # three keys of a tile, whose births and deaths are looked at
     some = make(torch.bfloat16, batch, (2, 1), queries, keys, dim, lives=(clock, birth, death))
-    assert work_of(some)[1]["async_bytes"] == batch * (bytes_of_tiles(2, dim) + 3 * dim * 2 * 2) + query_bytes
-    dead = some.replace(clock=torch.full_like(clock, -1))
-    out, work = work_of(dead)
-    assert not out.any() and work["async_bytes"] == query_bytes and work["matrix_products"] == 0
+    expected = batch * (bytes_of_tiles(2, dim) + 3 * (dim * 2 * 2 + 8)) + min(splits, 2) * row_bytes
+    assert work_of(some)[1]["async_bytes"] == expected
+    out, work = work_of(some.replace(clock=torch.full_like(clock, -1)))
+    assert not out.any() and work["matrix_products"] == 0
+    assert work["async_bytes"] == (row_bytes if batch > 1 else 0)  # nothing is listed for few rows
     cut = whole.replace(kv_len=torch.full((batch,), 96, dtype=torch.int32))
-    # Blocks of splits past the end do not even read their queries.
-    assert work_of(cut)[1]["async_bytes"] == batch * (bytes_of_tiles(3, dim) + queries * 2 * dim * 2)
+    assert work_of(cut)[1]["async_bytes"] == batch * bytes_of_tiles(3, dim) + row_bytes
 
 
 @backends("emulation")
@@ -267,15 +320,29 @@ def test_empty_inputs(backend, queries, keys, dtype):
 
 
 @backends("emulation")
-def test_long_contexts_of_many_rows_take_no_more_scratch_than_documented(work_of):
-    """Past 32 MiB of partial results one kernel serves the call."""
-    queries, keys = 4, 150_000
-    lives = see_all(1, queries, keys)
-    lives[1][:] = INF  # all dead: no time is spent on products
-    few = make(torch.bfloat16, 1, (1, 1), queries, keys, 64, lives=lives)
-    assert work_of(few)[1]["launches"] == 2
-    many = make(torch.bfloat16, 1, (60, 1), queries, keys, 64, lives=(lives[0], *lives[1:]))
-    assert work_of(many)[1]["launches"] == 1
+def test_dead_slots_of_a_roomy_cache_cost_nothing(work_of):
+    """150,000 slots of which 300 live: as much work as with 300 slots, but for finding that out."""
+    queries, room = 4, 150_000
+    small = make(torch.bfloat16, 1, (4, 1), queries, 300, 64, lives=see_all(1, queries, 300))
+    pad = torch.nn.functional.pad
+    large = small.replace(
+        k=pad(small.k, (0, 0, 0, room - 300), value=torch.nan), v=pad(small.v, (0, 0, 0, room - 300), value=torch.nan),
+        birth=pad(small.birth, (0, room - 300), value=INF), death=pad(small.death, (0, room - 300), value=INF),
+    )  # fmt: skip
+    (out, work), (expected, least) = work_of(large), work_of(small)
+    assert torch.equal(out, expected)
+    assert [work[name] for name in ("async_bytes", "matrix_products", "launches")] == [
+        least[name] for name in ("async_bytes", "matrix_products", "launches")
+    ]
+
+
+@backends("emulation")
+def test_a_plan_that_lies_at_an_odd_address_is_refused():
+    call = make(torch.bfloat16, 1, (2, 1), 4, 300, 64)
+    plan = dispatch.operator("attention_plan", "cuda")(call.clock, call.birth, call.death, 2, 1)
+    odd = torch.cat((plan[:1], plan))[1:]
+    with pytest.raises(RuntimeError, match="plan must be as attention_plan returns it"):
+        dispatch.operator(OP, "cuda")(*call.arguments(), odd)
 
 
 @pytest.mark.parametrize("number", range(sized(20, interpreted=2)))

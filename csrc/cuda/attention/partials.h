@@ -40,8 +40,8 @@ struct Partials {
         out = max + (2 * count + 3) / 4 * 4;
     }
     SIMSD_ANYWHERE static int rows(const Params& p) {
-        const int all = p.group * p.q_rows, most = tile_rows(all);
-        return all < most ? all : most;
+        const int all = p.group * p.q_rows;
+        return all < p.plan.tile_rows ? all : p.plan.tile_rows;
     }
     SIMSD_ANYWHERE static int64_t floats(const Params& p, int padded_dim) {
         return p.parts * p.kv_heads * rows(p) * (padded_dim + 2) + 3;

@@ -77,33 +77,39 @@ SIMSD_DEVICE void add_split(State<COLUMNS>& key_group, State<COLUMNS>& split) {
     split.clear();
 }
 
+// When the rows of a warp look: in shared memory, since registers are short and tiles that not all rows see are few.
+struct Moments {
+    int32_t clock[WARP_ROWS];  // -1 past the end
+    Span span;                 // of the live rows
+
+    // `clocks`: those of the block's queries (warp).
+    SIMSD_DEVICE void set(const Params& p, const Rows& rows, const int32_t* clocks) {
+        const int lane = lane_index(), first = rows.first + warp_index() * WARP_ROWS, row = first + lane;
+        const bool exists = lane < WARP_ROWS && row < rows.first + rows.count;
+        const int32_t mine = exists ? clocks[row / p.group - rows.first_query] : -1;
+        const int32_t earliest = lanes_min(mine < 0 ? INT32_MAX : mine),
+                      latest = lanes_max(mine < 0 ? INT32_MIN : mine);
+        if (lane < WARP_ROWS) clock[lane] = mine;
+        if (lane == 0) span = {earliest, latest};
+        warp_barrier();
+    }
+
+    SIMSD_DEVICE int32_t of_half(int half) const { return clock[lane_index() / 4 + 8 * half]; }
+};
+
 template <typename T, int DIM>
 struct Queries {
     uint32_t fragments[DIM / 16][4];
-    int32_t clock[2];
-    Span span;  // of the warp's live rows
 
-    // `shared`: the warp's 16 rows; `clocks`: those of the block's queries.
-    SIMSD_DEVICE void load(const Params& p, const Rows& rows, const T* shared, const int32_t* clocks) {
+    // `shared`: the warp's 16 rows.
+    SIMSD_DEVICE void load(const T* shared, bool negated) {
         const int lane = lane_index();
         const T* row = shared + (lane / 8 % 2 * 8 + lane % 8) * ROW_STRIDE<DIM> + lane / 16 * CHUNK;
 #pragma unroll
         for (int k = 0; k < DIM / 16; ++k) {
             load_matrices(fragments[k], row + 16 * k);
 #pragma unroll
-            for (int i = 0; i < 4; ++i) fragments[k][i] ^= p.negated ? 0x80008000u : 0u;
-        }
-        const int first = rows.first + warp_index() * WARP_ROWS, end = rows.first + rows.count;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int mine = first + lane / 4 + 8 * half;
-            clock[half] = mine < end ? clocks[mine / p.group - rows.first_query] : -1;
-        }
-        span = {INT32_MAX, INT32_MIN};
-        if (first < end) {
-            const int from = first / p.group - rows.first_query;
-            const int to = (smaller(first + WARP_ROWS, end) - 1) / p.group - rows.first_query;
-            span = span_of(clocks + from, to - from + 1);
+            for (int i = 0; i < 4; ++i) fragments[k][i] ^= negated ? 0x80008000u : 0u;
         }
     }
 };
@@ -111,11 +117,11 @@ struct Queries {
 // Adds the keys of one tile; `k` and `v` are its rows in shared memory, `birth` and `death` its lives, which nobody
 // looks at where `full` says that every row sees all (warp).
 template <typename T, int DIM, int COLUMNS>
-SIMSD_DEVICE void add_tile(State<COLUMNS>& state, const Queries<T, DIM>& q, const T* k, const T* v,
-                           const int32_t* birth, const int32_t* death, bool full, float scale) {
+SIMSD_DEVICE void add_tile(State<COLUMNS>& state, const Queries<T, DIM>& q, const Moments& moments, const T* k,
+                           const T* v, const int32_t* birth, const int32_t* death, bool full, float scale) {
     const int lane = lane_index();
     if (!full) {
-        const bool overlaps = birth[lane] <= q.span.last && death[lane] >= q.span.first;
+        const bool overlaps = birth[lane] <= moments.span.last && death[lane] >= moments.span.first;
         if (!warp_any(overlaps)) return;
     }
 
@@ -131,12 +137,13 @@ SIMSD_DEVICE void add_tile(State<COLUMNS>& state, const Queries<T, DIM>& q, cons
         });
     });
     if (!full) {
+        const int32_t clock[2] = {moments.of_half(0), moments.of_half(1)};
 #pragma unroll
         for (int n = 0; n < TILE / 8; ++n) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const int key = 8 * n + 2 * (lane % 4) + i % 2;
-                if (!visible(q.clock[i / 2], birth[key], death[key])) scores[n][i] = NOTHING;
+                if (!visible(clock[i / 2], birth[key], death[key])) scores[n][i] = NOTHING;
             }
         }
     }

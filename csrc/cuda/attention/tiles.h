@@ -41,74 +41,75 @@ SIMSD_DEVICE void load_queries(T* to, const Params& p, const Rows& rows, int mos
 }
 
 // What this thread loads of every tile: a chunk of the keys, or of the values in the second half of the block; of row
-// `first` and of every `step`th after it, in both units of 16 rows, which lie in one page each.
+// `first` and of every one after it at a fixed distance, in both units of 16 rows, which lie in one page each. K and V
+// take K_ELEMENTS of a stage and what follows.
+template <typename T, int K_COLUMNS, int V_COLUMNS, int K_ELEMENTS>
 struct Loader {
-    const char* from;     // the chunk of `first` in the first page's first unit
-    int64_t page_bytes, column_stride;
+    const char* from;  // the chunk of `first` in the first page's first unit
     int32_t row_bytes;
-    int to, to_step, to_unit;  // in elements from the stage's start; from row to row, and to the second unit
-    int first, step;
-    int columns;  // how many of the chunk's exist
-    bool copies;
+    int to, first;  // to: in elements from the stage's start
+    int columns;    // how many of the chunk's exist
 
-    // K and V of `rows`' head; V from `first_column` on. They take K_ELEMENTS and what follows in a stage.
-    template <typename T, int K_COLUMNS, int V_COLUMNS, int K_ELEMENTS>
+    SIMSD_DEVICE static bool values() { return thread_index() >= thread_count() / 2; }
+    SIMSD_DEVICE static int row_threads() { return values() ? ROW_THREADS<V_COLUMNS> : ROW_THREADS<K_COLUMNS>; }
+    SIMSD_DEVICE static int to_stride() { return values() ? ROW_STRIDE<V_COLUMNS> : ROW_STRIDE<K_COLUMNS>; }
+    SIMSD_DEVICE static int row_step() { return thread_count() / 2 / row_threads(); }
+    SIMSD_DEVICE static const int64_t (&strides(const Params& p))[4] { return values() ? p.v_strides : p.k_strides; }
+
+    // V from `first_column` on.
     SIMSD_DEVICE void start(const Params& p, const Rows& rows, int first_column) {
-        const int half = thread_count() / 2;
-        const bool values = thread_index() >= half;
-        const int64_t(&strides)[4] = values ? p.v_strides : p.k_strides;
-        const int threads = values ? ROW_THREADS<V_COLUMNS> : ROW_THREADS<K_COLUMNS>;  // to a row
-        const int stride = values ? ROW_STRIDE<V_COLUMNS> : ROW_STRIDE<K_COLUMNS>;
-        const int thread = thread_index() % half, column = thread % threads * CHUNK;
-        first = column < (values ? V_COLUMNS : K_COLUMNS) ? thread / threads : PAGE_UNIT;
-        step = half / threads;
-        columns = p.dim - column - (values ? first_column : 0);
-        copies = p.copy_kv;
-        column_stride = strides[3];
-        row_bytes = values ? p.v_row_bytes : p.k_row_bytes;
-        page_bytes = 2 * strides[0];
-        to = (values ? K_ELEMENTS : 0) + first * stride + column;
-        to_step = step * stride;
-        to_unit = PAGE_UNIT * stride;
-        int64_t offset = rows.kv_head * strides[1] + (column + (values ? first_column : 0)) * strides[3];
-        if (p.block_table == nullptr) offset += rows.batch * strides[0];
-        from = static_cast<const char*>(values ? p.v : p.k) + 2 * offset + first * static_cast<int64_t>(row_bytes);
+        const int thread = thread_index() % (thread_count() / 2), column = thread % row_threads() * CHUNK;
+        const int column_of_all = column + (values() ? first_column : 0);
+        first = column < (values() ? V_COLUMNS : K_COLUMNS) ? thread / row_threads() : PAGE_UNIT;
+        columns = p.dim - column_of_all;
+        row_bytes = values() ? p.v_row_bytes : p.k_row_bytes;
+        to = (values() ? K_ELEMENTS : 0) + first * to_stride() + column;
+        int64_t offset = rows.kv_head * strides(p)[1] + column_of_all * strides(p)[3];
+        if (p.block_table == nullptr) offset += rows.batch * strides(p)[0];
+        from = static_cast<const char*>(values() ? p.v : p.k) + 2 * offset + first * static_cast<int64_t>(row_bytes);
     }
 
-    // To a stage in shared memory, from where both units lie.
-    template <typename T>
-    SIMSD_DEVICE void load(T* stage, const char* row, const char* other, bool full, uint32_t seen) const {
+    // Where the thread's chunk of key `slot` of a page lies.
+    SIMSD_DEVICE const char* locate(const Params& p, uint32_t page, uint32_t slot) const {
+        return from + 2 * (page * strides(p)[0]) + static_cast<int32_t>(slot) * static_cast<int64_t>(row_bytes);
+    }
+    SIMSD_DEVICE const char* locate(int slot) const { return from + slot * static_cast<int64_t>(row_bytes); }
+
+    // To a stage in shared memory, from where its units lie. `seen`: which keys are to be loaded, where not all are.
+    SIMSD_DEVICE void load(const Params& p, T* stage, const char* row, const char* other, bool full,
+                           uint32_t seen) const {
         T* target = stage + to;
-        const int64_t row_step = step * row_bytes;
-        if (full && copies) {
+        const int step = row_step(), row_bytes_step = step * row_bytes;
+        const int to_unit = PAGE_UNIT * to_stride(), to_step = step * to_stride();
+        if (full && p.copy_kv) {
             const bool exists = columns > 0;
 #pragma unroll 2
             for (int i = first; i < PAGE_UNIT; i += step) {
                 copy_async_16(target, row, exists);
                 copy_async_16(target + to_unit, other, exists);
                 target += to_step;
-                row += row_step;
-                other += row_step;
+                row += row_bytes_step;
+                other += row_bytes_step;
             }
             return;
         }
         if (full) seen = ~0u;
 #pragma unroll 1
         for (int i = first; i < PAGE_UNIT; i += step) {
-            load_chunk(target, row, seen >> i & 1);
-            load_chunk(target + to_unit, other, seen >> (i + PAGE_UNIT) & 1);
+            load_chunk(p, target, row, seen >> i & 1);
+            load_chunk(p, target + to_unit, other, seen >> (i + PAGE_UNIT) & 1);
             target += to_step;
-            row += row_step;
-            other += row_step;
+            row += row_bytes_step;
+            other += row_bytes_step;
         }
     }
 
-    template <typename T>
-    SIMSD_DEVICE void load_chunk(T* target, const char* row, bool exists) const {
-        if (copies) {
+  private:
+    SIMSD_DEVICE void load_chunk(const Params& p, T* target, const char* row, bool exists) const {
+        if (p.copy_kv) {
             copy_async_16(target, row, exists && columns > 0);
         } else {
-            gather_chunk(target, reinterpret_cast<const T*>(row), column_stride, exists ? columns : 0);
+            gather_chunk(target, reinterpret_cast<const T*>(row), strides(p)[3], exists ? columns : 0);
         }
     }
 };

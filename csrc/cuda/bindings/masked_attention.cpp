@@ -54,6 +54,8 @@ Tensor masked_attention(const Tensor q, const Tensor k, const Tensor v, const Te
     const auto element = element_of<intervals::Element>(q);
     const bool planned = plan || element == intervals::Element::float32;  // which takes no plan
     const Tensor own_plan = allocate_like(q, {planned ? 0 : words}, ScalarType::Int);
+    check(!plan || reinterpret_cast<uintptr_t>(plan->const_data_ptr()) % 8 == 0, OP,
+          ": plan must be as attention_plan returns it, this one is not aligned to 8 bytes");
     void* of_plan = plan ? const_cast<void*>(plan->const_data_ptr()) : own_plan.mutable_data_ptr();
     p.plan = intervals::plan_in(static_cast<int32_t*>(of_plan), p.batch, group * p.q_rows, p.keys);
     const Tensor scratch = allocate_like(q, {intervals::prepare(p, element, multiprocessors(q))}, ScalarType::Float);

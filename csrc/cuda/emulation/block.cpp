@@ -381,6 +381,7 @@ void launch(const char* op, const void* kernel, int64_t blocks_x, int64_t blocks
     for (int64_t i = 0; i < count; ++i) order[i] = (2 * i + 1) * blocks / (2 * count);  // i, where all blocks run
     const Counters before = counters;
     const int64_t new_before = new_bytes;
+    int64_t busy = 0;
     uint64_t random = schedule_seed;
     if (schedule_seed != 0) {
         for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[next_random(random) % i]);
@@ -395,15 +396,17 @@ void launch(const char* op, const void* kernel, int64_t blocks_x, int64_t blocks
                 static_cast<int>(index / blocks_x / blocks_y),
                 static_cast<int>(blocks_x),
                 static_cast<int>(blocks_y)};
+        const int64_t copied = counters.async_bytes;
         try {
             block().run(run, threads, shared_bytes, random);
         } catch (const std::runtime_error& error) {
             refuse(error.what());
         }
+        busy += counters.async_bytes > copied;
     }
     if (counting) {
         for (const int64_t number :
-             {static_cast<int64_t>(order.size()), counters.async_bytes - before.async_bytes, new_bytes - new_before,
+             {count, busy, counters.async_bytes - before.async_bytes, new_bytes - new_before,
               counters.loaded_bytes - before.loaded_bytes, counters.stored_bytes - before.stored_bytes,
               counters.matrix_products - before.matrix_products}) {
             notes += " " + std::to_string(number);
