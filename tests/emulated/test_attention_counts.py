@@ -42,9 +42,13 @@ def test_there_are_enough_blocks_for_a_gpu(case):
     assert counting.count(case, most_blocks=1).blocks >= case.blocks
 
 
-@pytest.mark.parametrize("case", [counting.Case(8, 1024, 256), counting.Case(64, 4096, 64)], ids=name)
-def test_a_batch_needs_no_more_partial_results(case):
-    assert counting.count(case).written <= counting.most_written(case.rows)
+BATCHES = [counting.Case(8, 1024, 128), counting.Case(8, 1024, 256), counting.Case(64, 4096, 64)]
+
+
+@pytest.mark.parametrize("case", BATCHES, ids=name)
+def test_a_batch_needs_no_more_partial_results_and_leaves_no_block_idle(case):
+    found = counting.count(case)
+    assert found.written <= counting.most_written(case.rows) and found.blocks >= case.blocks
 
 
 def test_the_table_shows_these_kernels():
