@@ -132,10 +132,10 @@ def most_written(rows: int) -> float:
     return 0.6 if rows <= 64 else 1.25
 
 
-def count(case: Case, most_blocks: int | None = None) -> Count:
-    """Of a mask in which every row sees every key. `most_blocks`: that run of each kernel."""
+def count(case: Case) -> Count:
+    """Of a mask in which every row sees every key."""
     emulated = torch.ops.simsd_emulated
-    limit = most_blocks or (10**9 if case.kv_bytes <= FULL else BLOCKS)
+    limit = 10**9 if case.kv_bytes <= FULL else BLOCKS
     q = torch.empty(case.batch, GROUP * KV_HEADS, case.rows // GROUP, DIM, dtype=torch.bfloat16)
     k, v = (torch.empty(case.batch, KV_HEADS, case.keys, DIM, dtype=torch.bfloat16) for _ in range(2))
     clock = torch.zeros(case.batch, case.rows // GROUP, dtype=torch.int32)

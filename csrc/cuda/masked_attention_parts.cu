@@ -54,14 +54,16 @@ __global__ void __launch_bounds__(MOST_WARPS* WARP, 1) attend_parts(const Params
     const int of_each = p.kv_heads * SLICES, count = parts.count() * of_each;
     State<Head<DIM>::COLUMNS> split, sum;
     for (int next = block_x(); next < count; next += p.blocks) {
-        const int part = next / of_each, slice = next % SLICES, kv_head = next % of_each / SLICES;
-        const bool whole = part < parts.whole;
-        const int cut = (part - parts.whole) % GROUP_SPLITS, place = parts.whole + (part - parts.whole) / GROUP_SPLITS;
-        const int at = plan.list[whole ? part : place];
+        // The first splits of all key groups that are cut, then the second ones: dead ones, which are the last ones of
+        // texts, are skipped together, and no block gets more of them than another.
+        const int turn = next / of_each, slice = next % SLICES, kv_head = next % of_each / SLICES;
+        const bool whole = turn < parts.whole;
+        const int groups = parts.listed - parts.whole, cut = whole ? 0 : (turn - parts.whole) / groups;
+        const int place = turn - cut * groups, at = plan.list[place];
         const int key_group = at / plan.row_tiles % plan.key_groups;
         Work work(p, at / plan.row_tiles / plan.key_groups, kv_head, at % plan.row_tiles, slice, key_group,
                   key_group + 1);
-        work.part = part;
+        work.part = parts.first_of(place) + cut;
         if (!whole) {
             constexpr int SPLITS = WINDOW / SPLIT, TILES = SPLIT / TILE;
             work.within = ((1u << TILES) - 1) << cut % SPLITS * TILES;
