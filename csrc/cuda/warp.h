@@ -13,12 +13,12 @@ SIMSD_DEVICE T warp_reduce(T value, Combine combine) {
 }
 
 template <typename T>
-SIMSD_DEVICE T larger(T a, T b) {
+SIMSD_ANYWHERE T larger(T a, T b) {
     return a > b ? a : b;
 }
 
 template <typename T>
-SIMSD_DEVICE T smaller(T a, T b) {
+SIMSD_ANYWHERE T smaller(T a, T b) {
     return a < b ? a : b;
 }
 
