@@ -23,9 +23,9 @@ void set_multiprocessors(int count);
 void set_noting(bool on);
 
 // While `most_blocks` is not 0, kernels run only to have their work counted, and of each as many of its blocks, evenly
-// spread. Launches are noted, with seven numbers more: the blocks that ran, those of them that copied anything to shared
-// memory, the bytes that they copied, those of these that no block had copied before, the bytes that they loaded and
-// stored otherwise, and their products on tensor cores.
+// spread. Launches are noted, with seven numbers more: the blocks that ran, those of them that copied anything to
+// shared memory, the bytes that they copied, those of these that no block had copied before, the bytes that they loaded
+// and stored otherwise, and their products on tensor cores.
 void set_counting(int64_t most_blocks);
 std::string take_notes();
 
