@@ -202,8 +202,9 @@ def test_a_capture_changes_no_slot():
 def test_of_many_shapes_the_one_unused_for_longest_is_given_up():
     runner = runner_of(STATIC)
     shapes = [dataclasses.replace(NATIVE, allowed_ids=(n,)) for n in range(MAX_SHAPES + 1)]
+    vocabulary = runner.target.model.vocab_size
     for n, shape in enumerate(shapes):
-        runner.slots.real.ban((), allowed=(n,))
+        runner.slots.real.ban((), vocabulary, allowed=(n,))
         runner.run(columns(0) | {"runs": [0] * 3}, shapes[0])
         runner.run(columns(0) | {"runs": [0] * 3}, shape)
     assert set(runner.captured) == set(shapes) - {shapes[1]}

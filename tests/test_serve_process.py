@@ -22,9 +22,10 @@ LONG = {"messages": FRANCE, "max_tokens": 160, "ignore_eos": True}
 
 
 def events_of(url: str, body: dict, started: list) -> list[dict]:
-    """Those of a stream until it ends."""
+    """Those of a stream until it ends. `started` grows by one when the server answers, and by one for each of them."""
     events = []
     with httpx.stream("POST", f"{url}/v1/chat/completions", json=body | {"stream": True}, timeout=PATIENCE) as answer:
+        started.append(None)
         for line in answer.iter_lines():
             if line.startswith("data: {"):
                 events.append(json.loads(line.removeprefix("data: ")))
@@ -53,7 +54,7 @@ def stopped_under_load(server) -> list[list[dict]]:
     started: list[list] = [[] for _ in range(12)]
     with concurrent.futures.ThreadPoolExecutor(12) as pool:
         streams = [pool.submit(events_of, server.url, LONG, mine) for mine in started]
-        eventually(lambda: sum(map(bool, started)) >= 4)
+        eventually(lambda: all(started) and sum(len(mine) > 1 for mine in started) >= 4)
         assert server.terminate() == 0
         return [stream.result() for stream in streams]
 
