@@ -91,5 +91,5 @@ def _command_is_starting() -> bool:
 # `import simsd` registers the families with transformers' Auto classes. The command line does without until it loads a
 # model: `simsd --help` would take seconds.
 if not _command_is_starting():
-    for _family in ("sdar", "a2d", "llada2"):
-        importlib.import_module(f"simsd.models.families.{_family}")
+    for _family in importlib.import_module("simsd.models.families").FAMILIES:
+        importlib.import_module(f"simsd.models.families.{_family.module}")

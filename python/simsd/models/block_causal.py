@@ -42,8 +42,7 @@ def block_causal(mask: Tensor, past: int, block_length: int) -> BlockCausal:
 
 
 class BlockCausalForward:
-    """Puts positions and visibility in front of the stock forward; mixed into the stock classes of
-    families.
+    """Puts positions and visibility in front of the stock forward; mixed into the stock classes of families.
 
     Attributes:
         deterministic: whether decoding computes each row as if it were alone, to the last bit, see `simsd.load`.
@@ -54,6 +53,12 @@ class BlockCausalForward:
     # The implementation where the user chose none; transformers would take sdpa.
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         return super().get_correct_attn_implementation(requested_attention or attention.NAME, is_init_check)
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # transformers looks for a decorator in the source of the class's own module: the stock one's has it or not.
+        stock = next(kind for kind in cls.__mro__ if kind.__module__.startswith("transformers."))
+        return stock._can_set_experts_implementation()
 
     def forward(
         self,

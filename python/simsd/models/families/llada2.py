@@ -43,10 +43,6 @@ class LLaDA2Config(BlockDiffusionConfig, Glm4MoeConfig):
 class LLaDA2ForCausalLM(CustomGeneration, BlockCausalForward, Glm4MoeForCausalLM):
     config_class = LLaDA2Config
 
-    @classmethod
-    def _can_set_experts_implementation(cls) -> bool:
-        return Glm4MoeForCausalLM._can_set_experts_implementation()
-
 
 register(LLaDA2ForCausalLM)
 

@@ -35,11 +35,6 @@ class SDARForCausalLM(CustomGeneration, BlockCausalForward, Qwen3ForCausalLM):
 class SDARMoeForCausalLM(CustomGeneration, BlockCausalForward, Qwen3MoeForCausalLM):
     config_class = SDARMoeConfig
 
-    @classmethod
-    def _can_set_experts_implementation(cls) -> bool:
-        # transformers looks for a decorator in the source of the class's own module; the experts' is in Qwen3-MoE's.
-        return Qwen3MoeForCausalLM._can_set_experts_implementation()
-
 
 register(SDARForCausalLM)
 register(SDARMoeForCausalLM)
