@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import sys
 
@@ -25,18 +26,26 @@ def recipe():
         patch.syspath_prepend(str(RECIPE))
         import batches
         import forward
+        import recipes
 
-        yield batches, forward
-    for name in ("batches", "forward", "build_tokenizer"):
+        yield batches, forward, recipes.RECIPES
+    for name in ("batches", "forward", "build_tokenizer", "recipes"):
         sys.modules.pop(name, None)
 
 
+@pytest.fixture(scope="module", params=[("tiny", 4), ("long", 8), ("long", 16), ("long", 32)], ids=str)
+def block_length(request):
+    """Of a pair's batches."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def batch(recipe):
-    batches, _ = recipe
+def batch(recipe, block_length):
+    batches, _, recipes = recipe
+    pair, length = block_length
     encoder = batches.Encoder(Tokenizer.from_file(str(PAIR / "tiny-target" / "tokenizer.json")))
-    mixture = dict.fromkeys(("arithmetic", "code", "facts", "choice"), 0.25)
-    return batches.training_batches(encoder, mixture, 6, 1, random.Random(1), np.random.default_rng(1))[0]
+    chosen = dataclasses.replace(recipes[pair], items_per_step=6, block_lengths=(length,))
+    return batches.training_batches(encoder, chosen, 1, random.Random(1), np.random.default_rng(1))[0]
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +56,13 @@ def model():
     return Qwen3ForCausalLM(config)
 
 
-def test_rows_see_their_own_block_of_their_own_copy_and_clean_blocks_before_it(recipe, batch):
-    batches, _ = recipe
+def test_rows_see_their_own_block_of_their_own_copy_and_clean_blocks_before_it(recipe, batch, block_length):
+    batches, *_ = recipe
     seen, positions = batch.visibility.dense(), batch.positions
     rows, copies = positions.shape[1], batches.NOISY_COPIES
     clean = int((positions[0].diff() != 1).nonzero()[0]) + 1  # rows before the first copy
     copy = torch.cat((torch.zeros(clean), torch.arange(1, copies + 1).repeat_interleave((rows - clean) // copies)))
-    block = positions // batches.BLOCK_LENGTH
+    block = positions // block_length[1]
     own = (block[:, :, None] == block[:, None]) & (copy[:, None] == copy[None])
     before = (block[:, :, None] > block[:, None]) & (copy == 0)[None, None]
     alive = batch.visibility.clock >= 0
@@ -67,7 +76,7 @@ def test_the_recipes_forward_is_the_stock_modules(recipe, batch, model):
 
 
 def test_a_step_has_the_gradients_of_dense_attention(recipe, batch, model):
-    _, forward = recipe
+    _, forward, _ = recipe
     mask = forward.dense_mask(batch)
 
     def dense(_):

@@ -7,6 +7,7 @@ is made for each batch. Contestants take turns in one process and must have the 
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import sys
 from collections.abc import Callable
@@ -31,6 +32,7 @@ sys.path.insert(0, str(ROOT / "examples" / "tiny_pair"))
 import train  # noqa: E402
 from batches import Batch, Encoder, training_batches  # noqa: E402
 from forward import batch_loss, dense_mask, interval_attention  # noqa: E402
+from recipes import RECIPES  # noqa: E402
 
 sys.path.pop(0)
 
@@ -67,7 +69,8 @@ def training_calls(items: int) -> tuple[dict[str, dict[str, Callable]], str]:
     folder = PAIR / "tiny-target"
     encoder = Encoder(Tokenizer.from_file(str(folder / "tokenizer.json")))
     draws = random.Random(0), np.random.default_rng(0)
-    batches = training_batches(encoder, train.MIXTURE, items, train.PARTS_PER_STEP, *draws)
+    recipe = dataclasses.replace(RECIPES["tiny"], items_per_step=items)
+    batches = training_batches(encoder, recipe, train.PARTS_PER_STEP, *draws)
     calls: dict[str, dict[str, Callable]] = {"forward and backward": {}, "and optimizers": {}}
     for name, attention in {"simsd": interval_attention, "sdpa": dense_attention}.items():
         model = train.build_model("target", encoder)

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from build_tokenizer import ASSISTANT, END, MASK, PAD, USER
+from recipes import Recipe
 from tokenizers import Tokenizer
 
-from simsd.tasks import Task, training_item
 from simsd_kernels import INF, Visibility
 
-BLOCK_LENGTH = 4
 NOISY_COPIES = 3
 
 
@@ -35,30 +34,34 @@ class Encoder:
             tokenizer.token_to_id(token) for token in (MASK, USER, ASSISTANT, END, PAD)
         )
 
-    def prompt(self, task: Task) -> list[int]:
-        return [self.user_id, *self.tokenizer.encode(task.prompt).ids, self.end_id, self.assistant_id]
+    def prompt(self, item) -> list[int]:
+        return [self.user_id, *self.tokenizer.encode(item.prompt).ids, self.end_id, self.assistant_id]
 
-    def example(self, task: Task) -> tuple[int, list[int]]:
+    def example(self, item, block_length: int) -> tuple[int, list[int]]:
         """The prompt's length and all tokens, the last block filled with end tokens."""
-        prompt = self.prompt(task)
-        tokens = prompt + self.tokenizer.encode(task.response).ids + [self.end_id]
-        return len(prompt), tokens + [self.end_id] * (-len(tokens) % BLOCK_LENGTH)
+        prompt = self.prompt(item)
+        tokens = prompt + self.tokenizer.encode(item.response).ids + [self.end_id]
+        return len(prompt), tokens + [self.end_id] * (-len(tokens) % block_length)
 
 
 def training_batches(
-    encoder: Encoder, weights: dict[str, float], items: int, parts: int, rng: random.Random, noise: np.random.Generator
+    encoder: Encoder, recipe: Recipe, parts: int, rng: random.Random, noise: np.random.Generator
 ) -> list[Batch]:
     """Draw the items of one optimizer step, sorted by length and cut into `parts` batches so that little is padding."""
-    families = rng.choices(list(weights), list(weights.values()), k=items)
-    examples = [encoder.example(training_item(family, rng)) for family in families]
+    block_length = rng.choice(recipe.block_lengths)
+    items, mixture = recipe.items_per_step, recipe.mixture
+    families = rng.choices(list(mixture), list(mixture.values()), k=items)
+    examples = [encoder.example(recipe.items.training_item(family, rng), block_length) for family in families]
     examples.sort(key=lambda example: (len(example[1]) - example[0], len(example[1])))
     size = -(-items // parts)
-    return [make_batch(encoder, examples[i : i + size], noise) for i in range(0, items, size)]
+    return [make_batch(encoder, examples[i : i + size], noise, block_length) for i in range(0, items, size)]
 
 
-def make_batch(encoder: Encoder, examples: list[tuple[int, list[int]]], noise: np.random.Generator) -> Batch:
+def make_batch(
+    encoder: Encoder, examples: list[tuple[int, list[int]]], noise: np.random.Generator, block_length: int
+) -> Batch:
     """Lay out [clean rows | copy 0 | copy 1 | ...] for every example and mask the copies at random."""
-    L, C = BLOCK_LENGTH, NOISY_COPIES
+    L, C = block_length, NOISY_COPIES
     B = len(examples)
     # The last block's clean rows would serve nobody; the first noisy block may begin with known prompt tokens.
     clean_rows = max(len(tokens) for _, tokens in examples) - L
@@ -76,7 +79,7 @@ def make_batch(encoder: Encoder, examples: list[tuple[int, list[int]]], noise: n
     prompt_length = np.array([prompt for prompt, _ in examples])
     maskable = (copy_positions >= prompt_length[:, None]) & (copy_positions < length[:, None])
 
-    masked = _draw_masks(np.broadcast_to(maskable[:, None], (B, C, copy_rows)), noise)
+    masked = _draw_masks(np.broadcast_to(maskable[:, None], (B, C, copy_rows)), noise, L)
     noisy = np.where(masked, encoder.mask_id, known[:, None])
 
     # A clean block lives from a moment of its own on; its noisy copies before it, each for one moment.
@@ -103,12 +106,12 @@ def make_batch(encoder: Encoder, examples: list[tuple[int, list[int]]], noise: n
     )
 
 
-def _draw_masks(maskable: np.ndarray, noise: np.random.Generator) -> np.ndarray:
+def _draw_masks(maskable: np.ndarray, noise: np.random.Generator, block_length: int) -> np.ndarray:
     """Mask k of each block's maskable positions, k uniform in 1..available: every state of decoding is equally likely.
 
     [B, C, R] bool -> [B, C, R] bool
     """
-    blocks = maskable.reshape(*maskable.shape[:2], -1, BLOCK_LENGTH)
+    blocks = maskable.reshape(*maskable.shape[:2], -1, block_length)
     available = blocks.sum(-1, keepdims=True)
     count = 1 + np.floor(noise.random(available.shape) * available)
     order = np.where(blocks, noise.random(blocks.shape), 2.0)

@@ -1,10 +1,11 @@
-"""Train one model of the built-in pair from scratch on a CPU, within a time budget, and export it.
+"""Train one model of a built-in pair on a CPU, within a time budget, and export it.
 
-python examples/tiny_pair/train.py target --minutes 70 --out DIR
-python examples/tiny_pair/train.py draft --minutes 20 --out DIR
+python examples/tiny_pair/train.py target --minutes 85 --out DIR
+python examples/tiny_pair/train.py draft --minutes 7.5 --out DIR
+python examples/tiny_pair/train.py target --pair long --start python/simsd/pair/tiny-target --minutes 120 --out DIR
 
-DIR receives NAME.ckpt (weights, optimizer state, step, elapsed time: the same command resumes from it) and the folder
-tiny-NAME in Hugging Face format.
+DIR receives PAIR-NAME.ckpt (weights, optimizer state, step, elapsed time: the same command resumes from it) and the
+folder PAIR-NAME in Hugging Face format.
 """
 
 import json
@@ -19,17 +20,16 @@ import numpy as np
 import torch
 import typer
 from accuracy import accuracies
-from batches import BLOCK_LENGTH, Batch, Encoder, training_batches
+from batches import Batch, Encoder, training_batches
 from build_tokenizer import build_tokenizer, save_tokenizer
 from forward import batch_loss, check
+from recipes import RECIPES
 from rich.console import Console
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 LAYERS = {"target": 8, "draft": 1}
-MIXTURE = {"arithmetic": 0.34, "code": 0.28, "facts": 0.08, "choice": 0.30}
-ITEMS_PER_STEP = 64
 PARTS_PER_STEP = 4
 WARMUP_STEPS = 100
 DECAY_FRACTION = 0.25
@@ -111,7 +111,7 @@ def learning_rate_factor(step: int, progress: float) -> float:
     return min(1.0, (step + 1) / WARMUP_STEPS) * min(1.0, (1.0 - progress) / DECAY_FRACTION)
 
 
-def export(model: Qwen3ForCausalLM, encoder: Encoder, folder: Path) -> None:
+def export(model: Qwen3ForCausalLM, encoder: Encoder, block_length: int, folder: Path) -> None:
     """Write the Hugging Face folder; every file appears whole."""
     partial = folder.with_name(folder.name + ".partial")
     save_tokenizer(encoder.tokenizer, partial)
@@ -123,7 +123,7 @@ def export(model: Qwen3ForCausalLM, encoder: Encoder, folder: Path) -> None:
     config |= {
         "architectures": ["SDARForCausalLM"],
         "model_type": "sdar",
-        "block_length": BLOCK_LENGTH,
+        "block_length": block_length,
         "mask_token_id": encoder.mask_id,
         "dtype": "float32",
     }
@@ -137,6 +137,8 @@ def export(model: Qwen3ForCausalLM, encoder: Encoder, folder: Path) -> None:
 def main(
     name: Annotated[Literal["target", "draft"], typer.Argument(help="Which model of the pair.")],
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint and the exported model.")],
+    pair: Annotated[Literal["tiny", "long"], typer.Option(help="Short answers in blocks of 4, or long ones.")] = "tiny",
+    start: Annotated[Path | None, typer.Option(help="Exported model to start from, with its tokenizer.")] = None,
     minutes: Annotated[float, typer.Option(help="Training time, over all resumed runs together.")] = 70.0,
     evaluate_every: Annotated[float, typer.Option(help="Minutes between progress evaluations.")] = 20.0,
     seed: int = 0,
@@ -145,11 +147,14 @@ def main(
     torch.set_num_threads(1)
     workers = ThreadPoolExecutor(min(os.cpu_count() or 1, PARTS_PER_STEP))
     out.mkdir(parents=True, exist_ok=True)
-    encoder = Encoder(shared_tokenizer(out / "tokenizer.json"))
+    recipe = RECIPES[pair]
+    folder, checkpoint = out / f"{pair}-{name}", out / f"{pair}-{name}.ckpt"
+    encoder = Encoder(shared_tokenizer((start or out) / "tokenizer.json"))
     model = build_model(name, encoder)
+    if start is not None:
+        model.load_state_dict(load_file(start / "model.safetensors"))
     optimizers = build_optimizers(model)
     base_rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
-    checkpoint = out / f"{name}.ckpt"
     step, elapsed = 0, 0.0
     if checkpoint.exists():
         state = torch.load(checkpoint)
@@ -159,7 +164,7 @@ def main(
         step, elapsed = state["step"], state["elapsed"]
     # A resumed run draws new items instead of repeating the first ones.
     rng, noise = random.Random(f"{seed}/{step}"), np.random.default_rng([seed, step])
-    console.log(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, from step {step}")
+    console.log(f"{folder.name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, from step {step}")
 
     def save() -> None:
         state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
@@ -167,13 +172,14 @@ def main(
         checkpoint.with_suffix(".partial").replace(checkpoint)
 
     def report(count: int) -> None:
-        model.eval()
-        right = accuracies(model, encoder, count)
-        model.train()
-        figures = "  ".join(f"{family} {value:.3f}" for family, value in right.items())
-        console.log(f"held-out ({count} each): {figures}  average {sum(right.values()) / len(right):.3f}")
+        export(model, encoder, recipe.block_lengths[0], folder)
+        for block_length in recipe.block_lengths:
+            right = accuracies(folder, recipe, block_length, count)
+            figures = "  ".join(f"{family} {value:.3f}" for family, value in right.items())
+            mean = sum(right.values()) / len(right)
+            console.log(f"held-out ({count} each), blocks of {block_length}: {figures}  average {mean:.3f}")
 
-    check(model, training_batches(encoder, MIXTURE, 16, 1, rng, noise)[0])
+    check(model, training_batches(encoder, recipe, PARTS_PER_STEP, rng, noise)[0])
     last_save = last_report = elapsed
     losses: list[float] = []
     model.train()
@@ -183,7 +189,7 @@ def main(
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         for group, rate in zip(groups, base_rates, strict=True):
             group["lr"] = rate * factor
-        batches = training_batches(encoder, MIXTURE, ITEMS_PER_STEP, PARTS_PER_STEP, rng, noise)
+        batches = training_batches(encoder, recipe, PARTS_PER_STEP, rng, noise)
         losses.append(accumulate_gradients(model, batches, workers))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
@@ -199,10 +205,8 @@ def main(
             save()
         if elapsed - last_report > 60 * evaluate_every:
             last_report = elapsed
-            report(count=100)
-            export(model, encoder, out / f"tiny-{name}")
+            report(count=50)
     save()
-    export(model, encoder, out / f"tiny-{name}")
     report(count=200)
 
 

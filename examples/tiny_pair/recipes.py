@@ -1,0 +1,41 @@
+"""What the pairs are trained on."""
+
+from dataclasses import dataclass
+from types import ModuleType
+
+from simsd import questionnaires, tasks
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """
+    Attributes:
+        items: has `training_item`, `held_out` and `is_correct`.
+        block_lengths: each step draws one of these; the first is the exported model's.
+        mixture: share of each family among the items.
+        max_new_tokens: that an answer may have.
+    """
+
+    items: ModuleType
+    block_lengths: tuple[int, ...]
+    mixture: dict[str, float]
+    items_per_step: int
+    max_new_tokens: int
+
+
+RECIPES = {
+    "tiny": Recipe(
+        items=tasks,
+        block_lengths=(4,),
+        mixture={"arithmetic": 0.34, "code": 0.28, "facts": 0.08, "choice": 0.30},
+        items_per_step=64,
+        max_new_tokens=40,
+    ),
+    "long": Recipe(
+        items=questionnaires,
+        block_lengths=(16, 8, 32),
+        mixture={"arithmetic": 0.35, "code": 0.35, "facts": 0.10, "choice": 0.20},
+        items_per_step=24,
+        max_new_tokens=128,
+    ),
+}

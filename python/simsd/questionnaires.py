@@ -1,0 +1,69 @@
+"""Questionnaires: several questions of one family of `simsd.tasks` in one prompt, one to a line, answered line by line.
+
+Their answers are long (40 to 100 tokens of the built-in tokenizer): what decoding in blocks of 8 to 32 is measured on.
+No
+held-out questionnaire has a question that any training item shares.
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from simsd import tasks
+from simsd.tasks import FAMILIES, Task
+
+__all__ = ["FAMILIES", "QUESTIONS", "Questionnaire", "held_out", "is_correct", "training_item"]
+
+# Fewest and most questions of one prompt.
+QUESTIONS = {"arithmetic": (3, 5), "code": (4, 7), "facts": (5, 8), "choice": (4, 7)}
+
+
+@dataclass(frozen=True)
+class Questionnaire:
+    """Questions, all of `family`, and the text of the prompt and of the full reference response."""
+
+    family: str
+    questions: tuple[Task, ...]
+
+    @property
+    def prompt(self) -> str:
+        return _numbered(question.prompt for question in self.questions)
+
+    @property
+    def response(self) -> str:
+        return _numbered(question.response for question in self.questions)
+
+
+def _numbered(lines) -> str:
+    return "\n".join(f"{number}: {line}" for number, line in enumerate(lines, 1))
+
+
+def training_item(family: str, rng: random.Random) -> Questionnaire:
+    """Draw one for training; raises ValueError for an unknown family."""
+    return _draw(family, rng, lambda: tasks.training_item(family, rng))
+
+
+def held_out(family: str, count: int, seed: int = 0) -> list[Questionnaire]:
+    """Draw `count` of held-out questions, the same ones for the same seed; raises ValueError for an unknown family."""
+    pool = tasks.held_out(family, 200, seed)
+    rng = random.Random(f"questionnaires/{family}/{seed}")
+    return [_draw(family, rng, lambda: rng.choice(pool)) for _ in range(count)]
+
+
+def _draw(family: str, rng: random.Random, question: Callable[[], Task]) -> Questionnaire:
+    first = question()  # which refuses an unknown family
+    fewest, most = QUESTIONS[family]
+    questions = {first.prompt: first}
+    count = rng.randint(fewest, most)
+    while len(questions) < count:
+        questions.setdefault((another := question()).prompt, another)
+    return Questionnaire(family, tuple(questions.values()))
+
+
+def is_correct(item: Questionnaire, text: str) -> bool:
+    """Whether every line of `text` has the answer to the question of its number."""
+    lines = text.strip().split("\n")
+    return len(lines) == len(item.questions) and all(
+        line.startswith(f"{number}: ") and tasks.is_correct(question, line.partition(": ")[2])
+        for number, (question, line) in enumerate(zip(item.questions, lines, strict=True), 1)
+    )
