@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from simsd.ambient import undisturbed
 from simsd.config import MAX_BLOCK_LENGTH
 from simsd.errors import SimsdError
-from simsd.models import checkpoint, families, weights
+from simsd.models import checkpoint, families, folders, weights
 from simsd.models.configuration import DEFAULT_BLOCK_LENGTH, named_block_length
 from simsd.models.deterministic import (
     check_supported,
@@ -42,6 +43,7 @@ class LoadedModel:
     name: str
     deterministic: bool = False  # see `load`
     thin_linear: bool = False  # see `load`
+    load_seconds: float = 0.0  # that `load` took, a download included
 
     @property
     def config(self):
@@ -75,6 +77,11 @@ class LoadedModel:
     def dtype(self) -> torch.dtype:
         return self.model.model.embed_tokens.weight.dtype
 
+    @property
+    def weight_bytes(self) -> int:
+        """Of its parameters and buffers on their device; a tied head counts once."""
+        return sum(tensor.nbytes for tensor in (*self.model.parameters(), *self.model.buffers()))
+
     def encode_prompt(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt, see `Tokenizer.encode_prompt`; without a tokenizer only ids are taken."""
         if self.tokenizer is not None:
@@ -103,6 +110,10 @@ def load(
     mask_token_id: int | None = None,
     shift: bool | None = None,
     tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
     deterministic: bool | None = None,
     thin_linear: bool | None = None,
 ) -> LoadedModel:
@@ -131,6 +142,10 @@ def load(
         shift: whether the logits of a row are those of the next position; None: as the configuration or the family has
             it.
         tokenizer: for a model that comes without one: a transformers tokenizer or its folder.
+        revision: of a hub id: branch, tag or commit; None: main.
+        cache_dir: for what comes from the hub; None: HF_HOME's or HF_HUB_CACHE's.
+        token: for gated and private repositories; None: that of `hf auth login` or HF_TOKEN.
+        local_files_only: whether to take a hub id from the cache alone, as HF_HUB_OFFLINE=1 does for all.
         deterministic: in decoding a row's logits do not depend, to the last bit, on how many rows share its forward;
             exact decoding equals native decoding bit for bit only then. True: nor in the module's own forward, on the
             CPU or on CUDA (see `simsd.models.deterministic`); a module in memory is left as it is, the model only
@@ -145,6 +160,7 @@ def load(
     Raises:
         SimsdError: one line that says what is wrong with which argument or file; nothing is left half loaded.
     """
+    begin = time.perf_counter()
     wanted_dtype, wanted_device = _dtype(dtype), _device(device)
     kind = None if family is None else families.by_name(family)
     if deterministic and thin_linear is False:
@@ -154,9 +170,12 @@ def load(
     # What is small is read and checked first: a mistake should not cost the time of reading the weights.
     folder, backend = None, None
     if isinstance(source, nn.Module):
+        if revision is not None:
+            raise SimsdError(f"revision={revision!r} is for hub ids, got a module: leave it out")
         name, (kind, config) = type(source).__name__, weights.module_config(source, kind)
     elif isinstance(source, str | Path):
-        folder = checkpoint.find(source)
+        hub = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
+        folder = folders.find(source, revision=revision, **hub)
         name = folder.resolve().name if Path(source).is_dir() else str(source)
         (kind, config), backend = checkpoint.read_config(folder, kind), read_tokenizer(folder)
         wanted_dtype = wanted_dtype or checkpoint.own_dtype(folder, config)
@@ -213,6 +232,7 @@ def load(
         name=name,
         deterministic=deterministic and layers_of(model).row_invariant,
         thin_linear=thin_linear,
+        load_seconds=time.perf_counter() - begin,
     )
 
 
