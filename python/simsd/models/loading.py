@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from simsd.ambient import undisturbed
 from simsd.config import MAX_BLOCK_LENGTH
 from simsd.errors import SimsdError
-from simsd.models import checkpoint, families, folders, weights
+from simsd.models import adapters, checkpoint, families, folders, weights
 from simsd.models.configuration import DEFAULT_BLOCK_LENGTH, named_block_length
 from simsd.models.deterministic import (
     check_supported,
@@ -126,8 +126,9 @@ def load(
 
     Args:
         source: "tiny-target" or "tiny-draft" (the built-in pair), a checkpoint folder in Hugging Face format, a hub id,
-            or a module in memory with a family's parameter names and `.config`, whose weights are shared, not copied
-            (unless `dtype` or `device` moves them). One of our own, ready to decode, is taken itself. The
+            the folder or hub id of an adapter (LoRA), which peft merges into the model that its adapter_config.json
+            names, or a module in memory with a family's parameter names and `.config`, whose weights are shared, not
+            copied (unless `dtype` or `device` moves them). One of our own, ready to decode, is taken itself. The
             matrices of experts held one by one are packed, and query, key and value matrices as well as gate and up
             matrices laid side by side; the module is left with views of these.
         dtype: "float32", "bfloat16", "float16" or the torch dtype, to which every weight is cast; None or "auto": as
@@ -168,7 +169,7 @@ def load(
             "deterministic=True computes linear layers by thin_linear, got thin_linear=False: drop one of the two"
         )
     # What is small is read and checked first: a mistake should not cost the time of reading the weights.
-    folder, backend = None, None
+    folder, adapter, backend = None, None, None
     if isinstance(source, nn.Module):
         if revision is not None:
             raise SimsdError(f"revision={revision!r} is for hub ids, got a module: leave it out")
@@ -177,7 +178,10 @@ def load(
         hub = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
         folder = folders.find(source, revision=revision, **hub)
         name = folder.resolve().name if Path(source).is_dir() else str(source)
-        (kind, config), backend = checkpoint.read_config(folder, kind), read_tokenizer(folder)
+        if adapters.is_adapter(folder):
+            adapter, folder = folder, adapters.find_base(folder, **hub)
+            backend = read_tokenizer(adapter)
+        (kind, config), backend = checkpoint.read_config(folder, kind), backend or read_tokenizer(folder)
         wanted_dtype = wanted_dtype or checkpoint.own_dtype(folder, config)
     else:
         raise SimsdError(f"load takes a name, a folder, a hub id or a module, got {type(source).__name__}")
@@ -216,6 +220,8 @@ def load(
             _move(model, wanted_dtype, wanted_device)
     else:
         model = checkpoint.load_model(folder, config, wanted_dtype, device)
+        if adapter is not None:
+            adapters.merge(model, adapter)
     model.deterministic = deterministic
     if by_itself and not is_deterministic(model):
         make_deterministic(model)
