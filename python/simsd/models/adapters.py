@@ -83,8 +83,8 @@ def _config(folder: Path):
         config = peft.PeftConfig.from_pretrained(str(folder))
     if config.is_prompt_learning or config.is_adaption_prompt:
         raise SimsdError(
-            f"{folder}: a {config.peft_type.value} adapter adds tokens or keys, not to weights, and cannot be merged: LoRA"
-            " and its relatives can"
+            f"{folder}: a {config.peft_type.value} adapter adds tokens or keys, not to weights, and cannot be merged;"
+            " LoRA and its relatives can"
         )
     if not (folder / _WEIGHTS).exists():
         raise NotFoundError(f"{folder} has no {_WEIGHTS}: save the adapter as safetensors (peft's save_pretrained)")
