@@ -56,6 +56,11 @@ def test_arguments_win_over_the_folder(folder):
     assert loaded.model.config.block_length == 2
 
 
+@pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}, {"model": "cpu", "lm_head": torch.device("cpu")}], ids=str)
+def test_a_device_map_of_one_device_is_that_device(folder, device_map):
+    assert simsd.load(folder, device_map=device_map).device == torch.device("cpu")
+
+
 def test_the_block_length_is_four_where_nothing_says(tmp_path):
     write_checkpoint(tmp_path)
     assert simsd.load(tmp_path, mask_token_id=MASK_ID).block_length == 4
@@ -221,6 +226,26 @@ BAD_ARGUMENTS = {
     "dtype_name": (None, {"dtype": "int8"}, "dtype must be auto or float32, bfloat16, float16 .* got 'int8'"),
     "dtype": (None, {"dtype": torch.int64}, "dtype must be auto or float32.*got torch.int64"),
     "device": (None, {"device": "tpu9"}, "device 'tpu9' cannot be used here"),
+    "device_map_auto": (
+        None,
+        {"device_map": "auto"},
+        "device_map='auto' would spread .* is not supported: load it on one",
+    ),
+    "device_map_balanced": (None, {"device_map": "balanced"}, "device_map='balanced' would spread a model's layers"),
+    "device_map_layers": (
+        None,
+        {"device_map": {"model.embed_tokens": 0, "model.layers": 1, "lm_head": 1}},
+        "'lm_head': 1} would spread a model's layers over devices, which is not supported",
+    ),
+    "device_map_cpu": (None, {"device_map": {"model": 0, "lm_head": "cpu"}}, "would offload weights, and"),
+    "device_map_disk": (None, {"device_map": {"": "disk"}}, "would offload weights, and every forward reads all"),
+    "device_map_empty": (None, {"device_map": {}}, "device_map must name a device, got {}"),
+    "device_map_unknown": (None, {"device_map": {"": "tpu9"}}, "device 'tpu9' cannot be used here"),
+    "device_map_and_device": (
+        None,
+        {"device_map": "auto", "device": "cpu"},
+        "device='cpu' and device_map='auto' say the same: give one of them",
+    ),
     "block_length_0": (None, {"block_length": 0}, "block_length must be an integer from 1 to 64, got 0"),
     "block_length_type": (None, {"block_length": 4.0}, "block_length must be an integer from 1 to 64, got 4.0"),
     "mask_token_id": (None, {"mask_token_id": -1}, "mask_token_id must be an id from 0 to 95, got -1"),

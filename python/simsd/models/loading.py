@@ -28,6 +28,8 @@ from simsd.models.families import Family
 from simsd.models.fused import layers_of
 from simsd.models.tokenizer import MASK, Prompt, Tokenizer, check_ids, known_ids, read_tokenizer
 
+# Names in transformers of ways to spread a model's layers.
+_SPREADING = ("auto", "balanced", "balanced_low_0", "sequential")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -105,6 +107,7 @@ def load(
     *,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
+    device_map: dict[str, int | str | torch.device] | str | None = None,
     family: str | None = None,
     block_length: int | None = None,
     mask_token_id: int | None = None,
@@ -134,6 +137,8 @@ def load(
         dtype: "float32", "bfloat16", "float16" or the torch dtype, to which every weight is cast; None or "auto": as
             transformers has it, the configuration's dtype, else that of the first tensor in the file.
         device: of the model; None: CPU, or the module's.
+        device_map: as transformers has it, where it puts the whole model on one device ("cuda:1", {"": 1}); layers are
+            not spread over several.
         family: None: by what the configuration says of itself, which that of a fine-tune with a plain model_type
             (qwen3, qwen2, llama) does not: name it then, with block_length and mask_token_id.
         block_length: 1 to 64; None: the configuration's `block_length`, `block_size` or `bd_size`, else that in the
@@ -162,7 +167,7 @@ def load(
         SimsdError: one line that says what is wrong with which argument or file; nothing is left half loaded.
     """
     begin = time.perf_counter()
-    wanted_dtype, wanted_device = _dtype(dtype), _device(device)
+    wanted_dtype, wanted_device = _dtype(dtype), _device(_one_device(device, device_map))
     kind = None if family is None else families.by_name(family)
     if deterministic and thin_linear is False:
         raise SimsdError(
@@ -249,6 +254,28 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if chosen not in DTYPES.values():
         raise SimsdError(f"dtype must be auto or {', '.join(DTYPES)} (name or torch dtype), got {dtype!r}")
     return chosen
+
+
+def _one_device(device: torch.device | str | None, device_map: object) -> object:
+    """The device that both name. Raises SimsdError for a map of several."""
+    if device_map is None:
+        return device
+    if device is not None:
+        raise SimsdError(f"device={str(device)!r} and device_map={device_map!r} say the same: give one of them")
+    places = list(device_map.values()) if isinstance(device_map, dict) else [device_map]
+    named = {str(place) for place in places}
+    if not named:
+        raise SimsdError(f"device_map must name a device, got {device_map!r}")
+    if len(named) == 1 and named.isdisjoint((*_SPREADING, "disk")):
+        return places[0]
+    if not named.isdisjoint(("cpu", "disk", "meta")):
+        raise SimsdError(
+            f"device_map={device_map!r} would offload weights, all of which every forward reads: use device="
+        )
+    raise SimsdError(
+        f"device_map={device_map!r} would spread a model's layers over devices, which is not supported: load it on one"
+        " (device=), quantized if it must be smaller, its draft on another (draft_device=); more GPUs serve by replicas"
+    )
 
 
 def _device(device: torch.device | str | None) -> torch.device | None:
