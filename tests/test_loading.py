@@ -237,8 +237,8 @@ BAD_ARGUMENTS = {
         {"device_map": {"model.embed_tokens": 0, "model.layers": 1, "lm_head": 1}},
         "'lm_head': 1} would spread a model's layers over devices, which is not supported",
     ),
-    "device_map_cpu": (None, {"device_map": {"model": 0, "lm_head": "cpu"}}, "would offload weights, and"),
-    "device_map_disk": (None, {"device_map": {"": "disk"}}, "would offload weights, and every forward reads all"),
+    "device_map_cpu": (None, {"device_map": {"model": 0, "lm_head": "cpu"}}, "would offload weights, all of which"),
+    "device_map_disk": (None, {"device_map": {"": "disk"}}, "would offload weights, all of which every forward reads"),
     "device_map_empty": (None, {"device_map": {}}, "device_map must name a device, got {}"),
     "device_map_unknown": (None, {"device_map": {"": "tpu9"}}, "device 'tpu9' cannot be used here"),
     "device_map_and_device": (
@@ -258,6 +258,18 @@ def test_a_bad_argument_is_refused_in_one_line(folder, case):
     with pytest.raises(SimsdError, match=message) as error:
         simsd.load(folder if source is None else source, **arguments)
     assert "\n" not in str(error.value)
+
+
+def test_weights_that_the_device_has_no_memory_for_are_refused_in_one_line(folder, monkeypatch):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.16 GiB.\nGPU 0 has ...")
+
+    monkeypatch.setattr("simsd.models.weights.allocate", full)
+    with pytest.raises(
+        simsd.OutOfMemoryError, match="small: the memory of cpu does not hold its weights: take"
+    ) as error:
+        simsd.load(folder)
+    assert "Tried to allocate 1.16 GiB" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_missing_checkpoint_is_a_file_not_found_error(tmp_path):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from simsd.ambient import undisturbed
 from simsd.config import MAX_BLOCK_LENGTH
-from simsd.errors import SimsdError
+from simsd.errors import OutOfMemoryError, SimsdError, one_line
 from simsd.models import adapters, checkpoint, families, folders, weights
 from simsd.models.configuration import DEFAULT_BLOCK_LENGTH, named_block_length
 from simsd.models.deterministic import (
@@ -224,7 +226,8 @@ def load(
             model = weights.from_module(source, config)
             _move(model, wanted_dtype, wanted_device)
     else:
-        model = checkpoint.load_model(folder, config, wanted_dtype, device)
+        with _memory_for(name, device):
+            model = checkpoint.load_model(folder, config, wanted_dtype, device)
         if adapter is not None:
             adapters.merge(model, adapter)
     model.deterministic = deterministic
@@ -294,6 +297,17 @@ def _move(model: PreTrainedModel, dtype: torch.dtype | None, device: torch.devic
     for parameter in model.parameters() if dtype is not None else ():
         parameter.data = parameter.data.to(dtype)  # not the RoPE frequencies, which stay float32
     model.config.dtype = dtype or model.config.dtype
+
+
+@contextlib.contextmanager
+def _memory_for(name: str, device: torch.device) -> Iterator[None]:
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise OutOfMemoryError(
+            f"{name}: the memory of {device} does not hold its weights: take dtype='bfloat16', quantize= or another"
+            f" device ({one_line(error)})"
+        ) from error
 
 
 def _fuse(model: PreTrainedModel, source: object) -> None:
