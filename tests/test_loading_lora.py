@@ -140,6 +140,18 @@ def test_an_adapter_beside_its_model_is_not_left_out_silently(tmp_path):
     assert torch.equal(simsd.load(folder).model.get_parameter(name), merged_by_peft(folder).get_parameter(name))
 
 
+def test_a_module_in_memory_is_taken_once_it_is_merged(tmp_path):
+    folder = write_adapter(tmp_path, lora("q_proj", "v_proj"))
+    adapted = PeftModel.from_pretrained(simsd.load(tmp_path / "base").model, folder)
+    with pytest.raises(
+        SimsdError, match=r"has an adapter that is not merged: load what its merge_and_unload\(\) returns"
+    ):
+        simsd.load(adapted)
+    merged, expected = simsd.load(adapted.merge_and_unload(), tokenizer=tmp_path / "base"), simsd.load(folder)
+    decoded = [simsd.generate(one, [[5, 6, 7]], max_new_tokens=24)[0].tokens for one in (merged, expected)]
+    assert merged.model.config.block_length == 8 and decoded[0] == decoded[1]
+
+
 # Refusals
 
 
