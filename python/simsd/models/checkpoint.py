@@ -1,54 +1,16 @@
-"""Checkpoint folders in Hugging Face format: found, checked, read."""
+"""Checkpoint folders in Hugging Face format: checked, and read into a model."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path, PurePath
+from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from simsd.errors import NotFoundError, SimsdError, one_line
-from simsd.models import families, weights
+from simsd.errors import SimsdError, one_line
+from simsd.models import families, weight_files, weights
 from simsd.models.families import Family
-
-BUILT_IN = ("tiny-target", "tiny-draft")
-PAIR = Path(__file__).parents[1] / "pair"
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
-# With the tokenizer's files: Qwen2's slow ones are vocab.json, merges.txt and added_tokens.json.
-_DOWNLOADED = ("*.json", "*.safetensors", "*.jinja", "merges.txt", "vocab.txt", "tokenizer.model")
-# safetensors' names of the dtypes that weights may be stored in.
-_STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-def find(source: str | Path) -> Path:
-    """The folder of a built-in model's name, of a local path or of a hub id (downloaded where it is not cached)."""
-    if source in BUILT_IN:
-        folder = PAIR / str(source)
-        if not folder.is_dir():
-            raise NotFoundError(f"the built-in model {source} is not in this installation ({folder}): reinstall")
-        return folder
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise SimsdError(f"{folder} is a file: give the checkpoint's folder")
-    if isinstance(source, Path) or str(source).count("/") != 1 or str(source).startswith((".", "~", "/")):
-        raise NotFoundError(f"no checkpoint {str(source)!r}: not a folder, nor {' or '.join(BUILT_IN)}, nor a hub id")
-    return _download(str(source))
-
-
-def _download(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=list(_DOWNLOADED)))
-    except (OSError, HfHubHTTPError, HFValidationError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise NotFoundError(f"{hub_id!r} is no local folder and cannot be had from the hub: {reason}") from error
+from simsd.models.folders import read_json
 
 
 def read_config(folder: Path, family: Family | None = None) -> tuple[Family, PreTrainedConfig]:
@@ -62,34 +24,35 @@ def own_dtype(folder: Path, config: PreTrainedConfig) -> torch.dtype:
     """The dtype that transformers loads the checkpoint in: its configuration's, else that of its first tensor."""
     dtype = config.dtype
     if dtype is None:
-        stored = _headers(_weight_files(folder, config)[:1])
-        dtype = next((_STORED[kind] for kind, _ in stored.values()), None)
-    if dtype not in _STORED.values():
+        stored = weight_files.headers(weight_files.find_files(folder, config)[:1])
+        dtype = next((one.dtype for one in stored.values()), None)
+    if dtype not in weight_files.STORED.values():
         raise SimsdError(f"{folder}: a model cannot run in its dtype {dtype}: pass dtype=, for example 'bfloat16'")
     return dtype
 
 
 def load_model(folder: Path, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """Reads the checkpoint into `dtype`, whatever its tensors are stored in, on `device`. Nothing is left random."""
-    files, generation_config = _weight_files(folder, config), _generation_config(folder)
-    headers = _headers(files)
-    model = weights.skeleton(str(folder), config)
-    shapes = {
-        ours: list(part.shape)
-        for name, (_, shape) in headers.items()
-        for ours, part in weights.parts(str(folder), config, name, torch.empty(shape, device="meta"))
+    """Reads the checkpoint into `dtype`, whatever its tensors are stored in, on `device`. Nothing is left random.
+
+    Besides the model it takes a few MiB: each part of a tensor goes from the file to where it stays.
+    """
+    source, generation_config = str(folder), _generation_config(folder)
+    stored = weight_files.headers(weight_files.find_files(folder, config))
+    model = weights.skeleton(source, config)
+    parts = {
+        name: weights.parts(source, config, name, torch.empty(one.shape, device="meta")) for name, one in stored.items()
     }
-    weights.check_shapes(str(folder), model, shapes)
-    full = {name for name, _ in model.named_buffers()}  # what a router adds to its scores is small beside them
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        with safe_open(file, framework="pt", device=str(device)) as opened:
-            for name in opened.keys():  # noqa: SIM118 (not a dict)
-                tensor = opened.get_tensor(name)
-                for ours, part in weights.parts(str(folder), config, name, tensor):
-                    kind = torch.float32 if ours in full else dtype
-                    # A copy: on the CPU the tensor is the mapped file, which may be written to later (save_pretrained).
-                    tensors[ours] = part.to(kind, copy=tensor.device.type == "cpu")
+    shapes = {ours: list(part.shape) for found in parts.values() for ours, part in found}
+    weights.check_shapes(source, model, shapes)
+    tensors = weights.allocate(model, shapes, dtype, device)
+    places = weights.by_source_name(tensors, shapes)
+    contents = {
+        name: [(ours, len(part)) for ours, part in found]
+        for name, found in parts.items()
+        if all(ours in places for ours, _ in found)
+    }
+    for name, first, rows in weight_files.read(stored, contents):
+        places[name].narrow(0, first, len(rows)).copy_(rows)  # casts, and moves to the device
     model = weights.assemble(model, tensors)
     if generation_config is not None:
         model.generation_config = generation_config
@@ -101,70 +64,5 @@ def _generation_config(folder: Path) -> GenerationConfig | None:
     fields = read_json(file) if file.exists() else None
     try:
         return None if fields is None else GenerationConfig.from_dict(fields)
-    except Exception as error:  # as in `read_config`
+    except Exception as error:  # whatever an odd value leads to in transformers
         raise SimsdError(f"{file} is not valid: {one_line(error)}") from error
-
-
-def _weight_files(folder: Path, config: PreTrainedConfig) -> list[Path]:
-    """The files that transformers reads: the one that the configuration names, else the whole one, else the shards."""
-    if (folder / "adapter_config.json").exists():
-        raise SimsdError(f"{folder} holds an adapter (adapter_config.json): merge it into its model first")
-    named = getattr(config, "transformers_weights", None)
-    if named is not None:
-        file = _inside(folder / "config.json", named)
-        if not file.exists():
-            raise NotFoundError(f"{folder} has no {named}, the weights that its configuration names")
-        return _shards(file) if named.endswith(".index.json") else [file]
-    if (folder / _WEIGHTS).exists():
-        return [folder / _WEIGHTS]
-    if (folder / _INDEX).exists():
-        return _shards(folder / _INDEX)
-    raise NotFoundError(f"{folder} has neither {_WEIGHTS} nor {_INDEX}: only safetensors checkpoints are read")
-
-
-def _shards(index: Path) -> list[Path]:
-    places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not places:
-        raise SimsdError(f"{index} must hold a weight_map from tensors to files, got {places!r:.80}")
-    files = sorted({_inside(index, name) for name in places.values()})
-    if missing := [file.name for file in files if not file.exists()]:
-        raise NotFoundError(f"{index.parent}: of {len(files)} weight files are missing: {weights.listing(missing)}")
-    return files
-
-
-def _inside(source: Path, name: object) -> Path:
-    """The weight file that `source` names, which must be in its folder."""
-    path = PurePath(name) if isinstance(name, str) else PurePath()
-    if path.is_absolute() or not path.name or ".." in path.parts:
-        raise SimsdError(f"{source} must name weight files in its own folder, got {name!r}")
-    return source.parent / path
-
-
-def _headers(files: list[Path]) -> dict[str, tuple[str, list[int]]]:
-    """Name -> dtype, as safetensors calls it, and shape of every tensor in `files`."""
-    headers: dict[str, tuple[str, list[int]]] = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
-                found = {name: (part.get_dtype(), list(part.get_shape())) for name, part in slices.items()}
-        except (SafetensorError, OSError) as error:
-            raise SimsdError(f"{file} is truncated or damaged ({one_line(error)}): fetch it again") from error
-        if twice := [name for name in found if name in headers]:
-            raise SimsdError(f"{file} holds tensors that another file also holds: {weights.listing(twice)}")
-        if other := [f"{name} is {kind}" for name, (kind, _) in found.items() if kind not in _STORED]:
-            raise SimsdError(f"{file}: quantized or integer weights are not read: {weights.listing(other)}")
-        headers |= found
-    return headers
-
-
-def read_json(file: Path) -> dict:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise NotFoundError(f"{file.parent} has no {file.name}: not a checkpoint in Hugging Face format") from None
-    except (ValueError, OSError) as error:
-        raise SimsdError(f"{file} cannot be read as JSON: {one_line(error)}") from error
-    if not isinstance(value, dict):
-        raise SimsdError(f"{file} must hold a JSON object, got {type(value).__name__}")
-    return value

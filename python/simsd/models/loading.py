@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,8 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from simsd.ambient import undisturbed
 from simsd.config import MAX_BLOCK_LENGTH
-from simsd.errors import SimsdError
-from simsd.models import checkpoint, families, weights
+from simsd.errors import OutOfMemoryError, SimsdError, one_line
+from simsd.models import adapters, checkpoint, families, folders, weights
 from simsd.models.configuration import DEFAULT_BLOCK_LENGTH, named_block_length
 from simsd.models.deterministic import (
     check_supported,
@@ -27,6 +30,8 @@ from simsd.models.families import Family
 from simsd.models.fused import layers_of
 from simsd.models.tokenizer import MASK, Prompt, Tokenizer, check_ids, known_ids, read_tokenizer
 
+# Names in transformers of ways to spread a model's layers.
+_SPREADING = ("auto", "balanced", "balanced_low_0", "sequential")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -42,6 +47,7 @@ class LoadedModel:
     name: str
     deterministic: bool = False  # see `load`
     thin_linear: bool = False  # see `load`
+    load_seconds: float = 0.0  # that `load` took, a download included
 
     @property
     def config(self):
@@ -75,6 +81,11 @@ class LoadedModel:
     def dtype(self) -> torch.dtype:
         return self.model.model.embed_tokens.weight.dtype
 
+    @property
+    def weight_bytes(self) -> int:
+        """Of its parameters and buffers on their device; a tied head counts once."""
+        return sum(tensor.nbytes for tensor in (*self.model.parameters(), *self.model.buffers()))
+
     def encode_prompt(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt, see `Tokenizer.encode_prompt`; without a tokenizer only ids are taken."""
         if self.tokenizer is not None:
@@ -98,11 +109,16 @@ def load(
     *,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
+    device_map: dict[str, int | str | torch.device] | str | None = None,
     family: str | None = None,
     block_length: int | None = None,
     mask_token_id: int | None = None,
     shift: bool | None = None,
     tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
     deterministic: bool | None = None,
     thin_linear: bool | None = None,
 ) -> LoadedModel:
@@ -115,13 +131,16 @@ def load(
 
     Args:
         source: "tiny-target" or "tiny-draft" (the built-in pair), a checkpoint folder in Hugging Face format, a hub id,
-            or a module in memory with a family's parameter names and `.config`, whose weights are shared, not copied
-            (unless `dtype` or `device` moves them). One of our own, ready to decode, is taken itself. The
+            the folder or hub id of an adapter (LoRA), which peft merges into the model that its adapter_config.json
+            names, or a module in memory with a family's parameter names and `.config`, whose weights are shared, not
+            copied (unless `dtype` or `device` moves them). One of our own, ready to decode, is taken itself. The
             matrices of experts held one by one are packed, and query, key and value matrices as well as gate and up
             matrices laid side by side; the module is left with views of these.
         dtype: "float32", "bfloat16", "float16" or the torch dtype, to which every weight is cast; None or "auto": as
             transformers has it, the configuration's dtype, else that of the first tensor in the file.
         device: of the model; None: CPU, or the module's.
+        device_map: as transformers has it, where it puts the whole model on one device ("cuda:1", {"": 1}); layers are
+            not spread over several.
         family: None: by what the configuration says of itself, which that of a fine-tune with a plain model_type
             (qwen3, qwen2, llama) does not: name it then, with block_length and mask_token_id.
         block_length: 1 to 64; None: the configuration's `block_length`, `block_size` or `bd_size`, else that in the
@@ -131,6 +150,10 @@ def load(
         shift: whether the logits of a row are those of the next position; None: as the configuration or the family has
             it.
         tokenizer: for a model that comes without one: a transformers tokenizer or its folder.
+        revision: of a hub id: branch, tag or commit; None: main.
+        cache_dir: for what comes from the hub; None: HF_HOME's or HF_HUB_CACHE's.
+        token: for gated and private repositories; None: that of `hf auth login` or HF_TOKEN.
+        local_files_only: whether to take a hub id from the cache alone, as HF_HUB_OFFLINE=1 does for all.
         deterministic: in decoding a row's logits do not depend, to the last bit, on how many rows share its forward;
             exact decoding equals native decoding bit for bit only then. True: nor in the module's own forward, on the
             CPU or on CUDA (see `simsd.models.deterministic`); a module in memory is left as it is, the model only
@@ -145,20 +168,27 @@ def load(
     Raises:
         SimsdError: one line that says what is wrong with which argument or file; nothing is left half loaded.
     """
-    wanted_dtype, wanted_device = _dtype(dtype), _device(device)
+    begin = time.perf_counter()
+    wanted_dtype, wanted_device = _dtype(dtype), _device(_one_device(device, device_map))
     kind = None if family is None else families.by_name(family)
     if deterministic and thin_linear is False:
         raise SimsdError(
             "deterministic=True computes linear layers by thin_linear, got thin_linear=False: drop one of the two"
         )
     # What is small is read and checked first: a mistake should not cost the time of reading the weights.
-    folder, backend = None, None
+    folder, adapter, backend = None, None, None
     if isinstance(source, nn.Module):
+        if revision is not None:
+            raise SimsdError(f"revision={revision!r} is for hub ids, got a module: leave it out")
         name, (kind, config) = type(source).__name__, weights.module_config(source, kind)
     elif isinstance(source, str | Path):
-        folder = checkpoint.find(source)
+        hub = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
+        folder = folders.find(source, revision=revision, **hub)
         name = folder.resolve().name if Path(source).is_dir() else str(source)
-        (kind, config), backend = checkpoint.read_config(folder, kind), read_tokenizer(folder)
+        if adapters.is_adapter(folder):
+            adapter, folder = folder, adapters.find_base(folder, **hub)
+            backend = read_tokenizer(adapter)
+        (kind, config), backend = checkpoint.read_config(folder, kind), backend or read_tokenizer(folder)
         wanted_dtype = wanted_dtype or checkpoint.own_dtype(folder, config)
     else:
         raise SimsdError(f"load takes a name, a folder, a hub id or a module, got {type(source).__name__}")
@@ -196,7 +226,10 @@ def load(
             model = weights.from_module(source, config)
             _move(model, wanted_dtype, wanted_device)
     else:
-        model = checkpoint.load_model(folder, config, wanted_dtype, device)
+        with _memory_for(name, device):
+            model = checkpoint.load_model(folder, config, wanted_dtype, device)
+        if adapter is not None:
+            adapters.merge(model, adapter)
     model.deterministic = deterministic
     if by_itself and not is_deterministic(model):
         make_deterministic(model)
@@ -213,6 +246,7 @@ def load(
         name=name,
         deterministic=deterministic and layers_of(model).row_invariant,
         thin_linear=thin_linear,
+        load_seconds=time.perf_counter() - begin,
     )
 
 
@@ -223,6 +257,28 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if chosen not in DTYPES.values():
         raise SimsdError(f"dtype must be auto or {', '.join(DTYPES)} (name or torch dtype), got {dtype!r}")
     return chosen
+
+
+def _one_device(device: torch.device | str | None, device_map: object) -> object:
+    """The device that both name. Raises SimsdError for a map of several."""
+    if device_map is None:
+        return device
+    if device is not None:
+        raise SimsdError(f"device={str(device)!r} and device_map={device_map!r} say the same: give one of them")
+    places = list(device_map.values()) if isinstance(device_map, dict) else [device_map]
+    named = {str(place) for place in places}
+    if not named:
+        raise SimsdError(f"device_map must name a device, got {device_map!r}")
+    if len(named) == 1 and named.isdisjoint((*_SPREADING, "disk")):
+        return places[0]
+    if not named.isdisjoint(("cpu", "disk", "meta")):
+        raise SimsdError(
+            f"device_map={device_map!r} would offload weights, all of which every forward reads: use device="
+        )
+    raise SimsdError(
+        f"device_map={device_map!r} would spread a model's layers over devices, which is not supported: load it on one"
+        " (device=), quantized if it must be smaller, its draft on another (draft_device=); more GPUs serve by replicas"
+    )
 
 
 def _device(device: torch.device | str | None) -> torch.device | None:
@@ -241,6 +297,17 @@ def _move(model: PreTrainedModel, dtype: torch.dtype | None, device: torch.devic
     for parameter in model.parameters() if dtype is not None else ():
         parameter.data = parameter.data.to(dtype)  # not the RoPE frequencies, which stay float32
     model.config.dtype = dtype or model.config.dtype
+
+
+@contextlib.contextmanager
+def _memory_for(name: str, device: torch.device) -> Iterator[None]:
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise OutOfMemoryError(
+            f"{name}: the memory of {device} does not hold its weights: take dtype='bfloat16', quantize= or another"
+            f" device ({one_line(error)})"
+        ) from error
 
 
 def _fuse(model: PreTrainedModel, source: object) -> None:
