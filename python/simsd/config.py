@@ -44,8 +44,8 @@ class SamplingParams:
     Attributes:
         max_new_tokens: tokens to return at most; whole blocks are decoded and the last one is cut.
         steps: denoising steps T per block, 1 <= T <= block length; None for one token per step.
-        sub_block_length: positions of a sub-block: a step reveals positions of the leftmost one that has any masked. The
-            block length is none, None the model's own. Each has steps of its own among T, at least one;
+        sub_block_length: positions of a sub-block: a step reveals some of the leftmost one that has any masked. The
+            block length for none, None for the model's own. Each has steps of its own among T, at least one;
             `entropy_bounded` needs one per token then.
         strategy: which masked positions a step reveals (SDAR's four rules).
         threshold: probability above which `low_confidence_dynamic` reveals a position.
@@ -175,8 +175,8 @@ class SamplingParams:
     def reveal_counts(self, block_length: int, sub_blocks: Sequence[int] = ()) -> list[int]:
         """n[s] for s in 0..T-1, the positions of each denoising step: L // T, the remainder to the early steps.
 
-        `sub_blocks` of these lengths have steps of their own, the more the longer they are, so that all but the last one
-        are full before the last step, which reveals whatever is masked.
+        `sub_blocks` of these lengths have steps of their own, longer ones more, so that all but the last are full
+        before the last step, which reveals whatever is masked.
 
         Raises:
             SimsdError: there are fewer steps than that takes, or more than a block has positions.
