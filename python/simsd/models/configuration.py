@@ -1,4 +1,4 @@
-"""What every configuration of ours holds besides its architecture's: block length, mask token, shift."""
+"""What every configuration of ours holds besides its architecture's: block length, mask token, shift, sub-blocks."""
 
 from __future__ import annotations
 
