@@ -45,15 +45,18 @@ def replay_block(model, prefix: list[int], known: list[int], config: GenerationC
     """One block by plain forwards: tokens, reveal steps and the revealed set each was drawn under."""
     length = 4
     state = known + [MASK] * (length - len(known))
-    masked = set(range(len(known), length))
+    hidden = set(range(len(known), length))
     taken, under = [0] * length, [0] * length
-    counts = config.reveal_counts(length)
+    size = config.sub_block_length or length
+    counts = config.reveal_counts(length, [min(size, length - first) for first in range(0, length, size)])
     for step, count in enumerate(counts[:steps]):
         with torch.no_grad():
             logits = model.model(torch.tensor([prefix + state])).logits[0, len(prefix) :].float()
         logits[:, MASK] = -math.inf
         x = logits / (config.temperature or 1.0)
-        revealed = sum(1 << i for i in range(length) if i not in masked)
+        revealed = sum(1 << i for i in range(length) if i not in hidden)
+        leftmost = min(hidden) // size
+        masked = {i for i in hidden if i // size == leftmost or step == len(counts) - 1}
         token = {i: draw(logits[i], config, len(prefix) + i, revealed) for i in masked}
         odds = {i: log_odds(x[i], token[i]) for i in masked}
         prob = {i: float(x[i].softmax(0)[token[i]]) for i in masked}
@@ -74,8 +77,8 @@ def replay_block(model, prefix: list[int], known: list[int], config: GenerationC
             chosen = set(by_entropy[: max(1, sum(s < config.entropy_bound for s in sums))])
         for i in chosen:
             state[i], taken[i], under[i] = token[i], step + 1, revealed
-        masked -= chosen
-        if not masked:
+        hidden -= chosen
+        if not hidden:
             break
     return state, taken, under
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -35,6 +36,11 @@ BAD = [
     ({"block_length": 4, "steps": 5}, "steps must be an integer in 1..4, got 5"),
     ({"steps": 0}, "got 0"),
     ({"draft_steps": 0}, "draft_steps"),
+    ({"sub_block_length": 0}, "sub_block_length must be an integer in 1..64, got 0"),
+    ({"sub_block_length": 65}, "sub_block_length must be an integer in 1..64, got 65"),
+    ({"sub_block_length": 5, "block_length": 4}, "sub_block_length must be an integer in 1..4, got 5"),
+    ({"sub_block_length": "8"}, "sub_block_length must be an integer in 1..64, got '8'"),
+    ({"sub_block_length": True}, "sub_block_length must be an integer"),
     ({"temperature": -0.1}, "temperature"),
     ({"temperature": float("nan")}, "temperature"),
     ({"temperature": float("inf")}, "temperature"),
@@ -112,6 +118,44 @@ def test_the_remainder_of_a_schedule_goes_to_the_early_steps(length, steps, coun
     assert GenerationConfig(steps=steps).reveal_counts(length) == counts
 
 
+@pytest.mark.parametrize(
+    "sub_blocks, steps, counts",
+    [
+        ([4, 4], 4, [2, 2, 2, 2]),
+        ([4, 4], 3, [2, 2, 4]),
+        ([3, 3, 2], 3, [3, 3, 2]),
+        ([3, 3, 2], 5, [2, 1, 2, 1, 2]),
+        ([1, 7, 8], 3, [1, 7, 8]),
+        ([1, 7, 8], 5, [1, 4, 3, 4, 4]),
+        ([1, 7, 8], None, [1] * 16),
+        ([8], 3, [3, 3, 2]),
+    ],
+)
+def test_steps_are_shared_out_over_sub_blocks(sub_blocks, steps, counts):
+    assert GenerationConfig(steps=steps).reveal_counts(sum(sub_blocks), sub_blocks) == counts
+
+
+@pytest.mark.parametrize("sub_block_length", range(1, 33))
+@pytest.mark.parametrize("steps", [2, 5, 8, 13, 32])
+def test_no_step_before_the_last_is_left_with_more_than_its_sub_block(sub_block_length, steps):
+    sub_blocks = [min(sub_block_length, 32 - first) for first in range(0, 32, sub_block_length)]
+    if steps < len(sub_blocks):
+        with pytest.raises(SimsdError, match=f"steps must be at least {len(sub_blocks)}, .*sub-blocks.*, got {steps}"):
+            GenerationConfig(steps=steps).reveal_counts(32, sub_blocks)
+        return
+    counts = GenerationConfig(steps=steps).reveal_counts(32, sub_blocks)
+    assert len(counts) == steps and min(counts) >= 1
+    ends = set(itertools.accumulate(counts))
+    assert ends >= set(itertools.accumulate(sub_blocks))
+
+
+def test_steps_that_cannot_fill_sub_blocks_are_refused():
+    config = GenerationConfig(steps=4, strategy="entropy_bounded")
+    with pytest.raises(SimsdError, match="strategy='entropy_bounded' needs a step per token.* give 8, got 4"):
+        config.reveal_counts(8, [4, 4])
+    assert config.reveal_counts(8) == config.reveal_counts(8, [8]) == [2, 2, 2, 2]
+
+
 def test_without_steps_every_step_reveals_one_position():
     assert GenerationConfig().reveal_counts(5) == [1] * 5
 
@@ -121,6 +165,8 @@ def test_more_steps_than_positions_are_refused_when_the_block_length_is_known():
         GenerationConfig(steps=6).reveal_counts(4)
     with pytest.raises(SimsdError, match="draft_steps must be at most the block length 4, got 6"):
         GenerationConfig(draft_steps=6).block_steps(4)
+    with pytest.raises(SimsdError, match="sub_block_length must be at most the block length 4, got 6"):
+        GenerationConfig(sub_block_length=6).block_steps(4)
 
 
 NUMBERS = {

@@ -173,11 +173,13 @@ def native_of_another_seed(config: GenerationConfig, seed: int) -> GenerationCon
 def cases(draw) -> tuple[str | None, GenerationConfig, list[list[int]], list[int], int]:
     length = draw(st.sampled_from((1, 2, 3, 4, 5, 8)))
     draft = draw(st.sampled_from((NEAR, NEAR, UNLIKE, None)))
-    strategy = draw(st.sampled_from(STRATEGIES))
+    strategy, steps = draw(st.sampled_from(STRATEGIES)), draw(st.none() | st.integers(1, length))
+    sub_blocks = exactness_settings.sub_block_lengths(length, steps, strategy)
     config = GenerationConfig(
         max_new_tokens=draw(st.integers(1, 20)),
         block_length=length,
-        steps=draw(st.none() | st.integers(1, length)),
+        steps=steps,
+        sub_block_length=draw(st.none() | st.sampled_from(sub_blocks)),
         strategy=strategy,
         threshold=draw(st.sampled_from((0.0, 0.3, 0.85, 1.0))),
         entropy_bound=draw(st.sampled_from((0.0, 0.5, 3.0))),

@@ -27,7 +27,7 @@ FIXTURES = Path(__file__).parent / "published_families"
 MASK = 46
 MASKS = (MASK, 5)  # Stable-DiffCoder's is 5, whatever its vocabulary
 DIFFCODER = "stable_diffcoder"
-NAMES = ("a2d_qwen3", "a2d_qwen2", "a2d_llama", DIFFCODER, "llada2")
+NAMES = ("a2d_qwen3", "a2d_qwen2", "a2d_llama", "fast_dllm_v2", DIFFCODER, "llada2")
 each = pytest.mark.parametrize("name", NAMES)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -182,10 +182,6 @@ REFUSED = {
     "LLaDA2.1-mini": ({"model_type": "llada2_moe"}, "LLaDA2.1 is not supported: its token editing"),
     "gemma": ({"model_type": "diffusion_gemma"}, "DiffusionGemma is not supported: its renoising"),
     "Efficient-DLM-8B": ({"model_type": "edlm", "architectures": ["EfficientDLM"]}, "Efficient-DLM is not supported:"),
-    "Fast_dLLM_v2_7B": (
-        {"model_type": "Fast_dLLM_Qwen", "architectures": ["Fast_dLLM_QwenForCausalLM"]},
-        "Fast-dLLM v2 is not supported: .* sub-blocks of 8",
-    ),
     "mamba": ({"model_type": "mamba2"}, "model_type 'mamba2' is not supported: sdar, sdar_moe, a2d-qwen3, .* are"),
     "no type": ({"model_type": None}, "model_type None is not supported"),
     "a list": ({"model_type": ["llama"]}, r"model_type \['llama'\] is not supported"),
@@ -210,7 +206,6 @@ def test_llada2_1_decodes_without_editing_where_its_family_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("model_type", "kind", "settings"),
     [
-        ("Fast_dLLM_Qwen", "qwen2", {"family": "qwen2", "mask_token_id": MASK, "shift": True}),
         ("edlm", "qwen3", {"family": "qwen3", "block_length": 32, "mask_token_id": MASK}),
     ],
 )

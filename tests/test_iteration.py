@@ -48,6 +48,30 @@ def test_sampled_text_equals_a_replay_without_cache(target, close_draft, drafter
     assert (result.tokens, result.step_map) == replay_native(target, PROMPTS[2], config)
 
 
+@pytest.mark.parametrize("drafter", DRAFTERS)
+@pytest.mark.parametrize("rule", STRATEGIES, ids=lambda s: s["strategy"])
+@pytest.mark.parametrize("sub_block_length", [1, 2, 3])
+def test_text_by_sub_blocks_equals_a_replay_without_cache(target, close_draft, drafter, rule, sub_block_length):
+    for sampling in ({}, {"temperature": 0.9, "seed": 17, "top_k": 5}):
+        config = settings_for(drafter, sub_block_length=sub_block_length, **rule, **sampling)
+        results = simsd.generate(target, PROMPTS[:3], close_draft, config, max_batch=3)
+        for prompt, result in zip(PROMPTS[:3], results, strict=True):
+            assert (result.tokens, result.step_map) == replay_native(target, prompt, config)
+
+
+@pytest.mark.parametrize("drafter", ["none", "model"])
+@pytest.mark.parametrize("steps", [2, 3, 4])
+@pytest.mark.parametrize("rule", STRATEGIES, ids=lambda s: s["strategy"])
+def test_a_sub_block_is_full_before_the_next_one_is_begun(target, close_draft, drafter, rule, steps):
+    steps = None if rule["strategy"] == "entropy_bounded" else steps
+    config = settings_for(drafter, sub_block_length=2, steps=steps, end_token_ids=(), **rule)
+    for result in simsd.generate(target, PROMPTS, close_draft, config, max_batch=3):
+        begin = -len(result.prompt_tokens) % 4
+        for first in range(begin, len(result.step_map) - 3, 4):
+            taken = result.step_map[first : first + 4]
+            assert max(taken[:2]) < min(taken[2:])
+
+
 @pytest.mark.parametrize("drafter", ["self", "model", "auto"])
 def test_drafts_are_accepted_and_save_forwards(target, close_draft, drafter):
     # Rows are given: without, how many states a forward sees goes by measured times.

@@ -70,6 +70,7 @@ def test_settings_are_those_of_the_request_and_else_the_package_s_own(service):
     (prompt, params), own = ask.choices[0], service.engine.target.end_token_ids
     assert params == simsd.SamplingParams(max_new_tokens=9, end_token_ids=own)
     fields = {"temperature": 0.5, "top_p": 0.9, "strategy": "entropy_bounded", "entropy_bound": 0.2, "steps": 2}
+    fields |= {"sub_block_length": 3}
     more = {"verify": "temporal", "accept": "mrs", "rejected_tail": "draft_argmax", "end_gate": 0.1, "draft_steps": 2}
     ((_, params),) = read(chat(max_tokens=9, seed=3, top_k=-1, **fields, **more), service).choices
     assert params == simsd.SamplingParams(max_new_tokens=9, end_token_ids=own, seed=3, **fields, **more)

@@ -19,9 +19,11 @@ def made(count: int = 2, length: int = LENGTH, capacity: int = 16) -> Slots:
     return Slots(count, length, capacity, LOOKAHEAD, STOP_IDS, torch.device("cpu"))
 
 
-def settings(tokens: list[int], epoch: int = 1, length: int = LENGTH, ends: tuple = (), **params) -> dict:
+def settings(
+    tokens: list[int], epoch: int = 1, length: int = LENGTH, ends: tuple = (), sub_blocks: tuple = (), **params
+) -> dict:
     request = Request(0, tokens, SamplingParams(**params), params.get("seed", 0), ends, None)
-    return request.slot_settings(length, epoch, STOP_IDS)
+    return request.slot_settings(length, epoch, STOP_IDS, sub_blocks)
 
 
 def opened(tokens: list[int], slot: int = 0, **more) -> Slots:
@@ -77,6 +79,15 @@ def test_settings_arrive_as_the_request_has_them():
     assert (got["strategy"], got["threshold"]) == (3, 0.75)
     assert (got["temperature"], got["top_k"], got["top_p"], got["end_gate"]) == (0.5, 7, 0.25, 0.5)
     assert got["stop_ids"] == [9, 8, NO_STOP_ID] and got["order_sharpness"] == [1.0, 0.25]
+
+
+def test_sub_blocks_are_the_set_of_positions_at_which_one_begins():
+    got = packed(opened([], steps=3, sub_blocks=(1, 3)), 0)
+    assert (got["sub_blocks"], got["schedule"]) == (0b10, [1, 2, 1, 0])
+    assert packed(opened([], sub_blocks=(4,)), 0)["sub_blocks"] == packed(opened([]), 0)["sub_blocks"] == 0
+    slots = made(1, length=64, capacity=128)
+    slots.open(0, [], settings([], length=64, sub_blocks=(32, 31, 1)))
+    assert slots.sub_blocks.tolist() == [-(2**63) + 2**32]
 
 
 def test_more_end_tokens_than_there_is_room_for_are_left_to_the_host():

@@ -20,7 +20,7 @@ from simsd.decode.rows import aligned
 from simsd.engine.loop import STOP_IDS
 from simsd.engine.pages import page_bytes
 
-from .exactness_settings import BUILT_IN, END, NEAR, UNLIKE, model, prompts
+from .exactness_settings import BUILT_IN, END, NEAR, UNLIKE, model, prompts, sub_block_lengths
 
 MIXED = "mixed batches, requests come and go in a running engine"
 WAITING, RUNNING = 0.08, 0.1  # parts of the requests that are cancelled before they run, and on their way
@@ -110,12 +110,16 @@ def sampling(target: str, number: int, block_length: int | None) -> GenerationCo
     built_in = target in BUILT_IN
     # Twelve are more than the device looks for: the host finds the others.
     ends = ((),) if built_in else ((), tuple(chance.sample(range(1, END), 12)), (26, 45))
+    length, strategy = block_length or model(target).block_length, STRATEGIES[number % len(STRATEGIES)]
+    steps = chance.choice((None, None, *range(1, length + 1)))
+    sub_block_length = chance.choice((None, None, *sub_block_lengths(length, steps, strategy)))
     strings = (), (" ",), ("1", "ANSWER"), ("4", "is a"), ("a", "=", ")"), ("never said",)
     return GenerationConfig(
         block_length=block_length,
         max_new_tokens=chance.randint(1, 48 if built_in else 30),
-        steps=chance.choice((None, None, *range(1, (block_length or model(target).block_length) + 1))),
-        strategy=STRATEGIES[number % len(STRATEGIES)],
+        steps=steps,
+        sub_block_length=sub_block_length,
+        strategy=strategy,
         threshold=chance.choice((0.3, 0.6, 0.85)),
         entropy_bound=chance.choice((0.1, 0.5, 2.0)),
         # At 0.8 the built-in target nearly always says what it says at 0.

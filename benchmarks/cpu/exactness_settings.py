@@ -74,6 +74,7 @@ SHAPES = {
     "shift, block 8, T = 3": Shape(block_length=8, steps=3, shift=True),
     "shift, block 5, bfloat16": Shape(block_length=5, shift=True, dtype="bfloat16"),
     "Qwen2, shift": Shape(family="qwen2", shift=True),
+    "Fast-dLLM v2, block 8": Shape((("sub_block_length", 3),), 8, family="fast_dllm_v2", shift=True),
     "Llama": Shape(family="llama"),
     "LLaDA2": Shape(family="llada2"),
     "LLaDA2, bfloat16": Shape(family="llada2", dtype="bfloat16"),
@@ -213,6 +214,16 @@ def one_factor(count: int) -> list[Setting]:
         ("lookahead 3", {"lookahead": 3}, {}),
         ("T = 2", {"steps": 2}, {}),
         ("T = 1", {"steps": 1}, {}),
+        *((f"sub-blocks of 2, {name}", {"sub_block_length": 2, "strategy": name}, {}) for name in STRATEGIES),
+        *(
+            (
+                f"sub-blocks of 3 in blocks of 8, {name}, temperature 3, batch 3",
+                HOT | short | {"sub_block_length": 3, "block_length": 8, "strategy": name},
+                {"batch": 3},
+            )
+            for name in STRATEGIES
+        ),
+        ("sub-blocks of 3 in blocks of 8, T = 3", {"sub_block_length": 3, "block_length": 8, "steps": 3}, {}),
         ("target deterministic", {}, {"target": "tiny-target, deterministic"}),
     ]
     found = []
@@ -244,6 +255,12 @@ FACTORS: dict[str, tuple] = {
     "draft_steps": (None, 1, 2),
     "block_length": (4, 8),
 }
+
+
+def sub_block_lengths(length: int, steps: int | None, strategy: str) -> range:
+    """Those that a block of `length` may be decoded by in so many steps."""
+    least = length if strategy == "entropy_bounded" else -(-length // (steps or length))
+    return range(1 if steps in (None, length) else least, length + 1)
 
 
 def covering_array(sizes: list[int]) -> list[list[int]]:

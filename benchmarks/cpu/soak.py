@@ -53,6 +53,7 @@ def job(draw: random.Random, beginnings: list[list[int]], texts: list[list[int]]
     settings = {
         "max_new_tokens": draw.choice((1, 4, 12, 30, 60, 120)),
         "strategy": draw.choice(STRATEGIES),
+        "sub_block_length": draw.choice((None, None, 1, 2, 3)),
         "threshold": draw.choice((0.3, 0.6, 0.9)),
         "temperature": draw.choice((0.0, 0.0, 0.7, 1.2)),
         "top_k": draw.choice((0, 0, 10)),

@@ -64,11 +64,12 @@ struct [[gnu::visibility("hidden")]] Arguments {  // as torch's Tensor is
     }
 
     Rules rules(const Tensor& schedule, const Tensor& steps, const Tensor& strategy, const Tensor& threshold,
-                int64_t batch, int64_t length) const {
+                const std::optional<Tensor>& sub_blocks, int64_t batch, int64_t length) const {
         return {view<const int32_t>("strategy", strategy, {batch}, "[B]"),
                 view<const float>("threshold", threshold, {batch}, "[B]"),
                 view<const int32_t>("schedule", schedule, {batch, length}, "[B, L]"),
-                view<const int32_t>("steps", steps, {batch}, "[B]")};
+                view<const int32_t>("steps", steps, {batch}, "[B]"),
+                view<const int64_t>("sub_blocks", sub_blocks, {batch}, "[B]")};
     }
 
     Sampling sampling(const Tensor& temperature, const std::optional<Tensor>& top_k, const std::optional<Tensor>& top_p,

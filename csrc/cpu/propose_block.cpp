@@ -39,11 +39,12 @@ void propose_block(const Tensor logits, const Tensor rows, Tensor text, const Te
                    const Tensor step, Tensor draft_tokens, Tensor prob, Tensor log_odds, Tensor entropy,
                    Tensor proposal_depth, Tensor draft_end, const Tensor prompt_len, const Tensor stop_ids,
                    const Tensor temperature, const Tensor schedule, const Tensor steps, const Tensor strategy,
-                   const Tensor threshold, const std::optional<Tensor> top_k, const std::optional<Tensor> top_p,
-                   const std::optional<Tensor> seed, const std::optional<Tensor> banned, int64_t block, int64_t noise) {
+                   const Tensor threshold, const std::optional<Tensor> sub_blocks, const std::optional<Tensor> top_k,
+                   const std::optional<Tensor> top_p, const std::optional<Tensor> seed,
+                   const std::optional<Tensor> banned, int64_t block, int64_t noise) {
     control::ProposeParams p = control::propose_params(
         check_cpu, logits, rows, text, start, revealed, step, draft_tokens, prob, log_odds, entropy, proposal_depth,
-        draft_end, prompt_len, stop_ids, schedule, steps, strategy, threshold, temperature, block, noise);
+        draft_end, prompt_len, stop_ids, schedule, steps, strategy, threshold, sub_blocks, temperature, block, noise);
     const control::Arguments take(OP, check_cpu, logits);
     take.expect.banned(banned, logits.size(1));
     const control::Sampling sampling = take.sampling(temperature, top_k, top_p, seed, p.batch);

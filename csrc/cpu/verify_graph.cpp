@@ -27,12 +27,13 @@ control::WalkTensors verify_graph(const Tensor target_logits, const Tensor rows,
                                   const Tensor step, const Tensor step_map, const Tensor prob,
                                   const Tensor draw_logprob, const Tensor origin, const Tensor temperature,
                                   const Tensor schedule, const Tensor steps, const Tensor strategy,
-                                  const Tensor threshold, const std::optional<Tensor> top_k,
-                                  const std::optional<Tensor> top_p, const std::optional<Tensor> seed,
-                                  const std::optional<Tensor> banned) {
-    control::VerifyParams p = control::verify_params(
-        check_cpu, target_logits, rows, states, state_revealed, block, draft_tokens, draft_blocks_in_rows,
-        proposal_depth, start, step, step_map, prob, draw_logprob, origin, schedule, steps, strategy, threshold);
+                                  const Tensor threshold, const std::optional<Tensor> sub_blocks,
+                                  const std::optional<Tensor> top_k, const std::optional<Tensor> top_p,
+                                  const std::optional<Tensor> seed, const std::optional<Tensor> banned) {
+    control::VerifyParams p =
+        control::verify_params(check_cpu, target_logits, rows, states, state_revealed, block, draft_tokens,
+                               draft_blocks_in_rows, proposal_depth, start, step, step_map, prob, draw_logprob, origin,
+                               schedule, steps, strategy, threshold, sub_blocks);
     const control::Arguments take(OP, check_cpu, target_logits);
     take.expect.banned(banned, target_logits.size(1));
     const control::Sampling sampling = take.sampling(temperature, top_k, top_p, seed, p.batch);

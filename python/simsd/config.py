@@ -23,6 +23,7 @@ INT32_MAX = 2**31 - 1
 MIN_TEMPERATURE = 1e-30
 MAX_FLOAT32 = 3.4028234663852886e38
 MAX_BATCH = 8
+_OF_A_BLOCK = ("steps", "draft_steps", "sub_block_length")  # at most the block length
 # The settings that are numbers >= 0, and the largest value of each.
 _NUMBERS = {
     "threshold": 1.0,
@@ -43,6 +44,9 @@ class SamplingParams:
     Attributes:
         max_new_tokens: tokens to return at most; whole blocks are decoded and the last one is cut.
         steps: denoising steps T per block, 1 <= T <= block length; None for one token per step.
+        sub_block_length: positions of a sub-block: a step reveals some of the leftmost one that has any masked. The
+            block length for none, None for the model's own. Each has steps of its own among T, at least one;
+            `entropy_bounded` needs one per token then.
         strategy: which masked positions a step reveals (SDAR's four rules).
         threshold: probability above which `low_confidence_dynamic` reveals a position.
         entropy_bound: nats that one step of `entropy_bounded` may spend.
@@ -79,6 +83,7 @@ class SamplingParams:
 
     max_new_tokens: int = 256
     steps: int | None = None
+    sub_block_length: int | None = None
     strategy: str = "low_confidence_static"
     threshold: float = 0.85
     entropy_bound: float = 0.5
@@ -104,7 +109,7 @@ class SamplingParams:
         _one_of("accept", self.accept, RULES)
         _one_of("rejected_tail", self.rejected_tail, REJECTED_TAILS)
         integer("max_new_tokens", self.max_new_tokens, 0)
-        for name in ("steps", "draft_steps"):
+        for name in _OF_A_BLOCK:
             if getattr(self, name) is not None:
                 integer(name, getattr(self, name), 1, getattr(self, "block_length", None) or MAX_BLOCK_LENGTH)
         integer("top_k", self.top_k, 0)
@@ -161,16 +166,34 @@ class SamplingParams:
 
     def block_steps(self, block_length: int) -> int:
         """Denoising steps T for a block of `block_length`; raises where more were asked for than a block has."""
-        for name in ("steps", "draft_steps"):
+        for name in _OF_A_BLOCK:
             value = getattr(self, name)
             if value is not None and value > block_length:
                 raise SimsdError(f"{name} must be at most the block length {block_length}, got {value}")
         return self.steps or block_length
 
-    def reveal_counts(self, block_length: int) -> list[int]:
-        """n[s] for s in 0..T-1: L // T positions per denoising step, the remainder to the early steps."""
-        base, extra = divmod(block_length, self.block_steps(block_length))
-        return [base + (step < extra) for step in range(self.block_steps(block_length))]
+    def reveal_counts(self, block_length: int, sub_blocks: Sequence[int] = ()) -> list[int]:
+        """n[s] for s in 0..T-1, the positions of each denoising step: L // T, the remainder to the early steps.
+
+        `sub_blocks` of these lengths have steps of their own, longer ones more, so that all but the last are full
+        before the last step, which reveals whatever is masked.
+
+        Raises:
+            SimsdError: there are fewer steps than that takes, or more than a block has positions.
+        """
+        steps, lengths = self.block_steps(block_length), list(sub_blocks) or [block_length]
+        if steps < len(lengths):
+            raise SimsdError(f"steps must be at least {len(lengths)}, the sub-blocks of a block, got {steps}")
+        if steps < block_length and len(lengths) > 1 and self.strategy == "entropy_bounded":
+            raise SimsdError(
+                f"strategy='entropy_bounded' needs a step per token of a block with sub-blocks: leave steps out or give"
+                f" {block_length}, got {steps}"
+            )
+        shares = [1] * len(lengths)
+        for _ in range(steps - len(lengths)):
+            shares[max(range(len(lengths)), key=lambda k: lengths[k] / shares[k])] += 1
+        pairs = zip(lengths, shares, strict=True)
+        return [length // share + (step < length % share) for length, share in pairs for step in range(share)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -122,6 +122,7 @@ def hf_generate(
     accept: str | None = None,
     strategy: str | None = None,
     steps: int | None = None,
+    sub_block_length: int | None = None,
     block_length: int | None = None,
     draft_steps: int | None = None,
     rejected_tail: str | None = None,
@@ -155,8 +156,8 @@ def hf_generate(
             name or folder is loaded in every call, too. None leaves drafting to the model itself (`verify="temporal"`:
             decodes natively).
         tokenizer: the model's, for stop strings; ids without an entry in it are then never generated.
-        verify, drafter, lookahead, max_rows, accept, strategy, steps, block_length, draft_steps, rejected_tail,
-            threshold, entropy_bound, end_gate: see `simsd.GenerationConfig`; None is its default.
+        verify, drafter, lookahead, max_rows, accept, strategy, steps, sub_block_length, block_length, draft_steps,
+            rejected_tail, threshold, entropy_bound, end_gate: see `simsd.GenerationConfig`; None is its default.
         seed: of the noise; an int, from which each copy of a prompt has its own as the samples of `simsd.generate(n=)`
             do, or one per row; None draws one per row from torch's generator, so that torch.manual_seed reproduces the
             text. Without do_sample nothing is drawn.
@@ -188,6 +189,7 @@ def hf_generate(
         "accept": accept,
         "strategy": strategy,
         "steps": steps,
+        "sub_block_length": sub_block_length,
         "block_length": block_length,
         "draft_steps": draft_steps,
         "rejected_tail": rejected_tail,

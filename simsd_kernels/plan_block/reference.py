@@ -40,6 +40,13 @@ class Rule:
     counts: list[int]  # positions to reveal at each step
     strategy: str
     threshold: float
+    sub_blocks: int = 0  # set of positions at which one begins
+
+    def open(self, masked: list[int]) -> list[int]:
+        """Of masked positions those that a step before the last one may reveal."""
+        later = (i for i in range(masked[0] + 1, masked[-1] + 1) if self.sub_blocks >> i & 1)
+        end = next(later, masked[-1] + 1)
+        return [i for i in masked if i < end]
 
 
 @dataclass
@@ -107,11 +114,12 @@ def _slot(given: dict, b: int) -> Slot:
     known = given["text"][b, start : start + length].tolist()
     tokens = tuple(token if revealed >> i & 1 else -1 for i, token in enumerate(known))
     strategy = STRATEGIES[of_slot("strategy")]
+    sub_blocks = 0 if given["sub_blocks"] is None else of_slot("sub_blocks")
     of_slots = ("temperature", "top_k", "top_p", "seed")
     return Slot(
         root=State(0, revealed, tokens, of_slot("step"), reach=1.0),
         start=start,
-        rule=Rule(of_slot("schedule")[: of_slot("steps")], strategy, of_slot("threshold")),
+        rule=Rule(of_slot("schedule")[: of_slot("steps")], strategy, of_slot("threshold"), sub_blocks),
         depth=min(of_slot("proposal_depth"), ahead),
         blocks_left=min((of_slot("end") - start) // length, of_slot("draft_end")),
         calibration=of_slot("draft_calibration"),
@@ -181,9 +189,10 @@ def continuations(
     masked = state.masked()
     if not 0 <= state.step < len(rule.counts) or not masked:
         return []
-    count = min(max(rule.counts[state.step], 0), len(masked))
     if state.step == len(rule.counts) - 1:
         return [(frozenset(masked), 1.0)]
+    masked = rule.open(masked)
+    count = min(max(rule.counts[state.step], 0), len(masked))
     if rule.strategy == "sequential":
         return [(frozenset(masked[:count]), 1.0)] if count else []
 

@@ -29,6 +29,7 @@ def propose_block(
     steps: Tensor,
     strategy: Tensor,
     threshold: Tensor,
+    sub_blocks: Tensor | None,
     top_k: Tensor | None,
     top_p: Tensor | None,
     seed: Tensor | None,
@@ -59,7 +60,7 @@ def propose_block(
         # What a position draws depends on what is revealed before it: the slot's own steps, on the same logits.
         known, step_map = revealed.clone(), torch.zeros_like(rows)
         for n in range(length):
-            reveal(tokens, known, step_map, *draw(known), step + n, schedule, steps, strategy, threshold)
+            reveal(tokens, known, step_map, *draw(known), step + n, schedule, steps, strategy, threshold, sub_blocks)
 
     for mine, drawn in zip((prob, log_odds, entropy), statistics, strict=True):
         mine[:, block] = torch.where(masked, drawn, mine[:, block])

@@ -18,15 +18,16 @@ __all__ = ["MAX_LENGTH", "STRATEGIES", "reveal"]
 def reveal(*given, backend: str | None = None, **named) -> Tensor:
     """Reveals masked positions of each slot's block by its strategy, in place.
 
-    With n = schedule[step], capped by the number of masked positions:
+    All but the last step reveal masked positions of the leftmost sub-block that has any; n = schedule[step], capped by
+    their number:
 
     - sequential: the leftmost n.
     - low_confidence_static: the n of largest log_odds.
     - low_confidence_dynamic: all with prob > threshold if they are at least n, else the n of largest log_odds.
     - entropy_bounded: in order of rising entropy, as many as have a running sum < threshold, at least one.
 
-    The last step (step == steps - 1) reveals whatever is still masked, by every strategy. Ties go to the lowest
-    position, NaN ranks last. Positions revealed before never change.
+    The last step (step == steps - 1) reveals whatever is still masked in the block, by every strategy. Ties go to the
+    lowest position, NaN ranks last. Positions revealed before never change.
 
     Args:
         {arguments}

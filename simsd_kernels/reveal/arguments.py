@@ -21,6 +21,12 @@ RULE = (
         low=-math.inf,
         bounds="a number",
     ),
+    Argument(
+        *("sub_blocks", torch.int64, "B"),
+        "Bit i is set where a sub-block begins: a step reveals positions of the leftmost one that has any masked, but"
+        " for the last step, which reveals all. None or 0: the block is one.",
+        optional=True,
+    ),
 )
 
 SIGNATURE = Signature(

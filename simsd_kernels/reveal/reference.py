@@ -23,6 +23,7 @@ def reveal(
     steps: Tensor,
     strategy: Tensor,
     threshold: Tensor,
+    sub_blocks: Tensor | None = None,
 ) -> Tensor:
     """See `api.reveal`."""
     length = tokens.shape[1]
@@ -30,11 +31,12 @@ def reveal(
         return torch.zeros_like(revealed)
     bit = torch.arange(length, device=tokens.device)  # [L]
     masked = (revealed[:, None] >> bit) & 1 == 0  # [B, L]
-    available = masked.sum(dim=1, keepdim=True)  # [B, 1]
+    open_ = _open(masked, sub_blocks)
+    available = open_.sum(dim=1, keepdim=True)  # [B, 1]
     count = schedule.gather(1, step.clamp(0, length - 1).long()[:, None]).clamp(min=0).minimum(available)  # [B, 1]
     steps = steps.clamp(max=length)
 
-    chosen = _choose(strategy[:, None], masked, available, count, prob, log_odds, entropy, threshold[:, None])
+    chosen = _choose(strategy[:, None], open_, available, count, prob, log_odds, entropy, threshold[:, None])
     last = (step == steps - 1)[:, None]
     active = ((step >= 0) & (step < steps))[:, None]
     newly = active & torch.where(last, masked, chosen)  # [B, L]
@@ -51,6 +53,16 @@ def noise_key(strategy: Tensor, revealed: Tensor) -> Tensor:
     return torch.where(strategy == SEQUENTIAL, 0, revealed)
 
 
+def _open(masked: Tensor, sub_blocks: Tensor | None) -> Tensor:
+    """Boolean [B, L]: of masked positions those that a step may reveal before the last one."""
+    if sub_blocks is None:
+        return masked
+    bit = torch.arange(masked.shape[1], device=masked.device)
+    number = ((sub_blocks[:, None] >> bit) & 1).cumsum(dim=1)  # [B, L], of each position's sub-block
+    leftmost = torch.where(masked, number, masked.shape[1]).amin(dim=1, keepdim=True)
+    return masked & (number == leftmost)
+
+
 def _choose(
     strategy: Tensor,
     masked: Tensor,
@@ -61,7 +73,7 @@ def _choose(
     entropy: Tensor,
     threshold: Tensor,
 ) -> Tensor:
-    """Boolean [B, L]: the masked positions that each slot's strategy [B, 1] reveals before the last step."""
+    """Boolean [B, L]: which of the `masked` positions each slot's strategy [B, 1] reveals before the last step."""
     leftmost = masked & (masked.cumsum(dim=1) <= count)
     top = masked & (_rank(torch.where(torch.isnan(log_odds), -torch.inf, log_odds), masked) < count)
     confident = masked & (prob > threshold)

@@ -32,6 +32,7 @@ def verify_graph(
     steps: Tensor,
     strategy: Tensor,
     threshold: Tensor,
+    sub_blocks: Tensor | None,
     top_k: Tensor | None,
     top_p: Tensor | None,
     seed: Tensor | None,
@@ -54,7 +55,7 @@ def verify_graph(
     full = _union(torch.ones_like(states[:, 0], dtype=torch.bool), bit)  # [B]
     state_revealed = state_revealed & full[:, None]
     draft_blocks_in_rows, proposal_depth = draft_blocks_in_rows.clamp(max=blocks), proposal_depth.clamp(max=blocks)
-    rule = schedule, steps, strategy, threshold
+    rule = schedule, steps, strategy, threshold, sub_blocks
     token, *statistics = _draw(
         *(target_logits, rows, state_revealed, block, start, strategy, temperature, top_k, top_p, seed, banned)
     )

@@ -32,7 +32,7 @@ def arguments(batch=1, ahead=1, length=4, number=0, rules=None, blocks_left=None
     """Every argument by name, in the op's order: empty blocks at position 2 L with the block before pending, random
     statistics, ample budgets.
 
-    `rules`: (schedule, strategy, threshold) of each slot. `blocks_left`: how many blocks the walk may enter.
+    `rules`: of each slot, as `rule` takes it. `blocks_left`: how many blocks the walk may enter.
     """
     generator = torch.Generator().manual_seed(number)
     states = given.get("max_states", 100)
@@ -131,10 +131,17 @@ def random_case(number, logits=False):
             return [chance.randint(0, 3) for _ in range(chance.randint(0, length))]
         return even(length, pick([length, length, (length + 1) // 2, chance.randint(1, length)]))
 
+    begins = [[], [], range(0, length, 4), range(0, length, 3), [1, length // 2]]
     thresholds = [0.0, 0.5, 0.7, 0.9, 1.0, 3.0, math.inf]
     start = slots([-1, 0, *[length, 3 * length] * 4], torch.int32)
     made = arguments(
-        *(batch, ahead, length, number, [(counts(), pick(STRATEGIES), pick(thresholds)) for _ in range(batch)]),
+        *(
+            batch,
+            ahead,
+            length,
+            number,
+            [(counts(), pick(STRATEGIES), pick(thresholds), pick(begins)) for _ in range(batch)],
+        ),
         slots([0, 1, 2, *[3, 4, 4] * 3], torch.int32),
         start=start,
         pending=pick([0, 1, 2, 2]),

@@ -15,7 +15,7 @@ propose_block, sample_logits, reveal = callable_of("propose_block"), callable_of
 TENSORS = [argument.name for argument in SIGNATURE.arguments]
 WRITTEN = [argument.name for argument in SIGNATURE.arguments if argument.written]
 STATISTICS = ("prob", "log_odds", "entropy")
-RULE = ("schedule", "steps", "strategy", "threshold")
+RULE = ("schedule", "steps", "strategy", "threshold", "sub_blocks")
 VOCABULARY, NO_END = 11, 2**30
 
 
@@ -85,7 +85,7 @@ def random_case(seed, noise, batch=3, length=4, blocks=2, dtype=torch.float32, f
     for _ in range(batch):
         count = int(ints(1, length + 1))
         schedule = pick([even(length, count), ints(0, 4, count).tolist()])
-        rules.append((schedule, pick(STRATEGIES), pick([0.1, 0.4, 1.0, 3.0])))
+        rules.append((schedule, pick(STRATEGIES), pick([0.1, 0.4, 1.0, 3.0]), pick([[], [1, length // 2]])))
         steps.append(int(ints(0, count)))
     temperature = torch.rand(batch, generator=generator) + 0.3
     temperature[torch.rand(batch, generator=generator) < (0.25 if noise else 2)] = 0.0
@@ -155,9 +155,9 @@ def loop(case, b, backend):
             for i in range(length)
         ]
         columns = [torch.cat([one[n] for one in drawn])[None] for n in range(4)]
-        rules = [case[name][b : b + 1] for name in RULE]
+        rules = {name: case[name][b : b + 1] for name in RULE}
         now_step = torch.tensor([now_step], dtype=torch.int32)
-        reveal(tokens[None], known, step_map, *columns, now_step, *rules, backend=backend)
+        reveal(tokens[None], known, step_map, *columns, now_step, **rules, backend=backend)
     now["draft_tokens"][block] = tokens
     now["text"][first : first + length] = tokens
     now["proposal_depth"].fill_(block + 1)

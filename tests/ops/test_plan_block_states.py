@@ -38,6 +38,15 @@ def test_two_reveals_per_step_take_even_counts_only(backend):
     assert set(found) == {0, 2, 4} and found.count(2) == 1 + 2 * 4  # the draft's two, and one of them for another
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES[1:])
+def test_states_fill_a_sub_block_before_the_next_one(backend, strategy):
+    rules = [(even(6, 6), strategy, 1.0 if "low" in strategy else 0.1, (1, 3))]
+    made = arguments(ahead=2, length=6, rules=rules, blocks_left=ints(2))
+    found = [(block, bits) for block, bits, _ in graph(plan(made, backend))]
+    reachable = {0, *(1 | part << 1 for part in range(3)), *(7 | part << 3 for part in range(7))}
+    assert sorted(found) == sorted((block, bits) for block in range(2) for bits in reachable)
+
+
 @pytest.mark.parametrize("count, swaps", [(1, 19), (4, 16 + 16 + 16 + 16), (10, 64)])
 def test_no_more_continuations_are_looked_at_than_the_likeliest(backend, count, swaps):
     made = arguments(length=20, rules=[([count, 20 - count], "low_confidence_static", 0.0)], blocks_left=ints(1))

@@ -17,7 +17,7 @@ from simsd_kernels.reveal import reference
 GOLDEN = json.loads((pathlib.Path(__file__).parents[1] / "golden" / "reveal_positions.json").read_text())["cases"]
 WRITTEN = ("tokens", "revealed", "step_map")
 LANES = ("tokens", "revealed", "step_map", "proposal", "prob", "log_odds", "entropy", "step", "steps", "strategy")
-LANES += ("threshold", "schedule")
+LANES += ("threshold", "schedule", "sub_blocks")
 CASES = {"reference": 0, "cpu": 60, "cuda": 320}
 reveal_op = callable_of("reveal")
 
@@ -32,7 +32,16 @@ def positions(mask):
 
 
 def block(
-    masked, strategy="sequential", threshold=0.85, *, prob=None, log_odds=None, entropy=None, step=0, schedule=(1, 1)
+    masked,
+    strategy="sequential",
+    threshold=0.85,
+    *,
+    prob=None,
+    log_odds=None,
+    entropy=None,
+    step=0,
+    schedule=(1, 1),
+    sub_blocks=(),
 ):
     """The arguments for one slot; masked is a list of booleans."""
     length = len(masked)
@@ -46,7 +55,7 @@ def block(
         "log_odds": torch.logit(prob.double()).float() if log_odds is None else torch.tensor([log_odds]),
         "entropy": torch.tensor([entropy or [1.0] * length]),
         "step": torch.tensor([step], dtype=torch.int32),
-        **rule(length, (schedule, strategy, threshold)),
+        **rule(length, (schedule, strategy, threshold, sub_blocks)),
     }
 
 
@@ -106,6 +115,9 @@ def random_batch(seed):
         given["revealed"] &= torch.randint(-(2**63), 2**63 - 1, (batch,), generator=generator)
     if pick(False, False, True):
         given["revealed"] &= pick(0, -(2**63), 1)
+    given["sub_blocks"] = pick(0, -1, torch.randint(-(2**63), 2**63 - 1, (batch,), generator=generator)) + torch.zeros(
+        batch, dtype=torch.int64
+    )
     if pick(False, False, True):
         given = strided(given)
     return given
@@ -217,6 +229,62 @@ def test_entropy_bounded_reveals_while_the_running_sum_is_below(backend, thresho
     assert revealed_by(given, backend) == expected
 
 
+@pytest.mark.parametrize(
+    "strategy, expected",
+    [
+        ("sequential", [[2], [3], [4], [5], [6], [7]]),
+        ("low_confidence_static", [[3], [2], [5], [4], [7], [6]]),
+        ("low_confidence_dynamic", [[3], [2], [5], [4], [6, 7]]),
+        ("entropy_bounded", [[2], [3], [4, 5], [6, 7]]),
+    ],
+)
+def test_a_step_reveals_nothing_behind_the_leftmost_sub_block_that_has_a_mask(backend, strategy, expected):
+    """Blocks of 8 in sub-blocks of 4 and 2 whose last ones are the surest."""
+    given = block(
+        [False, False, True, True, True, True, True, True],
+        strategy,
+        0.65,
+        prob=[0.9, 0.9, 0.1, 0.3, 0.2, 0.6, 0.7, 0.8],
+        entropy=[0.0, 0.0, 0.4, 0.6, 0.3, 0.3, 0.1, 0.1],
+        schedule=[1] * 8,
+        sub_blocks=(0, 4, 6),
+    )
+    for positions_ in expected:
+        assert revealed_by(given, backend) == positions_
+        given["step"] += 1
+    assert given["revealed"].item() == 255
+
+
+def test_a_sub_block_gives_no_more_than_it_has(backend):
+    for strategy in STRATEGIES[:3]:
+        given = block([True] * 8, strategy, 1.0, schedule=(6, 9), sub_blocks=(4,))
+        assert revealed_by(given, backend) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_sub_blocks_end_with_the_block_and_the_last_step(backend, strategy):
+    prob, entropy = [0.1] * 63 + [0.9], [1.0] * 63 + [0.01]
+    given = block([True] * 64, strategy, 0.5, prob=prob, entropy=entropy, schedule=(1, 1, 64), sub_blocks=(1, 63))
+    assert revealed_by(given, backend) == [0]
+    given["step"] += 1
+    assert revealed_by(given, backend) == [1]
+    given["step"] += 1
+    assert revealed_by(given, backend) == list(range(2, 64))  # however many sub-blocks are left
+    only_last = block([False] * 63 + [True], strategy, 0.5, prob=prob, entropy=entropy, sub_blocks=(63,))
+    assert revealed_by(only_last, backend) == [63]
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_without_sub_blocks_a_block_is_one(backend, number):
+    given = random_batch(number)
+    given["sub_blocks"] = torch.zeros_like(given["sub_blocks"])
+    left_out, beginning = copy_of(given), copy_of(given)
+    del left_out["sub_blocks"]
+    beginning["sub_blocks"] += 1
+    newly = reveal(given, backend)
+    assert torch.equal(newly, reveal(left_out, backend)) and torch.equal(newly, reveal(beginning, backend))
+
+
 def replay(given):
     """The rules, position by position; returns the revealed positions of the only slot."""
     length, step, steps = given["tokens"].shape[1], int(given["step"]), int(given["steps"])
@@ -226,6 +294,9 @@ def replay(given):
     masked = [i for i in range(length) if not int(given["revealed"][0]) >> i & 1]
     if step == steps - 1:
         return masked
+    begins = [i for i in range(length) if int(given["sub_blocks"]) >> i & 1]
+    behind = [i for i in begins if masked and i > masked[0]]
+    masked = [i for i in masked if not behind or i < behind[0]]
     n = min(int(given["schedule"][0, step]), len(masked))
     worst_last = lambda value: -math.inf if math.isnan(value) else value  # noqa: E731
     odds = {i: worst_last(float(given["log_odds"][0, i])) for i in masked}
@@ -268,6 +339,7 @@ def test_any_block_behaves_as_the_replay(backend, strategy, data):
         entropy=row(eighths),
         step=data.draw(st.integers(-2, 4)),
         schedule=data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=min(4, length))),
+        sub_blocks=data.draw(st.sets(st.integers(0, length - 1))),
     )
     assert replay(given) == revealed_by(given, backend)
 
@@ -336,6 +408,9 @@ REFUSED = [
     ("threshold", torch.tensor([math.nan]), ValueError, "threshold must be a number, got nan"),
     ("threshold", 0.5, TypeError, "threshold must be a tensor, got float"),
     ("threshold", torch.zeros(2), ValueError, r"threshold must be \[B\] = \[1\]"),
+    ("sub_blocks", torch.zeros(1, dtype=torch.int32), TypeError, "sub_blocks must be torch.int64, got torch.int32"),
+    ("sub_blocks", torch.zeros(1, 4, dtype=torch.int64), ValueError, r"sub_blocks must be \[B\].*got \[1, 4\]"),
+    ("sub_blocks", 8, TypeError, "sub_blocks must be a tensor, got int"),
     ("step", torch.zeros(1, dtype=torch.int32, device="meta"), ValueError, "one device.*step on meta"),
 ]
 
@@ -347,7 +422,7 @@ def test_block_longer_than_a_set_of_64_is_refused(length):
 
 
 @needs_compiled_ops
-@pytest.mark.parametrize("name", ["step", "steps", "strategy", "schedule", "revealed"])
+@pytest.mark.parametrize("name", ["step", "steps", "strategy", "schedule", "revealed", "sub_blocks"])
 @pytest.mark.parametrize("value", [-(2**31), -1, 5, 2**31 - 1])
 def test_compiled_op_survives_any_number_and_the_definition_agrees(name, value):
     given = block([True, False, True, True], step=1, schedule=(1, 1, 9))

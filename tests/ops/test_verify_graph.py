@@ -56,7 +56,7 @@ def random_case(number):
 
     prefixes = [(1 << n) - 1 for n in range(length)]
     given = {
-        "rules": [(counts(), pick(STRATEGIES), pick([0.2, 0.6, 0.95, 1.0])) for _ in range(batch)],
+        "rules": [(counts(), pick(STRATEGIES), pick([0.2, 0.6, 0.95, 1.0]), pick([[], [1, 3]])) for _ in range(batch)],
         "start": slots([0, *[length, 2 * length] * 4, -1], torch.int32),
         "temperature": slots([0.0, 0.8], torch.float32),
         "seed": slots([-(2**40), 3, 2**40], torch.int64),
@@ -124,6 +124,17 @@ def test_full_agreement_walks_over_all_blocks(backend, strategy, temperature):
     assert (judged, accepted, made["block"][0, last].item()) == (12, 12, 3)
     assert torch.equal(out.tokens[0, :3], made["draft_tokens"][0])
     assert (out.origin[0, :3] >= DENOISED).all() and (out.origin[0, 1:3] == DRAFTED).all()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_walk_goes_by_sub_blocks(backend, strategy, temperature):
+    rules = [(even(5, 5), strategy, 0.0, (1, 3))]
+    made = arguments(blocks=3, length=5, rules=rules, temperature=torch.tensor([temperature]))
+    out = walk(made, backend)
+    assert out.progress[0, FINISHED] == 3 and torch.equal(out.tokens[0, :3], made["draft_tokens"][0])
+    for steps in out.step_map[0, :3].tolist():
+        assert steps[0] == 1 < min(steps[1:3]) and max(steps[1:3]) < min(steps[3:])
 
 
 def test_first_step_that_the_draft_did_not_foresee_is_the_only_one(backend):

@@ -14,7 +14,7 @@ verify_graph, sample_logits, reveal = callable_of("verify_graph"), callable_of("
 
 VOCABULARY = 30
 FINISHED, HELD, TAKEN, LAST, STEP, JUDGED, ACCEPTED = range(7)  # progress
-RULE = ("schedule", "steps", "strategy", "threshold")
+RULE = ("schedule", "steps", "strategy", "threshold", "sub_blocks")
 ORDER = (
     *("target_logits", "rows", "states", "state_revealed", "block", "draft_tokens", "draft_blocks_in_rows"),
     *("proposal_depth", "start", "step", "step_map", "prob", "draw_logprob", "origin"),
@@ -133,7 +133,7 @@ def revealed_by(made, b, known, length, step, drawn):
         given[:, 0, i] = torch.tensor(statistics)
     newly = reveal(
         *(tokens, torch.tensor([signed(known)]), tokens.int(), tokens.clone(), *given, ints(step)),
-        *(made[name][b : b + 1] for name in RULE),
+        **{name: made[name][b : b + 1] for name in RULE},
         backend="reference",
     )
     return [i for i in range(length) if int(newly) >> i & 1]
@@ -143,7 +143,7 @@ def arguments(batch=1, blocks=2, length=4, number=0, *, rules=None, draft=None, 
     """Every argument of verify_graph by name, in its order: the states that the target itself would come by among
     others that it would not, the current one first, and the target's logits there.
 
-    `rules`: of each slot, or one for all: (schedule, strategy, threshold). `draft` [B, K, L] replaces the target's own
+    `rules`: of each slot, or one for all, as `rule` takes it. `draft` [B, K, L] replaces the target's own
     tokens as the draft's, in the states as well.
     """
     slot = torch.ones(batch, dtype=torch.int32)

@@ -16,8 +16,9 @@ inline PlanParams plan_params(DeviceCheck check_device, const Tensor& text, cons
                               const Tensor& log_odds, const Tensor& entropy, const Tensor& draft_calibration,
                               const Tensor& order_sharpness, const Tensor& min_visit_prob, const Tensor& row_budget,
                               const Tensor& schedule, const Tensor& steps, const Tensor& strategy,
-                              const Tensor& threshold, int64_t mask_id, int64_t pending, int64_t max_states,
-                              int64_t logits_rows, int64_t scratch, int64_t kv_slots, int64_t stride) {
+                              const Tensor& threshold, const std::optional<Tensor>& sub_blocks, int64_t mask_id,
+                              int64_t pending, int64_t max_states, int64_t logits_rows, int64_t scratch,
+                              int64_t kv_slots, int64_t stride) {
     constexpr const char* OP = "plan_block";
     const Arguments take(OP, check_device, text);
     PlanParams p{};
@@ -41,7 +42,7 @@ inline PlanParams plan_params(DeviceCheck check_device, const Tensor& text, cons
     p.order_sharpness = take.view<const float>("order_sharpness", order_sharpness, {batch, blocks}, "[B, K]");
     p.min_visit_prob = take.view<const float>("min_visit_prob", min_visit_prob, {batch}, "[B]");
     p.row_budget = take.view<const int32_t>("row_budget", row_budget, {1}, "[1]");
-    p.rules = take.rules(schedule, steps, strategy, threshold, batch, length);
+    p.rules = take.rules(schedule, steps, strategy, threshold, sub_blocks, batch, length);
 
     constexpr int64_t MOST = std::numeric_limits<int32_t>::max();
     const auto within = [&](const char* name, int64_t value, int64_t low, int64_t high) {

@@ -12,7 +12,8 @@ inline ProposeParams propose_params(DeviceCheck check_device, const Tensor& logi
                                     const Tensor& entropy, const Tensor& proposal_depth, const Tensor& draft_end,
                                     const Tensor& prompt_len, const Tensor& stop_ids, const Tensor& schedule,
                                     const Tensor& steps, const Tensor& strategy, const Tensor& threshold,
-                                    const Tensor& temperature, int64_t block, int64_t noise) {
+                                    const std::optional<Tensor>& sub_blocks, const Tensor& temperature, int64_t block,
+                                    int64_t noise) {
     const Arguments take("propose_block", check_device, logits);
     take.expect.logits("logits", logits, {-1, -1}, "[N, V]");
     ProposeParams p{};
@@ -33,7 +34,7 @@ inline ProposeParams propose_params(DeviceCheck check_device, const Tensor& logi
     p.prompt_len = take.view<const int32_t>("prompt_len", prompt_len, {batch}, "[B]");
     p.stop_ids = take.view<const int64_t>("stop_ids", stop_ids, {batch, -1}, "[B, E]");
     p.temperature = take.view<const float>("temperature", temperature, {batch}, "[B]");
-    p.rules = take.rules(schedule, steps, strategy, threshold, batch, length);
+    p.rules = take.rules(schedule, steps, strategy, threshold, sub_blocks, batch, length);
     const char* op = take.expect.op;
     check(block >= 0 && block < blocks, op, ": block must be in [0, ", blocks - 1, "], got ", block);
     check(noise == 0 || noise == 1, op, ": noise must be in [0, 1], got ", noise);

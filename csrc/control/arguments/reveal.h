@@ -10,7 +10,7 @@ inline RevealParams reveal_params(DeviceCheck check_device, const Tensor& tokens
                                   const Tensor& step_map, const Tensor& proposal, const Tensor& prob,
                                   const Tensor& log_odds, const Tensor& entropy, const Tensor& step,
                                   const Tensor& schedule, const Tensor& steps, const Tensor& strategy,
-                                  const Tensor& threshold) {
+                                  const Tensor& threshold, const std::optional<Tensor>& sub_blocks) {
     const Arguments take("reveal", check_device, tokens);
     RevealParams p{};
     p.tokens = take.view<int64_t>("tokens", tokens, {-1, -1}, "[B, L]");
@@ -23,7 +23,7 @@ inline RevealParams reveal_params(DeviceCheck check_device, const Tensor& tokens
     p.log_odds = take.view<const float>("log_odds", log_odds, {batch, length}, "[B, L]");
     p.entropy = take.view<const float>("entropy", entropy, {batch, length}, "[B, L]");
     p.step = take.view<const int32_t>("step", step, {batch}, "[B]");
-    p.rules = take.rules(schedule, steps, strategy, threshold, batch, length);
+    p.rules = take.rules(schedule, steps, strategy, threshold, sub_blocks, batch, length);
     p.batch = batch;
     p.length = static_cast<int32_t>(length);
     return p;

@@ -14,7 +14,8 @@ inline VerifyParams verify_params(DeviceCheck check_device, const Tensor& target
                                   const Tensor& proposal_depth, const Tensor& start, const Tensor& step,
                                   const Tensor& step_map, const Tensor& prob, const Tensor& draw_logprob,
                                   const Tensor& origin, const Tensor& schedule, const Tensor& steps,
-                                  const Tensor& strategy, const Tensor& threshold) {
+                                  const Tensor& strategy, const Tensor& threshold,
+                                  const std::optional<Tensor>& sub_blocks) {
     const Arguments take("verify_graph", check_device, target_logits);
     take.expect.logits("target_logits", target_logits, {-1, -1}, "[N, V]");
     VerifyParams p{};
@@ -33,7 +34,7 @@ inline VerifyParams verify_params(DeviceCheck check_device, const Tensor& target
     p.prob = take.view<const float>("prob", prob, {batch, length}, "[B, L]");
     p.draw_logprob = take.view<const float>("draw_logprob", draw_logprob, {batch, length}, "[B, L]");
     p.origin = take.view<const int32_t>("origin", origin, {batch, length}, "[B, L]");
-    p.rules = take.rules(schedule, steps, strategy, threshold, batch, length);
+    p.rules = take.rules(schedule, steps, strategy, threshold, sub_blocks, batch, length);
     p.batch = batch;
     p.logit_rows = target_logits.size(0);
     p.state_count = static_cast<int32_t>(count);

@@ -18,7 +18,7 @@ struct Room {
     double factor[MAX_BLOCK_LENGTH];  // what revealing it multiplies the probability of a visit with
     double weight[MOST_CONTINUATIONS];
     uint64_t chosen[MOST_CONTINUATIONS];
-    int32_t order[MAX_BLOCK_LENGTH];  // masked positions, the first to be revealed first
+    int32_t order[MAX_BLOCK_LENGTH];  // positions that may be revealed, the first to be revealed first
     int32_t pick[MAX_CHILDREN];
 };
 
@@ -36,7 +36,8 @@ SIMSD_CONTROL double logit(double p) {
     return logarithm(p / (1.0 - p));
 }
 
-// Sets of masked positions with probabilities: the draft's own choice, and changes of it by one position.
+// Sets of masked positions that may be revealed, with probabilities: the draft's own choice, and changes of it by one
+// position.
 template <typename Team>
 class Continuations {
   public:
@@ -46,12 +47,12 @@ class Continuations {
     SIMSD_CONTROL void find(const Rule& rule, int now, uint64_t masked, const Statistics& given, double sharpness) {
         size_ = 0;
         if (!has_step(rule, now) || masked == 0) return;
-        const int asked = rule.schedule[now], available = count_bits(masked);
-        const int count = asked < 0 ? 0 : asked < available ? asked : available;
         const bool last = now == rule.steps - 1;
+        const uint64_t open = open_positions(rule, masked);
+        const int asked = rule.schedule[now], available = count_bits(open);
+        const int count = asked < 0 ? 0 : asked < available ? asked : available;
         if (last || rule.strategy == Strategy::sequential) {
-            const uint64_t leftmost =
-                Team::where(masked, [&](int i) { return count_bits(masked & full_set(i)) < count; });
+            const uint64_t leftmost = Team::where(open, [&](int i) { return count_bits(open & full_set(i)) < count; });
             if (Team::leads()) put(0, last ? masked : leftmost, 1.0);
             size_ = 1;
             total_ = 1.0;
@@ -59,7 +60,7 @@ class Continuations {
             Team::sync();
             return;
         }
-        vary(rule, masked, count, given, sharpness);
+        vary(rule, open, count, given, sharpness);
         weigh();
     }
 
@@ -75,11 +76,11 @@ class Continuations {
         room_.weight[n] = weight;
     }
 
-    SIMSD_CONTROL void vary(const Rule& rule, uint64_t masked, int count, const Statistics& given, double sharpness) {
+    SIMSD_CONTROL void vary(const Rule& rule, uint64_t open, int count, const Statistics& given, double sharpness) {
         const bool by_entropy = rule.strategy == Strategy::entropy_bounded;
         const double threshold = rule.threshold;
         typename Team::template Values<float> rank;
-        Team::each(masked, [&](int i) {
+        Team::each(open, [&](int i) {
             const double score = number(by_entropy ? -given.entropy[i] : given.log_odds[i]);
             room_.score[i] = score;
             rank[i] = static_cast<float>(score);
@@ -88,12 +89,12 @@ class Continuations {
         uint64_t sure = 0;
         bool confident = false;
         if (rule.strategy == Strategy::low_confidence_dynamic) {
-            sure = Team::where(masked, [&](int i) { return given.prob[i] > rule.threshold; });
+            sure = Team::where(open, [&](int i) { return given.prob[i] > rule.threshold; });
             confident = count_bits(sure) >= count;
             if (!confident) sure = 0;
         }
-        const int ahead = count_bits(sure), available = count_bits(masked);
-        const typename Team::Ranking first(rank, sure), then(rank, masked & ~sure);
+        const int ahead = count_bits(sure), available = count_bits(open);
+        const typename Team::Ranking first(rank, sure), then(rank, open & ~sure);
         for (int n = 0; n < available; ++n) {
             const int position = n < ahead ? first.position(n) : then.position(n - ahead);
             if (Team::leads()) room_.order[n] = position;

@@ -82,20 +82,23 @@ bool fold_rows(const Tensor& logits, sample::Params& draw) {
     return length <= 1 || logits.stride(1) == length * logits.stride(2);
 }
 
-control::PlanTensors plan_block(
-    const Tensor text, const Tensor revealed, const Tensor start, const Tensor end, const Tensor step,
-    const Tensor kv_len, const Tensor draft_tokens, const Tensor proposal_depth, const Tensor draft_end,
-    const Tensor prob, const Tensor log_odds, const Tensor entropy, const Tensor draft_calibration,
-    const Tensor order_sharpness, const Tensor min_visit_prob, const Tensor row_budget, const Tensor schedule,
-    const Tensor steps, const Tensor strategy, const Tensor threshold, const std::optional<Tensor> draft_logits,
-    const std::optional<Tensor> temperature, const std::optional<Tensor> top_k, const std::optional<Tensor> top_p,
-    const std::optional<Tensor> seed, const std::optional<Tensor> banned, int64_t mask_id, int64_t pending,
-    int64_t max_states, int64_t logits_rows, int64_t scratch, int64_t kv_slots, int64_t stride) {
+control::PlanTensors plan_block(const Tensor text, const Tensor revealed, const Tensor start, const Tensor end,
+                                const Tensor step, const Tensor kv_len, const Tensor draft_tokens,
+                                const Tensor proposal_depth, const Tensor draft_end, const Tensor prob,
+                                const Tensor log_odds, const Tensor entropy, const Tensor draft_calibration,
+                                const Tensor order_sharpness, const Tensor min_visit_prob, const Tensor row_budget,
+                                const Tensor schedule, const Tensor steps, const Tensor strategy,
+                                const Tensor threshold, const std::optional<Tensor> sub_blocks,
+                                const std::optional<Tensor> draft_logits, const std::optional<Tensor> temperature,
+                                const std::optional<Tensor> top_k, const std::optional<Tensor> top_p,
+                                const std::optional<Tensor> seed, const std::optional<Tensor> banned, int64_t mask_id,
+                                int64_t pending, int64_t max_states, int64_t logits_rows, int64_t scratch,
+                                int64_t kv_slots, int64_t stride) {
     control::PlanWork w{};
     PlanParams& p = w.given;
     p = control::plan_params(check_same_device, text, revealed, start, end, step, kv_len, draft_tokens, proposal_depth,
                              draft_end, prob, log_odds, entropy, draft_calibration, order_sharpness, min_visit_prob,
-                             row_budget, schedule, steps, strategy, threshold, mask_id, pending, max_states,
+                             row_budget, schedule, steps, strategy, threshold, sub_blocks, mask_id, pending, max_states,
                              logits_rows, scratch, kv_slots, stride);
     sample::Params draw{};
     Tensor logits = text;  // keeps a copy alive

@@ -15,13 +15,14 @@ void propose_block(const Tensor logits, const Tensor rows, Tensor text, const Te
                    const Tensor step, Tensor draft_tokens, Tensor prob, Tensor log_odds, Tensor entropy,
                    Tensor proposal_depth, Tensor draft_end, const Tensor prompt_len, const Tensor stop_ids,
                    const Tensor temperature, const Tensor schedule, const Tensor steps, const Tensor strategy,
-                   const Tensor threshold, const std::optional<Tensor> top_k, const std::optional<Tensor> top_p,
-                   const std::optional<Tensor> seed, const std::optional<Tensor> banned, int64_t block, int64_t noise) {
+                   const Tensor threshold, const std::optional<Tensor> sub_blocks, const std::optional<Tensor> top_k,
+                   const std::optional<Tensor> top_p, const std::optional<Tensor> seed,
+                   const std::optional<Tensor> banned, int64_t block, int64_t noise) {
     control::BlockDraws draws{};
     control::ProposeParams& p = draws.given;
     p = control::propose_params(check_same_device, logits, rows, text, start, revealed, step, draft_tokens, prob,
                                 log_odds, entropy, proposal_depth, draft_end, prompt_len, stop_ids, schedule, steps,
-                                strategy, threshold, temperature, block, noise);
+                                strategy, threshold, sub_blocks, temperature, block, noise);
     const control::Arguments take(OP, check_same_device, logits);
     take.expect.banned(banned, logits.size(1));
     const control::Sampling sampling = take.sampling(temperature, top_k, top_p, seed, p.batch);

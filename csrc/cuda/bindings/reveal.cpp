@@ -8,10 +8,10 @@ namespace {
 
 Tensor reveal(Tensor tokens, Tensor revealed, Tensor step_map, const Tensor proposal, const Tensor prob,
               const Tensor log_odds, const Tensor entropy, const Tensor step, const Tensor schedule, const Tensor steps,
-              const Tensor strategy, const Tensor threshold) {
+              const Tensor strategy, const Tensor threshold, const std::optional<Tensor> sub_blocks) {
     control::RevealParams params =
         control::reveal_params(check_same_device, tokens, revealed, step_map, proposal, prob, log_odds, entropy, step,
-                               schedule, steps, strategy, threshold);
+                               schedule, steps, strategy, threshold, sub_blocks);
     const OnDevice device(tokens);
     Tensor newly = allocate_like(tokens, {params.batch}, ScalarType::Long);
     params.newly = control::data_of<int64_t>(newly);

@@ -34,6 +34,7 @@ def batch(
     verify: opt.Verify = opt.DEFAULTS.verify,
     strategy: opt.Strategy = opt.DEFAULTS.strategy,
     steps: opt.Steps = None,
+    sub_block_length: opt.SubBlockLength = None,
     threshold: opt.Threshold = opt.DEFAULTS.threshold,
     temperature: opt.Temperature = opt.DEFAULTS.temperature,
     top_k: opt.TopK = opt.DEFAULTS.top_k,

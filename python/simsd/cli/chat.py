@@ -57,6 +57,7 @@ def chat(
     lookahead: opt.Lookahead = opt.DEFAULTS.lookahead,
     strategy: opt.Strategy = opt.DEFAULTS.strategy,
     steps: opt.Steps = None,
+    sub_block_length: opt.SubBlockLength = None,
     block_length: opt.BlockLength = None,
     threshold: opt.Threshold = opt.DEFAULTS.threshold,
     entropy_bound: opt.EntropyBound = opt.DEFAULTS.entropy_bound,

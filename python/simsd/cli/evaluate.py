@@ -73,6 +73,7 @@ def evaluate(
     rejected_tail: opt.RejectedTail = opt.DEFAULTS.rejected_tail,
     strategy: opt.Strategy = opt.DEFAULTS.strategy,
     steps: opt.Steps = None,
+    sub_block_length: opt.SubBlockLength = None,
     block_length: opt.BlockLength = None,
     draft_steps: opt.DraftSteps = None,
     threshold: opt.Threshold = opt.DEFAULTS.threshold,

@@ -94,6 +94,10 @@ Strategy = Annotated[
     str, _choice("strategy", f"What a denoising step reveals: {', '.join(STRATEGIES)}.", STRATEGIES, "STRATEGY")
 ]
 Steps = Annotated[int | None, _loop("steps", "Denoising steps per block; the block length if not given.")]
+SubBlockLength = Annotated[
+    int | None,
+    _loop("sub-block-length", "Tokens of a block to fill at a time; the model's own if not given."),
+]
 BlockLength = Annotated[int | None, _loop("block-length", "Tokens per block; the target's if not given.")]
 DraftSteps = Annotated[
     int | None, _loop("draft-steps", "Forwards of the draft per block; 1 for exact, all for temporal.")

@@ -134,7 +134,7 @@ def state_logits(
         *(slots.text, revealed, at, slots.end, step, kv_len),
         *(nothing.tokens, slots.nothing, slots.draft_end, nothing.prob, nothing.log_odds, nothing.entropy),
         *(slots.prob[:, 0], nothing.sharpness, slots.temperature, slots.nothing[:1]),
-        *(slots.schedule, slots.steps, slots.strategy, slots.threshold),
+        *(slots.schedule, slots.steps, slots.strategy, slots.threshold, slots.sub_blocks),
         *(None,) * 6,
         *(model.mask_token_id, shape.draft_pending, 1, slots.count * slots.length),
         *(model.scratch, model.kv_slots, STRIDE),
@@ -170,7 +170,7 @@ def denoise(
     newly = serving("reveal", slots.device)(
         *(tokens, revealed, torch.zeros_like(slots.step_map), token, prob, log_odds, entropy),
         torch.where(at >= 0, step, -1),
-        *(slots.schedule, slots.steps, slots.strategy, slots.threshold),
+        *(slots.schedule, slots.steps, slots.strategy, slots.threshold, slots.sub_blocks),
     )
     slots.text.scatter_(1, places, tokens)
     step.add_(at >= 0)
@@ -183,7 +183,7 @@ def _finish(slots: Slots, logits: Tensor, rows: Tensor, revealed: Tensor, step: 
         *(logits, rows, slots.text, slots.start, revealed, step),
         *(slots.draft_tokens, slots.draft_prob, slots.draft_log_odds, slots.draft_entropy),
         *(slots.proposal_depth, slots.draft_end, slots.prompt_len, slots.stop_ids),
-        *(slots.temperature, slots.schedule, slots.steps, slots.strategy, slots.threshold),
+        *(slots.temperature, slots.schedule, slots.steps, slots.strategy, slots.threshold, slots.sub_blocks),
         *(slots.top_k if shape.filters[0] else None, slots.top_p if shape.filters[1] else None),
         *(slots.seed, slots.banned(shape.allowed_ids)),
         *(k, int(shape.noise)),

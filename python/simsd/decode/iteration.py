@@ -152,7 +152,7 @@ def plan_states(slots: Slots, commands: Commands, target: ModelRunner, shape: Sh
         *(slots.text, slots.revealed, start, slots.end, slots.step, kv_len),
         *(drafted.tokens, slots.proposal_depth, slots.draft_end, drafted.prob, drafted.log_odds, drafted.entropy),
         *(commands.calibration, drafted.sharpness, commands.min_visit_prob, commands.row_budget[:1]),
-        *(slots.schedule, slots.steps, slots.strategy, slots.threshold),
+        *(slots.schedule, slots.steps, slots.strategy, slots.threshold, slots.sub_blocks),
         *drafting.noise_of(slots, shape),
         target.mask_token_id,
         shape.pending,
@@ -167,7 +167,7 @@ def walk_states(slots: Slots, logits: Tensor, plan: kernels.Plan, shape: Shape) 
         *(logits, plan.state_rows, plan.states, plan.state_revealed, plan.block),
         *(slots.draft_tokens[:, : shape.lookahead], plan.draft_blocks_in_rows, slots.proposal_depth),
         *(slots.start, slots.step, slots.step_map, slots.prob, slots.draw_logprob, slots.origin),
-        *(slots.temperature, slots.schedule, slots.steps, slots.strategy, slots.threshold),
+        *(slots.temperature, slots.schedule, slots.steps, slots.strategy, slots.threshold, slots.sub_blocks),
         *(slots.top_k if shape.filters[0] else None, slots.top_p if shape.filters[1] else None),
         *(slots.seed, slots.banned(shape.allowed_ids)),
     )

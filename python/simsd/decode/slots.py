@@ -38,6 +38,7 @@ def layout(length: int, stop_ids: int) -> Layout:
         "top_p": (float32, ()),
         "strategy": (int32, ()),
         "threshold": (float32, ()),
+        "sub_blocks": (int64, ()),
         "schedule": (int32, (length,)),
         "steps": (int32, ()),
         "order_sharpness": (float32, (2,)),
@@ -74,8 +75,8 @@ class Slots:
         revealed: int64, step: int32, of the current block; step_map int32, prob, draw_logprob float32, origin int32
             [B, L] likewise.
         target_kv_len, draft_kv_len: int32, tokens whose keys and values are in place.
-        temperature, top_k, top_p, seed, strategy, threshold, schedule [B, L], steps: as the ops take them. end_gate:
-            float32.
+        temperature, top_k, top_p, seed, strategy, threshold, sub_blocks, schedule [B, L], steps: as the ops take them.
+            end_gate: float32.
         order_sharpness: float32 [B, 2], for proposals of the target itself and of a draft model.
         stop_ids: int64 [B, E], NO_STOP_ID where there are fewer.
         last_rows: int32 [B, L], rows of the target's last logits that tell of masked positions of the current block;

@@ -10,6 +10,7 @@ from simsd.decode.prefill import prefill
 from simsd.decode.slots import Slots
 from simsd.engine.draft_worker import DraftWorker
 from simsd.engine.pages import Places
+from simsd.engine.pair import sub_blocks
 from simsd.engine.prefixes import Prefix
 from simsd.engine.request import Request
 from simsd.engine.runner import Outcome, Runner
@@ -80,7 +81,8 @@ class Batch:
         tokens = list(request.tokens)  # another thread may stop the request meanwhile
         start = len(tokens) // length * length
         kv_lens = min(written[0], start), min(written[1], start)
-        slots.open(slot, tokens, request.slot_settings(length, epoch, slots.stop_ids.shape[1]), kv_lens)
+        parts = sub_blocks(self.target, request.params, length)
+        slots.open(slot, tokens, request.slot_settings(length, epoch, slots.stop_ids.shape[1], parts), kv_lens)
         self.set_pages([(slot, 0, pages + [-1] * (self.places.positions - len(pages)))])
         # The mask token stays banned whatever ends a text.
         allowed = tuple(sorted(set(request.end_ids).intersection(self._banned) - {self.target.mask_token_id}))

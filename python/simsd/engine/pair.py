@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 from simsd.config import MAX_BLOCK_LENGTH, EngineConfig, SamplingParams
@@ -35,6 +37,14 @@ def block_length(target: LoadedModel, draft: LoadedModel | None, config: EngineC
     if not 1 <= length <= MAX_BLOCK_LENGTH:
         raise SimsdError(f"block length must be in 1..{MAX_BLOCK_LENGTH}, got {length} from {target.name}")
     return length
+
+
+def sub_blocks(target: LoadedModel, params: SamplingParams, block_length: int) -> list[int]:
+    """Lengths of the sub-blocks of a block, from the left; the block's own where it has none."""
+    own = target.config.sub_block_length or block_length
+    length = min(own if params.sub_block_length is None else params.sub_block_length, block_length)
+    begins = {*range(0, block_length, length), int(target.config.first_token_alone)}  # 0 is one of them anyway
+    return [end - first for first, end in itertools.pairwise(sorted({*begins, block_length}))]
 
 
 def draft_device(target: LoadedModel, config: EngineConfig) -> torch.device:
@@ -88,7 +98,7 @@ def check_length(
 
 def check_params(target: LoadedModel, draft: LoadedModel | None, params: SamplingParams, block_length: int) -> None:
     """Raises SimsdError where a request's settings do not fit the models or the block length."""
-    params.block_steps(block_length)
+    params.reveal_counts(block_length, sub_blocks(target, params, block_length))
     for model in (target, draft) if params.verify == "temporal" else ():
         if model is not None and model.shift:
             raise SimsdError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Sequence as Seq
@@ -90,11 +91,14 @@ class Request:
         self.began: float | None = None
         self.delivered_at: float | None = None  # when an update last brought tokens
 
-    def slot_settings(self, block_length: int, epoch: int, stop_ids: int) -> dict[str, object]:
+    def slot_settings(
+        self, block_length: int, epoch: int, stop_ids: int, sub_blocks: Seq[int] = ()
+    ) -> dict[str, object]:
         """The packed fields of a slot that the request fixes; of its end tokens the first `stop_ids`: the host looks
-        for all of them."""
+        for all of them. `sub_blocks`: the lengths of those of a block."""
         params = self.params
-        counts = params.reveal_counts(block_length)
+        counts = params.reveal_counts(block_length, sub_blocks)
+        begins = sum(1 << position for position in itertools.accumulate(sub_blocks[:-1]))
         bounded = params.strategy == "entropy_bounded"
         sharpness = params.order_sharpness
         ends = list(self.end_ids[:stop_ids])
@@ -111,6 +115,7 @@ class Request:
             "threshold": params.entropy_bound if bounded else params.threshold,
             "schedule": counts + [0] * (block_length - len(counts)),
             "steps": len(counts),
+            "sub_blocks": begins - (begins >> 63 << 64),  # as int64
             "stop_ids": ends + [slots.NO_STOP_ID] * (stop_ids - len(ends)),
             "order_sharpness": draft.DEFAULT_SHARPNESS if sharpness is None else (sharpness, sharpness),
         }

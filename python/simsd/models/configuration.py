@@ -1,4 +1,4 @@
-"""What every configuration of ours holds besides its architecture's: block length, mask token, shift."""
+"""What every configuration of ours holds besides its architecture's: block length, mask token, shift, sub-blocks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,12 @@ class BlockDiffusionConfig:
         mask_token_id: None: not recorded.
         shift: whether the logits of a row are those of the next position, as an autoregressive model's; False: of its
             own.
+        sub_block_length: tokens per sub-block (see `simsd.SamplingParams`); None: blocks have none.
+        first_token_alone: whether a block's first token is a sub-block of its own.
     """
+
+    sub_block_length = None
+    first_token_alone = False
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike, **kwargs):

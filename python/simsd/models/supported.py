@@ -40,6 +40,7 @@ def check_config(source: str, config: PreTrainedConfig) -> None:
         raise SimsdError(f"{source}: head_dim must be even for RoPE, got {head_size(config)}")
     if config.hidden_act not in ACT2FN:
         raise SimsdError(f"{source}: hidden_act {config.hidden_act!r} is not one that transformers knows")
+    _check_sub_blocks(source, config)
     _check_windows(source, config)
     _check_rope(source, config.rope_parameters or {}, turns_parts=isinstance(config, Glm4MoeConfig))
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
@@ -49,6 +50,14 @@ def check_config(source: str, config: PreTrainedConfig) -> None:
         )
     if experts and hasattr(config, "n_group"):
         _check_groups(source, experts, config)
+
+
+def _check_sub_blocks(source: str, config: PreTrainedConfig) -> None:
+    length, alone = config.sub_block_length, config.first_token_alone
+    if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 1):
+        raise SimsdError(f"{source}: sub_block_length must be an integer of at least 1, got {length!r}")
+    if not isinstance(alone, bool):
+        raise SimsdError(f"{source}: first_token_alone must be true or false, got {alone!r}")
 
 
 def _check_groups(source: str, experts: int, config: PreTrainedConfig) -> None:

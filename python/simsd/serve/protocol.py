@@ -146,6 +146,7 @@ class Sampling(Body):
     threshold: float | None = Field(None, ge=0, le=1)
     entropy_bound: float | None = Field(None, ge=0, allow_inf_nan=False)
     steps: int | None = Field(None, ge=1)
+    sub_block_length: int | None = Field(None, ge=1)
     verify: Literal[VERIFIERS] | None = None
     drafter: Literal[DRAFTERS] | None = None
     order_sharpness: float | None = Field(None, ge=0, allow_inf_nan=False)

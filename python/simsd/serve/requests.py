@@ -14,7 +14,7 @@ from simsd.serve.service import Choice, Service
 # Fields that are settings of the same name.
 _SETTINGS = (
     *("temperature", "top_p", "strategy", "threshold", "entropy_bound", "steps", "verify", "drafter"),
-    *("order_sharpness", "accept", "rejected_tail", "draft_steps", "end_gate"),
+    *("sub_block_length", "order_sharpness", "accept", "rejected_tail", "draft_steps", "end_gate"),
 )
 
 

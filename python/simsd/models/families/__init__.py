@@ -102,6 +102,20 @@ FAMILIES = (
         block_length=32,
     ),
     Family(
+        name="fast_dllm_v2",
+        models="Fast-dLLM v2 1.5B, 7B",
+        stock="Qwen2",
+        checked="modeling.py of Fast_dLLM_v2_7B with its generate (Satgoy152/DualDiffusion 189fa7a)",
+        module="fast_dllm",
+        config="FastDLLMConfig",
+        model="FastDLLMForCausalLM",
+        model_types=("Fast_dLLM_Qwen", "simsd_fast_dllm"),
+        block_length=32,
+        mask_token_id=151665,
+        end_token_ids=(151645,),
+        shift=True,
+    ),
+    Family(
         name="llama",
         models="BD3LM on Llama (dllm), fine-tunes of Llama",
         stock="Llama",
@@ -165,12 +179,6 @@ REFUSALS = (
         "DiffusionGemma",
         r"^(diffusion_gemma|DiffusionGemma\w*)$",
         "its renoising masks what was revealed again, and here what is revealed stays",
-    ),
-    Refusal(
-        "Fast-dLLM v2",
-        r"^(Fast_dLLM_Qwen|Fast_dLLM_QwenForCausalLM)$",
-        "it decodes its blocks of 32 by sub-blocks of 8, which no strategy here does: family='qwen2', block_length=32,"
-        " mask_token_id=151665, shift=True decodes it without",
     ),
     Refusal(
         "Efficient-DLM",
