@@ -89,12 +89,6 @@ def check_length(
 def check_params(target: LoadedModel, draft: LoadedModel | None, params: SamplingParams, block_length: int) -> None:
     """Raises SimsdError where a request's settings do not fit the models or the block length."""
     params.block_steps(block_length)
-    for model in (target, draft) if params.verify == "temporal" else ():
-        if model is not None and model.shift:
-            raise SimsdError(
-                f"verify='temporal' is for models whose row predicts its own position, and {model.name}'s predicts the"
-                " next one: use verify='exact' or 'none'"
-            )
     if params.stop and target.tokenizer is None:
         raise SimsdError(f"stop strings need a tokenizer, and {target.name} has none: use end_token_ids")
     if params.verify == "exact" and params.drafter == "model" and draft is None:
