@@ -103,8 +103,10 @@ def replay_native(model, prompt: list[int], config: GenerationConfig):
 
 
 def temporal_logits(model, prefix: list[int], known: list[int], block: list[int], taken: list[int]) -> torch.Tensor:
-    """Target logits [4, V] of a drafted block, by DESIGN's temporal table row by row; no cache. Where a row predicts the
-    next position, a position is judged by a row more, the one before it as it was when the draft revealed it."""
+    """Target logits [4, V] of a drafted block, by DESIGN's temporal table row by row; no cache.
+
+    Where a row predicts the next position, a position is judged by a row more, the one before it as it was when the
+    draft revealed it."""
     stride, base = 1000, len(prefix) // 4 * 1000
     rows = []  # token, position, clock, birth, death
     for i, token in enumerate(prefix):

@@ -93,9 +93,7 @@ def temporal_rows(
     return rows.followed_by(_rows_before(tokens, steps, start, mask[0], last, mask_id))
 
 
-def _rows_before(
-    tokens: Tensor, steps: Tensor, start: Tensor, moments: Tensor, last: Tensor, mask_id: int
-) -> Rows:
+def _rows_before(tokens: Tensor, steps: Tensor, start: Tensor, moments: Tensor, last: Tensor, mask_id: int) -> Rows:
     """The rows that tell of each position of a drafted block where a row predicts the next position: that of the
     position before, holding what the draft had there when it revealed this one, at the same moment. It sees, and nobody
     sees it. A block's first position has the clean row of the token before; a text's, which has none, its own mask.

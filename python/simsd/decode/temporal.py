@@ -144,9 +144,9 @@ def _plan(slots: Slots, target: ModelRunner, drafts: Drafts, known: Tensor, shap
     length, live = slots.length, drafts.at >= 0
     begin = drafts.at.clamp(min=0)
     last = slots.text.gather(1, (begin - 1).clamp(min=0).long()[:, None])[:, 0] if target.model.shift else None
-    rows = temporal_rows(
-        drafts.tokens, drafts.step_map, known, begin, target.scratch, target.mask_token_id, last
-    ).only(live)
+    rows = temporal_rows(drafts.tokens, drafts.step_map, known, begin, target.scratch, target.mask_token_id, last).only(
+        live
+    )
     birth, death = key_lifetimes(rows, drafts.at, length, target.kv_slots)
     rows = pending_rows(slots.text, slots.target_kv_len, drafts.at, shape.pending * length, length).followed_by(rows)
     width = rows.tokens.shape[1]
