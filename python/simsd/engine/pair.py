@@ -1,15 +1,22 @@
-"""Whether models, settings and prompts fit together."""
+"""A target and its draft: how they are loaded, and whether models, settings and prompts fit together."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
 from simsd.config import MAX_BLOCK_LENGTH, EngineConfig, SamplingParams
 from simsd.errors import SimsdError, one_line
-from simsd.models.loading import LoadedModel
+from simsd.models.loading import LoadedModel, load
 from simsd_kernels import dispatch
 
 CONTROL_OPS = ("plan_block", "propose_block", "verify_graph", "advance_slots", "reveal")
+# Arguments of `simsd.load`: what a pair has in common, and what each of its models says of itself.
+OF_BOTH = ("dtype", "device", "block_length", "mask_token_id")
+OF_ONE = ("family", "shift")
+SETTINGS = (*OF_BOTH, *OF_ONE, *(f"draft_{name}" for name in OF_ONE))  # of `load_pair`
 
 
 def check_device(device: torch.device) -> None:
@@ -22,6 +29,22 @@ def check_device(device: torch.device) -> None:
                 f"decoding on {device} needs the package's CUDA ops, and {op} is missing: {why}; install with nvcc on"
                 f" PATH: SIMSD_BUILD_CUDA=1 {dispatch.REINSTALL}"
             )
+
+
+def load_pair(target: str, draft: str | None, settings: Mapping[str, Any]) -> tuple[LoadedModel, LoadedModel | None]:
+    """Loads a target and, where one is named, its draft.
+
+    Args:
+        settings: arguments of `simsd.load` by name, those in SETTINGS; others are not looked at. None: not given. Those
+            of OF_BOTH are of both models, those of OF_ONE of the target and, with `draft_` before them, of the draft.
+    """
+
+    def load_one(source: str, prefix: str) -> LoadedModel:
+        given = {name: settings.get(name) for name in OF_BOTH}
+        given |= {name: settings.get(prefix + name) for name in OF_ONE}
+        return load(source, **{name: value for name, value in given.items() if value is not None})
+
+    return load_one(target, ""), None if draft is None else load_one(draft, "draft_")
 
 
 def block_length(target: LoadedModel, draft: LoadedModel | None, config: EngineConfig) -> int:
