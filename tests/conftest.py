@@ -75,6 +75,22 @@ def draft():
     return disturbed(random_sdar(0))
 
 
+@pytest.fixture(scope="module")
+def tiny():
+    """The built-in pair."""
+    import simsd
+
+    return [simsd.load(name) for name in ("tiny-target", "tiny-draft")]
+
+
+@pytest.fixture(scope="module")
+def jobs(tiny):
+    """Requests of it with settings of their own, and what each gives alone."""
+    from serving import varied_jobs
+
+    return varied_jobs(tiny[0], per_family=3)
+
+
 @pytest.fixture(scope="session")
 def pair(tmp_path_factory) -> list[str]:
     """Options that name a target and a draft of bytes."""
