@@ -75,6 +75,38 @@ def draft():
     return disturbed(random_sdar(0))
 
 
+@pytest.fixture(scope="module")
+def tiny():
+    """The built-in pair."""
+    import simsd
+
+    return [simsd.load(name) for name in ("tiny-target", "tiny-draft")]
+
+
+@pytest.fixture(scope="module")
+def jobs(tiny):
+    """Requests of it with settings of their own, and what each gives alone."""
+    from serving import varied_jobs
+
+    return varied_jobs(tiny[0], per_family=3)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """`simsd serve` of the built-in pair, a process."""
+    from server_process import serving
+
+    folder = tmp_path_factory.mktemp("server")
+    with serving(folder, "--max-batch", "8", "--max-length", "1000", "--top-logprobs", "3") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    """OpenAI's, of `server`."""
+    return server.client()
+
+
 @pytest.fixture(scope="session")
 def pair(tmp_path_factory) -> list[str]:
     """Options that name a target and a draft of bytes."""

@@ -41,6 +41,16 @@ def draw(x: torch.Tensor, config: GenerationConfig, position: int, revealed: int
     return int(token)
 
 
+def block_logits(model, prefix: list[int], state: list[int]) -> torch.Tensor:
+    """Logits [4, V] of what tells of each position of a block: its own row or, of a model that shifts, the row before
+    it, which a text's first position does not have."""
+    with torch.no_grad():
+        logits = model.model(torch.tensor([prefix + state])).logits[0].float()
+    logits[:, MASK] = -math.inf
+    rows = range(len(prefix), len(prefix) + len(state))
+    return logits[[max(row - model.shift, 0) for row in rows]]
+
+
 def replay_block(model, prefix: list[int], known: list[int], config: GenerationConfig, steps: int | None = None):
     """One block by plain forwards: tokens, reveal steps and the revealed set each was drawn under."""
     length = 4
@@ -50,9 +60,7 @@ def replay_block(model, prefix: list[int], known: list[int], config: GenerationC
     size = config.sub_block_length or length
     counts = config.reveal_counts(length, [min(size, length - first) for first in range(0, length, size)])
     for step, count in enumerate(counts[:steps]):
-        with torch.no_grad():
-            logits = model.model(torch.tensor([prefix + state])).logits[0, len(prefix) :].float()
-        logits[:, MASK] = -math.inf
+        logits = block_logits(model, prefix, state)
         x = logits / (config.temperature or 1.0)
         revealed = sum(1 << i for i in range(length) if i not in hidden)
         leftmost = min(hidden) // size
@@ -98,7 +106,10 @@ def replay_native(model, prompt: list[int], config: GenerationConfig):
 
 
 def temporal_logits(model, prefix: list[int], known: list[int], block: list[int], taken: list[int]) -> torch.Tensor:
-    """Target logits [4, V] of a drafted block, by DESIGN's temporal table row by row; no cache."""
+    """Target logits [4, V] of a drafted block, by DESIGN's temporal table row by row; no cache.
+
+    Where a row predicts the next position, a position is judged by a row more, the one before it as it was when the
+    draft revealed it."""
     stride, base = 1000, len(prefix) // 4 * 1000
     rows = []  # token, position, clock, birth, death
     for i, token in enumerate(prefix):
@@ -106,12 +117,21 @@ def temporal_logits(model, prefix: list[int], known: list[int], block: list[int]
     for i, token in enumerate(known):
         rows.append((token, len(prefix) + i, base, base, INF))
     unknown = range(len(known), 4)
+    step = [0] * len(known) + [taken[i] or 5 for i in unknown]
     for i in unknown:
         if taken[i]:
             rows.append((block[i], len(prefix) + i, base + taken[i] + 1, base + taken[i] + 1, INF))
     for i in unknown:
-        moment = base + (taken[i] or 5)
-        rows.append((MASK, len(prefix) + i, moment, base + 1, moment))
+        rows.append((MASK, len(prefix) + i, base + step[i], base + 1, base + step[i]))
+    for i in unknown if model.shift else ():
+        at, moment = len(prefix) + i - 1, base + step[i]
+        if i:
+            token = (known + block[len(known) :])[i - 1] if step[i - 1] < step[i] else MASK
+        elif prefix:
+            token, moment = prefix[-1], base - stride
+        else:
+            token, at = MASK, 0
+        rows.append((token, at, moment, INF, INF))
     token, position, clock, birth, death = (
         torch.tensor([column], dtype=torch.int32) for column in zip(*rows, strict=True)
     )

@@ -15,6 +15,7 @@ from pathlib import Path
 import httpx
 import openai
 
+FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
 PATIENCE = 120.0  # seconds, for what comes at once on a machine that is not busy
 
 

@@ -52,7 +52,10 @@ def only(checks, part, verify) -> audit.Check:
 
 
 @pytest.mark.parametrize("drafter", ["self", "model"])
-def test_a_sound_decoder_passes_and_temporal_is_only_reported(soft_target, soft_draft, drafter):
+@pytest.mark.parametrize("shift", [False, True], ids=["", "shifted"])
+def test_a_sound_decoder_passes_and_temporal_is_only_reported(soft_draft, drafter, shift):
+    """The draft's rows predict their own positions, whatever the target's do."""
+    soft_target = random_sdar(0, sharpness=0.5, shift=shift)
     report = audit.run(soft_target, soft_draft if drafter == "model" else None, PROMPTS, Settings(**SMALL))
     assert report.passed and report.complete
     for check in report.checks:
@@ -212,12 +215,23 @@ def visible_states(monkeypatch) -> None:
     monkeypatch.setattr(iteration, "plan_states", broken)
 
 
-def test_states_that_see_each_other_fail_leak_and_context(target, draft, monkeypatch):
+@pytest.mark.parametrize("shift", [False, True], ids=["", "shifted"])
+def test_states_that_see_each_other_fail_leak_and_context(shift, monkeypatch):
     visible_states(monkeypatch)
-    subject = subject_of(target, draft)
+    subject = subject_of(random_sdar(0, shift=shift), disturbed(random_sdar(0, shift=shift)))
     leaked = leak.exact_leak(subject)
     assert leaked.result == FAIL and leaked.figures["max"] > 0.01
     assert [check.result for check in context.exact_context(subject)] == [FAIL, FAIL]
+
+
+def test_a_wrong_row_fails_the_context_of_a_model_that_shifts(monkeypatch):
+    """The first position of a block told by its own row instead of the last before it."""
+    shifted = iteration.shifted
+    monkeypatch.setattr(
+        iteration, "shifted", lambda plan, start, *given: shifted(plan, torch.zeros_like(start), *given)
+    )
+    found = context.exact_context(subject_of(random_sdar(0, shift=True)))
+    assert [check.result for check in found] == [FAIL, FAIL]
 
 
 def test_a_prefix_that_is_not_what_was_committed_fails_context(target, draft, monkeypatch):
@@ -234,20 +248,25 @@ def test_a_prefix_that_is_not_what_was_committed_fails_context(target, draft, mo
     assert [check.result for check in context.exact_context(subject)] == [FAIL, FAIL]
 
 
-def test_exact_context_looks_at_states_of_later_blocks_and_at_partly_revealed_ones(target, draft):
-    seen = context.exact_context(subject_of(target, draft))[0].figures
+@pytest.mark.parametrize("shift", [False, True], ids=["", "shifted"])
+def test_exact_context_looks_at_states_of_later_blocks_and_at_partly_revealed_ones(shift):
+    subject = subject_of(random_sdar(0, shift=shift), disturbed(random_sdar(0, shift=shift)))
+    seen = context.exact_context(subject)[0].figures
     assert seen["states"] >= 20 and 0 < seen["ahead"] < seen["states"]
     assert seen["identical"] == seen["states"] and seen["alone"] == 0
 
 
-def test_temporal_leak_is_none_where_nothing_is_drafted_behind_the_judged_position(target):
+@pytest.mark.parametrize("shift", [False, True], ids=["", "shifted"])
+def test_temporal_leak_is_none_where_nothing_is_drafted_behind_the_judged_position(shift):
+    target = random_sdar(0, shift=shift)
     drafted = leak.drafted_blocks(subject_of(target))
     for block in drafted:
         assert len(block.tokens) == 4 and MASK not in block.tokens
         assert sorted(step for step in block.steps if step) == list(range(1, 5 - block.known))
-    at_once = [leak.Drafted([1, 2, 3, 4], [5, 6, 7, 8], [1, 1, 1, 1])]
-    assert leak.temporal_leak(subject_of(target), at_once).figures["max"] == 0
-    assert leak.temporal_context(subject_of(target), at_once).figures["max"] < 1e-4
+    for prefix in ([], [1, 2, 3, 4]):
+        at_once = [leak.Drafted(prefix, [5, 6, 7, 8], [1, 1, 1, 1])]
+        assert leak.temporal_leak(subject_of(target), at_once).figures["max"] == 0
+        assert leak.temporal_context(subject_of(target), at_once).figures["max"] < 1e-4
     one_later = [leak.Drafted([1, 2, 3, 4], [5, 6, 7, 8], [1, 1, 1, 2])]
     assert leak.temporal_leak(subject_of(target), one_later).figures["max"] > 1e-3
 

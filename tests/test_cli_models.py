@@ -27,7 +27,8 @@ def cached(cache, name: str, revision: str = "abc", **changes):
     return folder
 
 
-def test_built_in_and_cached_models_are_listed_with_their_sizes(run, cache):
+def test_built_in_and_cached_models_are_listed_with_their_sizes(run, cache, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
     cached(cache, "JetLM/SDAR-1.7B-Chat", block_length=None, block_size=8)
     cached(cache, "org/other", model_type="llama")
     (cache / "models--org--empty").mkdir()
@@ -54,7 +55,8 @@ def test_a_checkpoint_without_all_of_its_weights_says_so(run, cache):
     shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
     (snapshot / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
     code, out, _ = run("models")
-    assert code == 0 and "1 of 2 weight files are not there, model-00002-of-00002.safetensors" in out
+    assert code == 0
+    assert "1 of 2 weight files are not there, model-00002-of-00002.safetensors" in " ".join(out.split())
 
 
 def test_an_empty_cache_says_what_would_be_there(run, cache):
@@ -62,15 +64,36 @@ def test_an_empty_cache_says_what_would_be_there(run, cache):
     assert code == 0 and f"cached in {cache}\n  none of a family that loads\n" in out
 
 
-def test_families_are_listed_with_what_they_were_checked_against_and_refusals_with_reasons(run, cache):
+@pytest.mark.parametrize("width", [80, 120])
+def test_families_are_tables_that_fit_the_terminal(run, cache, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
     code, out, err = run("models")
-    assert (code, err) == (0, "")
-    assert "  llada2: LLaDA2.0-mini, LLaDA2.0-flash; GLM-4 MoE's layers; blocks of 32, mask token 156895" in out
-    assert "  stable_diffcoder: Stable-DiffCoder-8B; Llama's layers; blocks of 4, mask token 5" in out
-    assert "  Dream: it denoises the whole sequence at once" in out
+    assert (code, err) == (0, "") and max(map(len, out.splitlines())) <= width
+    families, checked = out.split("families that load")[1].split("what they were checked against")
+    settings = {line.split()[0]: line.split()[-5:] for line in families.splitlines() if line.strip()}
+    assert settings["family"] == ["models", "block", "mask", "shift", "layers"]
+    assert settings["stable_diffcoder"] == ["Stable-DiffCoder-8B", "4", "5", "no", "Llama"]
+    assert settings["llada2"][-5:] == ["32", "156895", "no", "GLM-4", "MoE"]
+    assert settings["qwen3"][-4:] == ["32", "-", "no", "Qwen3"]
+    checked, refused = (" ".join(part.split()) for part in checked.split("not decoded"))
+    assert "llada2 modeling_llada2_moe.py with its generate (ZHZisZZ/dllm ca17675)" in checked
+    assert "Dream it denoises the whole sequence at once, so that no block is ever finished" in refused
+    assert "Efficient-DLM its published code was not to be had" in refused
+
+
+def test_families_and_refusals_are_told_in_full_as_json(run, cache):
     listed = json.loads(run("models", "--json")[1])
     assert {"sdar", "qwen3", "llada2"} <= {family["name"] for family in listed["families"]}
     assert all(family["checked"] for family in listed["families"])
+    assert {"Dream", "LLaDA", "Efficient-DLM"} <= {refusal["models"] for refusal in listed["refused"]}
+    assert all(refusal["reason"] for refusal in listed["refused"])
+
+
+def test_names_in_brackets_are_shown_as_they_are(run, cache, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    cached(cache, "org/[red]model")
+    code, out, _ = run("models")
+    assert code == 0 and "org/[red]model" in out
 
 
 def test_a_cached_model_of_a_stock_type_counts_by_its_architecture(run, cache):

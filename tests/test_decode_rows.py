@@ -62,6 +62,27 @@ def test_partly_known_and_undrafted_positions(known):
     assert len(set(rows.slots[0][rows.slots[0] >= 0].tolist())) == int((rows.slots[0] >= 0).sum())
 
 
+@pytest.mark.parametrize(("start", "known"), [(0, 0), (0, 2), (8, 0), (8, 1)])
+def test_rows_that_tell_of_the_next_position_see_what_its_mask_does_and_nobody_sees_them(start, known):
+    length, drafted = 4, [2, 0, 3, 1]  # position 1 was never drafted
+    steps = ints(*[0] * known, *drafted[known:])
+    tokens, reveal_step = two_slots(torch.tensor([5, 6, 7, 8]), steps)
+    given = tokens, reveal_step, ints(known, 0), ints(start, 0), SCRATCH, MASK
+    rows, plain = layouts.temporal_rows(*given, torch.tensor([4, 0])), layouts.temporal_rows(*given)
+    birth, death = layouts.key_lifetimes(rows, ints(start, 0), length, SLOTS)
+    seen = Visibility(rows.clock[0], birth[0], death[0]).dense()
+    without = layouts.key_lifetimes(plain, ints(start, 0), length, SLOTS)
+    assert torch.equal(seen[: 2 * length], Visibility(plain.clock[0], *(x[0] for x in without)).dense())
+    assert torch.equal(seen[2 * length + 1 :], seen[length + 1 : 2 * length])
+    if not known:  # the last token before the block sees its own block and those before
+        first = seen[2 * length].nonzero().flatten().tolist()
+        assert first == (list(range(start)) if start else seen[length].nonzero().flatten().tolist())
+    # The position before holds what the draft had there by then; where known is 0, it revealed 3, 0 and 2, in turn.
+    before = {0: [4 if start else MASK, 5, MASK, MASK], 1: [4, 5, MASK, MASK], 2: [MASK, 5, 6, MASK]}[known]
+    assert rows.tokens[0, 2 * length + known :].tolist() == before[known:]
+    assert rows.positions[0, 2 * length :].tolist() == [max(start + i - 1, 0) for i in range(length)]
+
+
 def test_pending_rows_are_block_causal_and_ragged():
     text = torch.arange(40).view(2, 20)
     rows = layouts.pending_rows(text, ints(4, 0), ints(12, 4), 8, 4)

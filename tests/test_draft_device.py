@@ -11,7 +11,7 @@ import torch
 import pretended_cuda
 import simsd
 from replays import PROMPTS
-from serving import check, serve, temporal_jobs, varied_jobs
+from serving import check, serve, temporal_jobs
 from simsd import SimsdError
 from simsd.decode.draft import by_model
 from simsd.decode.iteration import Parts, run_plan
@@ -24,18 +24,8 @@ OWN = {"max_new_tokens": 24, "end_token_ids": ()}
 STATIC = Parts(packed=False)
 
 
-@pytest.fixture(scope="module")
-def pair():
-    return [simsd.load(name) for name in ("tiny-target", "tiny-draft")]
-
-
-@pytest.fixture(scope="module")
-def jobs(pair):
-    return varied_jobs(pair[0], per_family=3)
-
-
-def beside(pair, **config) -> simsd.Engine:
-    return simsd.Engine(*pair, **{"max_batch": 4, "max_length": 128, "max_rows": 64, "draft_device": "cpu"} | config)
+def beside(tiny, **config) -> simsd.Engine:
+    return simsd.Engine(*tiny, **{"max_batch": 4, "max_length": 128, "max_rows": 64, "draft_device": "cpu"} | config)
 
 
 def finished(engine: simsd.Engine) -> dict[int, simsd.Result]:
@@ -47,23 +37,23 @@ def finished(engine: simsd.Engine) -> dict[int, simsd.Result]:
 
 @pytest.mark.parametrize("parts", [Parts(), STATIC, pretended_cuda.BESIDE], ids=["packed", "static", "captured"])
 @pytest.mark.parametrize("drafter", ["model", "self", "auto"])
-def test_texts_are_native_decodings_whoever_joins_and_leaves(pair, jobs, drafter, parts, monkeypatch, one_thread):
+def test_texts_are_native_decodings_whoever_joins_and_leaves(tiny, jobs, drafter, parts, monkeypatch, one_thread):
     if parts is pretended_cuda.BESIDE:
         pretended_cuda.pretend(monkeypatch)
     cancels = (1, 3, 6)
-    results = serve(beside(pair, parts=parts), jobs, cancels, drafter=drafter)
+    results = serve(beside(tiny, parts=parts), jobs, cancels, drafter=drafter)
     check(results, jobs, cancels)
     if drafter != "auto":
         assert sum(result.stats.accepted for result in results.values()) > 0
 
 
 @pytest.mark.parametrize("captured", [False, True], ids=["eager", "captured"])
-def test_temporal_texts_are_those_of_a_draft_in_the_targets_turn(pair, jobs, captured, monkeypatch, one_thread):
-    temporal = temporal_jobs(pair, jobs)
+def test_temporal_texts_are_those_of_a_draft_in_the_targets_turn(tiny, jobs, captured, monkeypatch, one_thread):
+    temporal = temporal_jobs(tiny, jobs)
     if captured:
         pretended_cuda.pretend(monkeypatch)
     mixed = [job for both in zip(temporal, jobs, strict=False) for job in both]
-    check(serve(beside(pair, parts=pretended_cuda.BESIDE if captured else Parts()), mixed), mixed)
+    check(serve(beside(tiny, parts=pretended_cuda.BESIDE if captured else Parts()), mixed), mixed)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -134,13 +124,13 @@ def test_those_who_make_room_for_others_lose_nothing(target, draft):
     assert crowded.metrics().preemptions > 0
 
 
-def test_beginnings_are_shared_and_long_prompts_come_in_chunks(pair):
+def test_beginnings_are_shared_and_long_prompts_come_in_chunks(tiny):
     prompt = [(7 * n) % 60 + 1 for n in range(300)]
-    engine = beside(pair, max_length=512, prefill_rows=64, page_size=16)
+    engine = beside(tiny, max_length=512, prefill_rows=64, page_size=16)
     for kind in ({"drafter": "model"}, {"verify": "temporal"}, {"drafter": "model"}, {"verify": "temporal"}):
         (result,) = engine.generate([prompt], **OWN | kind)
         other = {"verify": "none"} if "drafter" in kind else kind
-        expected = simsd.generate(pair[0], [prompt], pair[1], prefix_cache=False, **OWN | other)[0]
+        expected = simsd.generate(tiny[0], [prompt], tiny[1], prefix_cache=False, **OWN | other)[0]
         assert (result.tokens, result.probs) == (expected.tokens, expected.probs)
     assert result.stats.cached_tokens == 288 and result.stats.draft_prefill_forwards == 0
 
@@ -250,18 +240,18 @@ def test_a_device_that_does_not_do_is_refused_in_one_line(target, draft, device,
     assert "\n" not in str(error.value)
 
 
-def test_a_draft_that_is_named_is_loaded_there(pair):
-    engine = simsd.Engine(pair[0], "tiny-draft", draft_device="cpu")
-    assert engine.draft.device == torch.device("cpu") == draft_device(pair[0], engine.config)
+def test_a_draft_that_is_named_is_loaded_there(tiny):
+    engine = simsd.Engine(tiny[0], "tiny-draft", draft_device="cpu")
+    assert engine.draft.device == torch.device("cpu") == draft_device(tiny[0], engine.config)
 
 
-def test_a_target_alone_needs_no_worker(pair, jobs):
+def test_a_target_alone_needs_no_worker(tiny, jobs):
     threads = threading.active_count()
-    check(serve(beside(pair[:1]), jobs), jobs)
+    check(serve(beside(tiny[:1]), jobs), jobs)
     assert threading.active_count() == threads
 
 
-def test_generate_takes_the_setting(pair):
+def test_generate_takes_the_setting(tiny):
     prompts = ["Compute 3 + 4.", "Compute 5 + 1."]
-    ours = simsd.generate(pair[0], prompts, pair[1], draft_device="cpu")
-    assert [r.tokens for r in ours] == [r.tokens for r in simsd.generate(pair[0], prompts, verify="none")]
+    ours = simsd.generate(tiny[0], prompts, tiny[1], draft_device="cpu")
+    assert [r.tokens for r in ours] == [r.tokens for r in simsd.generate(tiny[0], prompts, verify="none")]

@@ -11,7 +11,7 @@ import pretended_cuda
 import simsd
 from recorded import Batch, fill, request
 from replays import PROMPTS
-from serving import check, serve, temporal_jobs, varied_jobs
+from serving import check, serve, temporal_jobs
 from simsd.decode.exchange import MODEL_DRAFT, NO_DRAFT
 from simsd.decode.iteration import PARTS, Parts, Shape
 from simsd.engine.pages import page_bytes
@@ -23,55 +23,45 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 STATIC = Parts(packed=False)
 
 
-@pytest.fixture(scope="module")
-def pair():
-    return [simsd.load(name) for name in ("tiny-target", "tiny-draft")]
-
-
-@pytest.fixture(scope="module")
-def jobs(pair):
-    return varied_jobs(pair[0], per_family=3)
-
-
 @pytest.fixture(autouse=True)
 def on_cuda(monkeypatch):
     pretended_cuda.pretend(monkeypatch)
 
 
-def engine(pair, parts: Parts = STATIC, max_rows: int | None = 64) -> simsd.Engine:
-    return simsd.Engine(*pair, max_batch=4, max_length=128, max_rows=max_rows, parts=parts)
+def engine(tiny, parts: Parts = STATIC, max_rows: int | None = 64) -> simsd.Engine:
+    return simsd.Engine(*tiny, max_batch=4, max_length=128, max_rows=max_rows, parts=parts)
 
 
 @pytest.mark.parametrize("drafter", ["model", "self", "auto"])
-def test_texts_are_native_decodings_whoever_joins_and_leaves(pair, jobs, drafter):
+def test_texts_are_native_decodings_whoever_joins_and_leaves(tiny, jobs, drafter):
     cancels = (1, 3, 6)
-    results = serve(engine(pair), jobs, cancels, drafter=drafter)
+    results = serve(engine(tiny), jobs, cancels, drafter=drafter)
     check(results, jobs, cancels)
     assert any(result.finish_reason == "cancelled" for result in results.values())
     if drafter != "auto":
         assert sum(result.stats.accepted for result in results.values()) > 0
 
 
-def test_a_target_without_a_draft_model_drafts_for_itself(pair, jobs):
-    results = serve(simsd.Engine(pair[0], max_batch=4, max_length=128, max_rows=64, parts=STATIC), jobs)
+def test_a_target_without_a_draft_model_drafts_for_itself(tiny, jobs):
+    results = serve(simsd.Engine(tiny[0], max_batch=4, max_length=128, max_rows=64, parts=STATIC), jobs)
     check(results, jobs)
     assert sum(result.stats.accepted for result in results.values()) > 0
 
 
-def test_temporal_texts_do_not_depend_on_the_batch(pair, jobs):
-    temporal = temporal_jobs(pair, jobs)
-    check(serve(engine(pair), temporal), temporal)
+def test_temporal_texts_do_not_depend_on_the_batch(tiny, jobs):
+    temporal = temporal_jobs(tiny, jobs)
+    check(serve(engine(tiny), temporal), temporal)
 
 
-def test_exact_requests_of_different_shapes_do_not_read_each_others_logits(pair, jobs):
+def test_exact_requests_of_different_shapes_do_not_read_each_others_logits(tiny, jobs):
     """They take turns, and each turn leaves logits for a draft by the target itself."""
     kinds = [{"drafter": "self"}, {"drafter": "self", "draft_steps": 2}, {"draft_steps": 3}]
     mixed = [(prompt, own | kinds[n % 3], alone) for n, (prompt, own, alone) in enumerate(jobs)]
     for parts in (PARTS, STATIC):
-        check(serve(engine(pair, parts), mixed), mixed)
+        check(serve(engine(tiny, parts), mixed), mixed)
 
 
-def test_what_a_captured_iteration_reads_stays_where_it_is(pair, jobs, monkeypatch):
+def test_what_a_captured_iteration_reads_stays_where_it_is(tiny, jobs, monkeypatch):
     """Also when later iterations are larger."""
     made, init = [], Runner.__init__
 
@@ -80,7 +70,7 @@ def test_what_a_captured_iteration_reads_stays_where_it_is(pair, jobs, monkeypat
         made.append(runner)
 
     monkeypatch.setattr(Runner, "__init__", noted)
-    served = engine(pair, max_rows=None)  # as many as there are requests for
+    served = engine(tiny, max_rows=None)  # as many as there are requests for
 
     def tensors() -> dict[str, torch.Tensor]:
         (runner,) = made
@@ -96,22 +86,24 @@ def test_what_a_captured_iteration_reads_stays_where_it_is(pair, jobs, monkeypat
     assert "target.last_logits" in first and not moved
 
 
-def test_all_kinds_of_requests_share_an_engine(pair, jobs):
+def test_all_kinds_of_requests_share_an_engine(tiny, jobs):
     mixed = [
         (prompt, own | kind, alone)
         for (prompt, own, alone), kind in zip(
-            jobs, [{"drafter": "self"}, {"verify": "none"}, {"draft_steps": 2, "drafter": "model"}] * 4, strict=False
+            jobs,
+            [{"drafter": "self"}, {"verify": "none"}, {"draft_steps": 2, "drafter": "model"}] * 4,
+            strict=False,
         )
     ]
-    mixed += temporal_jobs(pair, jobs, count=3)
-    check(serve(engine(pair), mixed), mixed)
+    mixed += temporal_jobs(tiny, jobs, count=3)
+    check(serve(engine(tiny), mixed), mixed)
 
 
-def test_memory_runs_out_while_an_iteration_is_on_its_way(pair, jobs):
+def test_memory_runs_out_while_an_iteration_is_on_its_way(tiny, jobs):
     """Its reports come before anybody makes room, and the texts stay as they are."""
-    each = sum(page_bytes(model, 16) for model in pair)
+    each = sum(page_bytes(model, 16) for model in tiny)
     crowded = simsd.Engine(
-        *pair, max_batch=4, max_length=128, max_rows=64, page_size=16, kv_memory=9 * each, parts=STATIC
+        *tiny, max_batch=4, max_length=128, max_rows=64, page_size=16, kv_memory=9 * each, parts=STATIC
     )
     check(serve(crowded, jobs, drafter="model"), jobs)
     crowded.step()

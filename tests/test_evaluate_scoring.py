@@ -29,7 +29,8 @@ def plain(model: simsd.LoadedModel, context: list[int], continuation: list[int],
     for i, token in enumerate(continuation):
         known = [*context, *continuation[:i]]
         tokens = known + [MASK] * (block_length - len(known) % block_length)
-        logits = model.model(torch.tensor([tokens])).logits[0, len(known)].double()
+        row = max(len(known) - 1, 0) if model.shift else len(known)
+        logits = model.model(torch.tensor([tokens])).logits[0, row].double()
         logits[model.banned_ids] = -math.inf
         total += logits.log_softmax(-1)[token].item()
         greedy = greedy and int(logits.argmax()) == token
@@ -39,15 +40,18 @@ def plain(model: simsd.LoadedModel, context: list[int], continuation: list[int],
 @pytest.mark.parametrize("length", [1, 4, 9])
 @pytest.mark.parametrize("context", CONTEXTS.values(), ids=CONTEXTS)
 @pytest.mark.parametrize("block_length", [1, 4, 6])
-def test_a_score_is_that_of_one_plain_forward_per_token(block_length, context, length):
-    model = random_sdar(0, block_length=block_length)
+@pytest.mark.parametrize("shift", [False, True], ids=["", "shifted"])
+def test_a_score_is_that_of_one_plain_forward_per_token(shift, block_length, context, length):
+    model = random_sdar(0, block_length=block_length, shift=shift)
     context, continuation = draw(context), draw(length, 1)
     score, greedy = Scorer(model).score(context, continuation)
     expected, expected_greedy = plain(model, context, continuation, block_length)
     assert score == pytest.approx(expected, abs=1e-4) and greedy is expected_greedy
 
 
-def test_a_score_in_several_forwards_is_the_same(target, monkeypatch):
+@pytest.mark.parametrize("shift", [False, True], ids=["", "shifted"])
+def test_a_score_in_several_forwards_is_the_same(shift, monkeypatch):
+    target = random_sdar(0, shift=shift)
     context, continuation = draw(70), draw(30, 1)
     whole = Scorer(target).score(context, continuation)
     monkeypatch.setattr(scoring, "MAX_ROWS", 12)
@@ -55,7 +59,9 @@ def test_a_score_in_several_forwards_is_the_same(target, monkeypatch):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_decoding_says_the_same_of_its_own_tokens(target, seed):
+@pytest.mark.parametrize("shift", [False, True], ids=["", "shifted"])
+def test_decoding_says_the_same_of_its_own_tokens(shift, seed):
+    target = random_sdar(0, shift=shift)
     context = draw(10, seed)
     settings = {"strategy": "sequential", "max_new_tokens": 15, "end_token_ids": ()}
     (drawn,) = simsd.generate(target, [context], temperature=1.0, seed=seed, verify="none", **settings)

@@ -260,12 +260,6 @@ def test_family_and_shift_are_checked(tmp_path):
         load(folder, "llada2", shift=1)
 
 
-def test_temporal_verification_is_refused_where_rows_predict_the_next_position(tmp_path):
-    loaded = load(write(tmp_path, "a2d_qwen2"), "a2d_qwen2", shift=True)
-    with pytest.raises(SimsdError, match="verify='temporal' is for models whose row predicts its own position"):
-        simsd.generate(loaded, [[5, 6]], loaded, verify="temporal")
-
-
 def test_a_router_is_read_in_full_precision_whatever_the_weights_are(tmp_path):
     loaded = load(write(tmp_path, "llada2"), "llada2", dtype="bfloat16")
     gate = loaded.model.model.layers[1].mlp.gate

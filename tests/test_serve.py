@@ -12,36 +12,17 @@ import openai
 import pytest
 
 import simsd
-from server_process import eventually, serving
+from server_process import FRANCE, eventually
 from simsd.seeds import sample_seed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
 COUNT = [{"role": "user", "content": "Tom has 12 apples. Tom buys 5 more. How many apples does Tom have now?"}]
 CHATS = [FRANCE, COUNT, [{"role": "user", "content": "Compute 3 + 4."}]]
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with serving(
-        tmp_path_factory.mktemp("server"), "--max-batch", "8", "--max-length", "1000", "--top-logprobs", "3"
-    ) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    return server.client()
-
-
-@pytest.fixture(scope="module")
-def models():
-    return [simsd.load("tiny-target"), simsd.load("tiny-draft")]
-
-
-def generated(models, prompts, **settings) -> list[simsd.Result]:
-    return simsd.generate(models[0], prompts, models[1], **settings)
+def generated(tiny, prompts, **settings) -> list[simsd.Result]:
+    return simsd.generate(tiny[0], prompts, tiny[1], **settings)
 
 
 def streamed(stream) -> tuple[dict[int, str], dict[int, object], list]:
@@ -68,9 +49,9 @@ SETTINGS = {
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize("name", SETTINGS)
-def test_a_chat_s_text_is_that_of_generate(client, models, name, stream):
+def test_a_chat_s_text_is_that_of_generate(client, tiny, name, stream):
     given, more = SETTINGS[name]
-    expected = generated(models, [COUNT], max_new_tokens=60, **given, **more.get("extra_body", {}))[0]
+    expected = generated(tiny, [COUNT], max_new_tokens=60, **given, **more.get("extra_body", {}))[0]
     answer = client.chat.completions.create(
         model="tiny-target", messages=COUNT, max_tokens=60, stream=stream, **given, **more
     )
@@ -87,9 +68,9 @@ def test_a_chat_s_text_is_that_of_generate(client, models, name, stream):
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
-def test_n_samples_have_the_seeds_of_generate_and_each_comes_again_alone(client, models, stream):
+def test_n_samples_have_the_seeds_of_generate_and_each_comes_again_alone(client, tiny, stream):
     given = {"temperature": 3.0, "max_tokens": 24}
-    expected = generated(models, [FRANCE], n=3, seed=7, temperature=3.0, max_new_tokens=24)
+    expected = generated(tiny, [FRANCE], n=3, seed=7, temperature=3.0, max_new_tokens=24)
     answer = client.chat.completions.create(model="tiny-target", messages=FRANCE, n=3, seed=7, stream=stream, **given)
     if stream:
         texts, choices, _ = streamed(answer)
@@ -112,7 +93,7 @@ def test_without_a_seed_a_fresh_one_is_returned_and_gives_the_text_again(client)
     assert again.message.content == first.message.content
 
 
-def test_concurrent_requests_have_the_texts_that_they_have_alone(server, models):
+def test_concurrent_requests_have_the_texts_that_they_have_alone(server, tiny):
     jobs = [(CHATS[i % 3], {"temperature": float(i % 4), "seed": i, "max_tokens": 8 + i}) for i in range(24)]
 
     async def ask(client, chat, given, stream) -> str:
@@ -128,13 +109,13 @@ def test_concurrent_requests_have_the_texts_that_they_have_alone(server, models)
     texts = asyncio.run(all_of_them())
     for (chat, given), text in zip(jobs, texts, strict=True):
         settings = {"temperature": given["temperature"], "seed": given["seed"], "max_new_tokens": given["max_tokens"]}
-        assert text == generated(models, [chat], **settings)[0].text
+        assert text == generated(tiny, [chat], **settings)[0].text
 
 
-def test_completions_take_text_ids_and_lists_without_a_chat_template(client, models):
+def test_completions_take_text_ids_and_lists_without_a_chat_template(client, tiny):
     text = "<|user|>What is the capital of France?<|end|><|assistant|>"
-    ids = models[0].encode_prompt(FRANCE)
-    expected = generated(models, [ids], max_new_tokens=20)[0].text
+    ids = tiny[0].encode_prompt(FRANCE)
+    expected = generated(tiny, [ids], max_new_tokens=20)[0].text
     for prompt in (text, ids, [text], [ids]):
         (choice,) = client.completions.create(model="tiny-target", prompt=prompt, max_tokens=20).choices
         assert choice.text == expected and choice.finish_reason == "stop"
@@ -144,14 +125,14 @@ def test_completions_take_text_ids_and_lists_without_a_chat_template(client, mod
     assert answer.usage.prompt_tokens == len(ids) + 2
 
 
-def test_stop_strings_and_tokens_end_the_text(client, models):
+def test_stop_strings_and_tokens_end_the_text(client, tiny):
     create = client.chat.completions.create
     given = {"model": "tiny-target", "messages": FRANCE}
     choice = create(**given, stop=[" is", "France"]).choices[0]
     assert (choice.message.content, choice.finish_reason, choice.ended_by) == ("The capital of ", "stop", "stop")
     assert create(**given, stop=" is").choices[0].message.content == "The capital of France"
     assert streamed(create(**given, stop=" is", stream=True))[0] == {0: "The capital of France"}
-    (token,) = models[0].tokenizer.backend.encode(" is")
+    (token,) = tiny[0].tokenizer.backend.encode(" is")
     choice = create(**given, extra_body={"stop_token_ids": [token]}).choices[0]
     assert (choice.message.content, choice.ended_by) == ("The capital of France is", "end")
 
@@ -166,8 +147,8 @@ def test_lengths(client):
     assert to_the_end.usage.total_tokens == 1000 and to_the_end.choices[0].ended_by == "length"
 
 
-def test_chat_logprobs_are_those_of_the_reveal_whole_and_streamed(client, models):
-    expected = generated(models, [FRANCE], temperature=0.7, seed=3, max_new_tokens=24)[0]
+def test_chat_logprobs_are_those_of_the_reveal_whole_and_streamed(client, tiny):
+    expected = generated(tiny, [FRANCE], temperature=0.7, seed=3, max_new_tokens=24)[0]
     given = {"model": "tiny-target", "messages": FRANCE, "temperature": 0.7, "seed": 3, "logprobs": True}
     whole = client.chat.completions.create(**given, max_tokens=24).choices[0].logprobs.content
     stream = client.chat.completions.create(**given, max_tokens=24, stream=True)
@@ -178,10 +159,10 @@ def test_chat_logprobs_are_those_of_the_reveal_whole_and_streamed(client, models
         assert bytes(b for entry in entries for b in entry.bytes).decode().startswith(expected.text)
 
 
-def test_completion_logprobs_and_echo(client, models):
+def test_completion_logprobs_and_echo(client, tiny):
     prompt = "<|user|>Compute 3 + 4.<|end|><|assistant|>"
-    ids = models[0].tokenizer.backend.encode(prompt)
-    expected = generated(models, [ids], max_new_tokens=12)[0]
+    ids = tiny[0].tokenizer.backend.encode(prompt)
+    expected = generated(tiny, [ids], max_new_tokens=12)[0]
     given = {"model": "tiny-target", "prompt": prompt, "max_tokens": 12, "logprobs": 0}
     shown = client.completions.create(**given).choices[0].logprobs
     assert shown.token_logprobs == expected.logprobs and shown.text_offset[0] == 0
@@ -196,12 +177,12 @@ def test_completion_logprobs_and_echo(client, models):
     assert [offset for part in seen for offset in part.text_offset] == echoed.logprobs.text_offset
 
 
-def test_top_logprobs_are_the_most_probable_tokens_of_the_reveal(client, models):
+def test_top_logprobs_are_the_most_probable_tokens_of_the_reveal(client, tiny):
     """Fewer than the server has room for, whole and streamed, of a chat and of completions."""
-    ids, settings = models[0].encode_prompt(FRANCE), {"temperature": 2.0, "seed": 3}
-    expected = generated(models, [ids], max_new_tokens=24, top_logprobs=2, **settings)[0].top_logprobs
+    ids, settings = tiny[0].encode_prompt(FRANCE), {"temperature": 2.0, "seed": 3}
+    expected = generated(tiny, [ids], max_new_tokens=24, top_logprobs=2, **settings)[0].top_logprobs
     assert expected[0][0][1] > expected[0][1][1]
-    text = models[0].tokenizer.decode
+    text = tiny[0].tokenizer.decode
     chat = {"model": "tiny-target", "messages": FRANCE, "max_tokens": 24, "logprobs": True, "top_logprobs": 2}
     whole = client.chat.completions.create(**chat, **settings).choices[0].logprobs.content
     stream = client.chat.completions.create(**chat, **settings, stream=True)
@@ -241,8 +222,8 @@ def test_provisional_text_is_told_apart_and_not_in_the_content(client):
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
-def test_the_step_map_is_returned_on_request(client, models, stream):
-    expected = generated(models, [FRANCE], max_new_tokens=16)[0]
+def test_the_step_map_is_returned_on_request(client, tiny, stream):
+    expected = generated(tiny, [FRANCE], max_new_tokens=16)[0]
     given = {"model": "tiny-target", "messages": FRANCE, "max_tokens": 16}
     answer = client.chat.completions.create(**given, stream=stream, extra_body={"step_map": True})
     choice = streamed(answer)[1][0] if stream else answer.choices[0]
@@ -277,92 +258,6 @@ def test_values_that_clients_send_by_habit_change_nothing(client):
     assert client.chat.completions.create(model="tiny-target", messages=follow_up).choices[0].finish_reason == "stop"
 
 
-TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
-IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}]
-REFUSED = {
-    "a penalty": ({"frequency_penalty": 0.5}, "frequency_penalty"),
-    "a bias": ({"logit_bias": {"5": 1}}, "logit_bias"),
-    "a tool": ({"tools": [TOOL]}, "tools"),
-    "JSON mode": ({"response_format": {"type": "json_object"}}, "response_format"),
-    "an unknown field": ({"extra_body": {"guided_regex": "a+"}}, "guided_regex"),
-    "another block length": ({"extra_body": {"block_length": 8}}, "block_length"),
-    "more top_logprobs than OpenAI has": ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
-    "more top_logprobs than the server's": ({"logprobs": True, "top_logprobs": 4}, "top_logprobs"),
-    "top_logprobs alone": ({"top_logprobs": 1}, "top_logprobs"),
-    "no samples": ({"n": 0}, "n"),
-    "too many samples": ({"n": 129}, "n"),
-    "a cold temperature": ({"temperature": -1}, "temperature"),
-    "no mass": ({"top_p": 0}, "top_p"),
-    "a seed of 65 bits": ({"seed": 2**63}, "seed"),
-    "a seed of text": ({"seed": "7"}, "seed"),
-    "an empty stop string": ({"stop": [""]}, "stop"),
-    "an unknown strategy": ({"extra_body": {"strategy": "best"}}, "strategy"),
-    "more steps than a block has": ({"extra_body": {"steps": 5}}, "steps"),
-    "temporal settings of exact": ({"extra_body": {"accept": "mrs"}}, "accept"),
-    "an id out of the vocabulary": ({"extra_body": {"stop_token_ids": [99999]}}, "stop_token_ids"),
-    "a length over the model's": ({"max_tokens": 1000}, "max_tokens"),
-    "two lengths": ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
-    "stream options without a stream": ({"stream_options": {"include_usage": True}}, "stream_options"),
-    "no messages": ({"messages": []}, "messages"),
-    "an unknown role": ({"messages": [{"role": "robot", "content": "hello"}]}, "messages.0.role"),
-    "a message without content": ({"messages": [{"role": "user"}]}, "messages.0.content"),
-    "a picture": ({"messages": IMAGE}, "messages.0.content"),
-    "the mask token": ({"messages": [{"role": "user", "content": "<|MASK|>"}]}, "messages"),
-    "a prompt over the model's length": ({"messages": [{"role": "user", "content": "hello " * 1000}]}, "messages"),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_honoured_is_a_400_that_names_it(client, name):
-    change, param = REFUSED[name]
-    with pytest.raises(openai.BadRequestError) as refused:
-        client.chat.completions.create(**{"model": "tiny-target", "messages": FRANCE} | change)
-    error = refused.value.body
-    assert error["type"] == "invalid_request_error" and error["param"].startswith(param)
-    assert param.split(".")[0] in error["message"] or "prompt" in error["message"]
-    assert "\n" not in error["message"] and len(error["message"]) < 300
-
-
-def test_another_model_and_unknown_paths_are_404(client, server):
-    with pytest.raises(openai.NotFoundError, match="no model 'gpt-4' here: this server has 'tiny-target'"):
-        client.chat.completions.create(model="gpt-4", messages=FRANCE)
-    with pytest.raises(openai.NotFoundError):
-        client.models.retrieve("gpt-4")
-    answer = httpx.post(f"{server.url}/v1/embeddings", json={})
-    assert answer.status_code == 404 and "/v1/embeddings" in answer.json()["error"]["message"]
-    assert httpx.get(f"{server.url}/v1/completions").status_code == 405
-
-
-@pytest.mark.parametrize(
-    ("body", "message"),
-    [
-        (b"", "JSON"),
-        (b"{", "not JSON"),
-        (b"[1]", "JSON object"),
-        (b"\xff\xfe", "not JSON"),
-        (b"[" * 100_000, "parsing the body"),
-        (b'{"prompt": "\\ud800"}', "prompt"),
-        (b'{"prompt": "hello", "\\ud800": 1}', "unknown field"),
-        (b'{"prompt": "hello", "temperature": NaN}', "temperature"),
-        (b'{"prompt": "hello", "temperature": 1e999}', "temperature"),
-        (b'{"prompt": "hello", "seed": 1' + b"0" * 400 + b"}", "seed"),
-        (b'{"prompt": []}', "prompt"),
-        (b'{"prompt": [[]]}', "prompt"),
-        (b'{"prompt": [1, "a"]}', "prompt"),
-        (b'{"prompt": [-1]}', "token id -1"),
-        (b'{"prompt": [true]}', "prompt: Input should be a valid string; or: Input should be a valid integer"),
-        (b"{}", "prompt is missing"),
-    ],
-    ids=lambda value: repr(value)[:40],
-)
-def test_malformed_bodies_are_400_in_openai_s_shape(server, body, message):
-    headers = {"Content-Type": "application/json"}
-    answer = httpx.post(f"{server.url}/v1/completions", content=body, headers=headers)
-    assert answer.status_code == 400
-    error = answer.json()["error"]
-    assert message in error["message"] and set(error) == {"message", "type", "param", "code"}
-
-
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 def test_a_client_that_leaves_frees_its_slot(server, stream):
     body = {"messages": FRANCE, "max_tokens": 900, "ignore_eos": True, "stream": stream, "n": 8}
@@ -383,11 +278,11 @@ def _cancelled(server) -> bool:
     return 'reason="cancelled"' in httpx.get(f"{server.url}/metrics").text
 
 
-def test_models_tokens_health_and_metrics(server, client, models):
+def test_models_tokens_health_and_metrics(server, client, tiny):
     (model,) = client.models.list()
     assert (model.id, model.max_model_len, model.block_length) == ("tiny-target", 1000, 4)
     assert client.models.retrieve("tiny-target") == model
-    ids = models[0].encode_prompt(FRANCE)
+    ids = tiny[0].encode_prompt(FRANCE)
     by_chat = httpx.post(f"{server.url}/tokenize", json={"model": "tiny-target", "messages": FRANCE})
     assert by_chat.json() == {"count": len(ids), "max_model_len": 1000, "tokens": ids}
     by_text = httpx.post(f"{server.url}/tokenize", json={"prompt": "What is the capital of France?"})
@@ -408,14 +303,6 @@ def test_a_line_of_the_log_for_each_request(server, client):
     pattern = r"127\.0\.0\.1 POST /v1/chat/completions 200 [\d.]+s choices=1 prompt_tokens=10 new_tokens=5$"
     assert re.search(pattern, lines[-2]), lines[-2]
     assert "404" in lines[-1] and "such path" in lines[-1]
-
-
-def test_pages_of_other_origins_may_not_ask(server):
-    asked = httpx.options(
-        f"{server.url}/v1/completions",
-        headers={"Origin": "http://elsewhere", "Access-Control-Request-Method": "POST"},
-    )
-    assert asked.status_code == 405 and "access-control-allow-origin" not in asked.headers
 
 
 def test_the_guide_s_examples_run(server, capsys):

@@ -7,9 +7,8 @@ import torch
 
 import simsd
 from benchmarks.cpu import trace_iteration as tracing
-from simsd import EngineConfig, GenerationConfig, SimsdError
+from simsd import EngineConfig, GenerationConfig
 from simsd.decode.iteration import Parts
-from simsd.evaluate.scoring import Scorer
 from simsd.models.loading import LoadedModel
 from stand_ins import MASK, disturbed, random_sdar
 from test_trace_iteration import SHAPES
@@ -96,7 +95,7 @@ def test_drafts_are_accepted(pair):
     assert results[0].stats.target_forwards < 0.8 * 32
 
 
-@pytest.mark.parametrize("name", [name for name in SHAPES if "temporal" not in name])
+@pytest.mark.parametrize("name", SHAPES)
 def test_no_iteration_reads_or_uploads(name, monkeypatch):
     """`trace` raises where the host reads."""
     plain = len(tracing.trace("1.7B", "1.7B", SHAPES[name], batch=3, layers=1).calls)
@@ -111,15 +110,3 @@ def test_loss_is_of_the_next_token_as_transformers_has_it(pair):
     out = model(tokens, labels=tokens)
     expected = torch.nn.functional.cross_entropy(out.logits[0, :-1].float(), tokens[0, 1:])
     torch.testing.assert_close(out.loss, expected)
-
-
-def test_what_is_for_rows_of_their_own_position_is_refused_in_one_line(pair):
-    target, draft = pair
-    with pytest.raises(
-        SimsdError, match="verify='temporal' is for models whose row predicts its own position"
-    ) as error:
-        simsd.generate(target, [[5]], draft, verify="temporal")
-    assert "\n" not in str(error.value)
-    with pytest.raises(SimsdError, match="predict the next one") as error:
-        Scorer(target).score([5], [6])
-    assert "\n" not in str(error.value)

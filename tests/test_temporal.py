@@ -43,6 +43,28 @@ def test_simsd_equals_a_replay_without_cache(target, close_draft, prompt, draft_
     assert result.stats.target_forwards == rounds  # commits ride along: no forward of their own
 
 
+# Without a prompt the masks of the first block are as sure as each other, so that only one order is fixed.
+@pytest.mark.parametrize("packed", [None, False], ids=["packed", "static shapes"])
+@pytest.mark.parametrize(
+    ("prompt", "settings"),
+    [
+        ([], {"strategy": "sequential"}),
+        ([5], {"temperature": 0.8, "seed": 5}),
+        ([9, 8, 7, 6], {}),
+        (list(range(1, 20)), {"draft_steps": 2}),
+        (list(range(1, 20)), {"strategy": "sequential", "temperature": 0.8}),
+    ],
+    ids=["no prompt", "one token", "a block", "half drafted", "sequential"],
+)
+@pytest.mark.parametrize("shifts", [(True, True), (True, False), (False, True)], ids=["both", "target", "draft"])
+def test_models_whose_row_predicts_the_next_position_equal_a_replay(shifts, prompt, settings, packed):
+    target, draft = random_sdar(0, shift=shifts[0]), disturbed(random_sdar(0, shift=shifts[1]))
+    config = settings_for(max_new_tokens=14, **settings)
+    result = simsd.generate(target, [prompt], draft, config, parts=Parts(packed=packed))[0]
+    tokens, origins, rounds = replay_simsd(target, draft, prompt, config)
+    assert (result.tokens, result.origins, result.stats.target_forwards) == (tokens, origins, rounds)
+
+
 def test_a_fully_accepted_draft_costs_one_target_forward_per_block(target):
     # One revealed token per block leaves nothing for the temporal mask to approximate.
     tiny = random_sdar(0, block_length=1)

@@ -30,15 +30,10 @@ NOISE = [{}, {"temperature": 0.7, "seed": 3}, {"temperature": 1.2, "seed": 4, "t
 
 
 @pytest.fixture(scope="module")
-def pair():
-    return [simsd.load(name) for name in ("tiny-target", "tiny-draft")]
-
-
-@pytest.fixture(scope="module")
-def jobs(pair):
+def jobs(tiny):
     """With what native decoding alone tells of each."""
-    jobs = varied_jobs(pair[0], per_family=2)
-    return [(prompt, own, told(pair[0], prompt, own)) for prompt, own, _ in jobs]
+    jobs = varied_jobs(tiny[0], per_family=2)
+    return [(prompt, own, told(tiny[0], prompt, own)) for prompt, own, _ in jobs]
 
 
 def told(target, prompt, own: dict, draft=None, **others) -> Result:
@@ -89,13 +84,13 @@ def test_tops_are_those_of_a_plain_forward_on_the_state_of_each_token(target, dr
 
 @pytest.mark.parametrize("drafter", ["model", "self", "auto"])
 @pytest.mark.parametrize("kind", ["packed", "static", "captured", "beside"])
-def test_tops_are_native_decodings_bit_for_bit(pair, jobs, kind, drafter, monkeypatch):
+def test_tops_are_native_decodings_bit_for_bit(tiny, jobs, kind, drafter, monkeypatch):
     """Whoever drafts, joins and leaves, with reports one iteration late, and with a draft beside the target."""
     if kind == "captured":
         pretended_cuda.pretend(monkeypatch)
     parts = Parts() if kind in ("packed", "beside") else STATIC
     engine = simsd.Engine(
-        *pair,
+        *tiny,
         **{"max_batch": 4, "max_length": 128, "max_rows": 64, "top_logprobs": 4, "parts": parts},
         draft_device="cpu" if kind == "beside" else None,
     )
@@ -110,9 +105,9 @@ def test_tops_are_native_decodings_bit_for_bit(pair, jobs, kind, drafter, monkey
         consistent(result)
 
 
-def test_settings_of_a_text_do_not_depend_on_whether_tops_are_told(pair, jobs):
+def test_settings_of_a_text_do_not_depend_on_whether_tops_are_told(tiny, jobs):
     for prompt, own, alone in jobs[:4]:
-        (without,) = simsd.generate(pair[0], [prompt], None, verify="none", max_batch=1, **own)
+        (without,) = simsd.generate(tiny[0], [prompt], None, verify="none", max_batch=1, **own)
         assert without.top_logprobs == []
         assert (without.tokens, without.logprobs) == (alone.tokens, alone.logprobs)
 
@@ -140,13 +135,13 @@ def test_temporal_tops_are_those_of_the_verification_that_judged_each_token(targ
 
 @pytest.mark.parametrize("accept", ["match", "mrs"])
 @pytest.mark.parametrize("rejected_tail", ["truncate", "target_argmax_all", "draft_argmax"])
-def test_temporal_tops_do_not_depend_on_the_batch(pair, jobs, accept, rejected_tail):
+def test_temporal_tops_do_not_depend_on_the_batch(tiny, jobs, accept, rejected_tail):
     judged = {"accept": accept, "rejected_tail": rejected_tail, "end_gate": 0.3}
-    temporal = [(prompt, own | judged, None) for prompt, own, _ in temporal_jobs(pair, jobs, count=5)]
+    temporal = [(prompt, own | judged, None) for prompt, own, _ in temporal_jobs(tiny, jobs, count=5)]
     config = {"max_batch": 4, "max_length": 128, "top_logprobs": 4}
-    results = serve(simsd.Engine(*pair, **config), temporal)
+    results = serve(simsd.Engine(*tiny, **config), temporal)
     for job, (prompt, own, _) in enumerate(temporal):
-        alone = told(pair[0], prompt, own, draft=pair[1])
+        alone = told(tiny[0], prompt, own, draft=tiny[1])
         assert results[job].tokens == alone.tokens and results[job].top_logprobs == alone.top_logprobs
         consistent(results[job])
 
@@ -170,7 +165,7 @@ def test_one_record_of_an_iteration_tells_them_whatever_is_accepted():
 
 
 @pytest.mark.parametrize("ending", ["stop string", "end token", "limit", "prompt in the middle of a block"])
-def test_there_is_one_list_per_token_however_a_text_ends(pair, ending):
+def test_there_is_one_list_per_token_however_a_text_ends(tiny, ending):
     own = {
         "stop string": {"stop": "Paris"},
         "end token": {},
@@ -178,7 +173,7 @@ def test_there_is_one_list_per_token_however_a_text_ends(pair, ending):
         "prompt in the middle of a block": {"max_new_tokens": 2},
     }[ending]
     prompt = [5, 6, 7, 8, 9] if "middle" in ending else "What is the capital of France?"
-    (result,) = simsd.generate(pair[0], [prompt], pair[1], top_logprobs=4, **own)
+    (result,) = simsd.generate(tiny[0], [prompt], tiny[1], top_logprobs=4, **own)
     consistent(result)
     assert result.tokens
 

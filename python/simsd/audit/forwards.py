@@ -11,7 +11,6 @@ from simsd.decode.iteration import Parts, Shape, run_plan
 from simsd.decode.rows import STRIDE, Rows, aligned, key_lifetimes, pending_rows, scratch_behind, span, state_stride
 from simsd.decode.slots import Slots
 from simsd.engine.decoder import Decoder
-from simsd.errors import SimsdError
 from simsd.models.loading import LoadedModel
 from simsd.models.runner import ModelRunner
 from simsd.results import Result
@@ -26,12 +25,17 @@ ROUNDING = {torch.float32: 64.0, torch.bfloat16: 4.0, torch.float16: 4.0}
 
 @torch.inference_mode()
 def plain_logits(target: LoadedModel, prefix: list[int], blocks: list[list[int]]) -> Tensor:
-    """[n, L, V]: the model's plain forward over `prefix` (whole blocks) and each of the `blocks` [n, L] behind it.
+    """[n, L, V]: what tells of the positions of each of the `blocks` [n, L] in the model's plain forward over `prefix`
+    (whole blocks) and it: their own rows or, where a row predicts the next position, those before them.
 
     No cache, no slots, no clocks of this package's loop: what a user of the bare model would compute.
     """
     tokens = torch.tensor([prefix + block for block in blocks], device=target.device)
-    return target.model(input_ids=tokens, logits_to_keep=len(blocks[0]), use_cache=False).logits
+    before = int(target.shift and bool(prefix))
+    logits = target.model(input_ids=tokens, logits_to_keep=len(blocks[0]) + before, use_cache=False).logits
+    if target.shift:  # a text's first position has none before it, and its own tells of it
+        logits = logits[:, :-1] if before else torch.cat([logits[:, :1], logits[:, :-1]], 1)
+    return logits
 
 
 def decode(decoder: Decoder) -> list[Result]:
@@ -59,8 +63,6 @@ class Alone:
         self.target = target
         scratch = scratch_behind(aligned(capacity, length), target.device)
         kv_slots = aligned(scratch + states * state_stride(length) + 1, 16)
-        if target.shift:
-            raise SimsdError(f"an audit needs rows of their own positions, and {target.name}'s predict the next one")
         self.runner = ModelRunner(target, 1, kv_slots, scratch)
         self.prefix: list[int] | None = None
         self.written = 0  # tokens of it whose keys and values are in place
@@ -83,22 +85,26 @@ class Alone:
         slots = self.runner.scratch + torch.arange(self.length, dtype=torch.int32, device=self.target.device)[None]
         tokens = torch.tensor([block], device=self.target.device)
         rows = Rows(tokens, positions, slots, *copy_rows(0, positions // self.length, STRIDE))
-        return self.run(rows, torch.tensor(masked, device=self.target.device))
+        wanted = torch.tensor(masked, device=self.target.device)
+        if self.target.shift:
+            wanted = wanted - 1 if self.prefix else (wanted - 1).clamp(min=0)
+        return self.run(rows, wanted)
 
     def run(self, rows: Rows, wanted: Tensor) -> Tensor:
-        """[n, V] of the rows `wanted` (int64 [n])."""
-        start, waiting = self.start, len(self.prefix) // self.length * self.length - self.written
-        text = torch.tensor([self.prefix or [0]], device=self.target.device)
-        written = torch.full_like(start, self.written)
-        ahead = pending_rows(text, written, start, waiting, self.length)
-        columns = (
-            torch.cat([getattr(ahead, name), getattr(rows, name)], 1)
-            for name in ("tokens", "positions", "slots", "clock")
-        )
+        """[n, V] of the rows `wanted` (int64 [n]); -1 is the last before the block, of a model that shifts."""
+        start, waiting = self.start, self._waiting()
         lifetimes = key_lifetimes(rows, start, self.length, self.runner.kv_slots)
-        logits = self.runner.forward(*columns, *lifetimes, waiting + wanted)
-        self.written += waiting
+        text = torch.tensor([self.prefix or [0]], device=self.target.device)
+        rows = pending_rows(text, start - waiting, start, waiting, self.length).followed_by(rows)
+        logits = self.runner.forward(rows.tokens, rows.positions, rows.slots, rows.clock, *lifetimes, waiting + wanted)
+        self.written = int(start)
         return logits
+
+    def _waiting(self) -> int:
+        """How many tokens before the block are rows of the next forward: those without keys and values and, of a model
+        that shifts, the last in any case, as native decoding has it."""
+        start = len(self.prefix) // self.length * self.length
+        return max(start - self.written, int(self.target.shift and start > 0))
 
 
 def watching(see: Callable[[Slots, Shape, Forward, Plan], Tensor]) -> Parts:

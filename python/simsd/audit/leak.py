@@ -201,9 +201,11 @@ class TemporalForward:
             alone.start,
             alone.runner.scratch,
             self.target.mask_token_id,
+            torch.tensor([(block.prefix or [0])[-1]], device=device) if self.target.shift else None,
         )
         index = torch.arange(length, device=device)
-        return alone.run(rows, torch.where(index < block.known, index, length + index))
+        judged = rows.tokens.shape[1] - length + index
+        return alone.run(rows, torch.where(index < block.known, index, judged))
 
 
 def temporal_leak(subject: Subject, blocks: list[Drafted]) -> Check:

@@ -31,6 +31,12 @@ def audit(
     draft: opt.Draft = None,
     dtype: opt.Dtype = "auto",
     device: opt.Device = "auto",
+    family: opt.Family = None,
+    block_length: opt.BlockLength = None,
+    mask_token_id: opt.MaskTokenId = None,
+    shift: opt.Shift = None,
+    draft_family: opt.DraftFamily = None,
+    draft_shift: opt.DraftShift = None,
     prompts: Annotated[
         Path | None,
         typer.Option(
@@ -100,7 +106,7 @@ def audit(
     from simsd import audit as auditing
 
     own = auditing.default_prompts(count) if own is None else own
-    target_model, draft_model = opt.load_models(target, opt.draft_name(target, draft), dtype, device, batch)
+    target_model, draft_model = opt.load_models(target, opt.draft_name(target, draft), locals(), batch)
     stages = auditing.stages(target_model, draft_model, own, settings)
     checks: list[Check] = []
     complete = True

@@ -25,6 +25,12 @@ def bench(
     draft: opt.Draft = None,
     dtype: opt.Dtype = "auto",
     device: opt.Device = "auto",
+    family: opt.Family = None,
+    block_length: opt.BlockLength = None,
+    mask_token_id: opt.MaskTokenId = None,
+    shift: opt.Shift = None,
+    draft_family: opt.DraftFamily = None,
+    draft_shift: opt.DraftShift = None,
     items: Annotated[int, typer.Option("--items", help="Held-out items per family.")] = 50,
     families: Annotated[
         str | None, typer.Option("--families", help="Some of arithmetic,code,facts,choice; all if not given.")
@@ -56,7 +62,6 @@ def bench(
     strategy: opt.Strategy = opt.DEFAULTS.strategy,
     steps: opt.Steps = None,
     sub_block_length: opt.SubBlockLength = None,
-    block_length: opt.BlockLength = None,
     draft_steps: opt.DraftSteps = None,
     threshold: opt.Threshold = opt.DEFAULTS.threshold,
     entropy_bound: opt.EntropyBound = opt.DEFAULTS.entropy_bound,
@@ -93,7 +98,7 @@ def bench(
         chosen = task_items(names(families) or _families(), items)
     else:
         chosen = [Item("prompts", prompt) for prompt in own]
-    target_model, draft_model = opt.load_models(target, draft, dtype, device, max(batches))
+    target_model, draft_model = opt.load_models(target, draft, locals(), max(batches))
 
     measured: list[Measurement | BatchMeasurement] = []
     interrupted = False

@@ -36,6 +36,12 @@ def chat(
     draft: opt.Draft = None,
     dtype: opt.Dtype = "auto",
     device: opt.Device = "auto",
+    family: opt.Family = None,
+    block_length: opt.BlockLength = None,
+    mask_token_id: opt.MaskTokenId = None,
+    shift: opt.Shift = None,
+    draft_family: opt.DraftFamily = None,
+    draft_shift: opt.DraftShift = None,
     max_length: Annotated[
         int | None,
         typer.Option(
@@ -58,7 +64,6 @@ def chat(
     strategy: opt.Strategy = opt.DEFAULTS.strategy,
     steps: opt.Steps = None,
     sub_block_length: opt.SubBlockLength = None,
-    block_length: opt.BlockLength = None,
     threshold: opt.Threshold = opt.DEFAULTS.threshold,
     entropy_bound: opt.EntropyBound = opt.DEFAULTS.entropy_bound,
     temperature: opt.Temperature = opt.DEFAULTS.temperature,
@@ -75,7 +80,7 @@ def chat(
     config = opt.config_from({name: value for name, value in locals().items() if value is not None})
     system = None if system is None else streams.text_argument(system, "--system")
     named = opt.draft_name(target, draft) if config.asks_draft_model else None
-    target_model, draft_model = opt.load_models(target, named, dtype, device)
+    target_model, draft_model = opt.load_models(target, named, locals())
     if target_model.tokenizer.backend.chat_template is None:
         raise SimsdError(f"a chat needs a chat template, and the tokenizer of {target} has none: use simsd generate")
 

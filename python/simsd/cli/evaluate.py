@@ -35,6 +35,12 @@ def evaluate(
     draft: opt.Draft = None,
     dtype: opt.Dtype = "auto",
     device: opt.Device = "auto",
+    family: opt.Family = None,
+    block_length: opt.BlockLength = None,
+    mask_token_id: opt.MaskTokenId = None,
+    shift: opt.Shift = None,
+    draft_family: opt.DraftFamily = None,
+    draft_shift: opt.DraftShift = None,
     match: Annotated[
         str,
         typer.Option(
@@ -74,7 +80,6 @@ def evaluate(
     strategy: opt.Strategy = opt.DEFAULTS.strategy,
     steps: opt.Steps = None,
     sub_block_length: opt.SubBlockLength = None,
-    block_length: opt.BlockLength = None,
     draft_steps: opt.DraftSteps = None,
     threshold: opt.Threshold = opt.DEFAULTS.threshold,
     entropy_bound: opt.EntropyBound = opt.DEFAULTS.entropy_bound,
@@ -106,7 +111,7 @@ def evaluate(
     from simsd.figures import summarise
 
     chosen_modes = choose_modes(names(modes), draft is not None)
-    target_model, draft_model = opt.load_models(target, draft, dtype, device, max(batches))
+    target_model, draft_model = opt.load_models(target, draft, locals(), max(batches))
     _check_prompts(file, questions, target_model)
     items = [
         Item(question.group, question.prompt, functools.partial(_is_right, is_right, question.answers))

@@ -45,6 +45,12 @@ def generate(
     draft: opt.Draft = None,
     dtype: opt.Dtype = "auto",
     device: opt.Device = "auto",
+    family: opt.Family = None,
+    block_length: opt.BlockLength = None,
+    mask_token_id: opt.MaskTokenId = None,
+    shift: opt.Shift = None,
+    draft_family: opt.DraftFamily = None,
+    draft_shift: opt.DraftShift = None,
     max_new_tokens: opt.MaxNewTokens = opt.DEFAULTS.max_new_tokens,
     verify: opt.Verify = opt.DEFAULTS.verify,
     drafter: opt.Drafter = opt.DEFAULTS.drafter,
@@ -55,7 +61,6 @@ def generate(
     strategy: opt.Strategy = opt.DEFAULTS.strategy,
     steps: opt.Steps = None,
     sub_block_length: opt.SubBlockLength = None,
-    block_length: opt.BlockLength = None,
     draft_steps: opt.DraftSteps = None,
     threshold: opt.Threshold = opt.DEFAULTS.threshold,
     entropy_bound: opt.EntropyBound = opt.DEFAULTS.entropy_bound,
@@ -106,7 +111,7 @@ def generate(
     chats = [request.with_system(system) for request in requests]
     unneeded = config.verify == "none" or (config.verify == "exact" and config.drafter == "self")
     named = None if unneeded else opt.draft_name(target, draft)
-    target_model, draft_model = opt.load_models(target, named, dtype, device, min(batch, n * len(requests)))
+    target_model, draft_model = opt.load_models(target, named, locals(), min(batch, n * len(requests)))
     if system is not None and target_model.tokenizer.backend.chat_template is None:
         raise SimsdError(f"--system needs a chat template, and the tokenizer of {target} has none")
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from simsd.cli import streams
 from simsd.cli.models import built_in_models, show
 
 
@@ -26,7 +27,7 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON ob
     for operation, answer in mine["batch_invariance"].items():
         print(f"  {operation.ljust(width)}  {answer}")
     print("\nbuilt-in models")
-    show(mine["models"])
+    show(mine["models"], streams.output())
 
 
 def versions() -> dict[str, str]:

@@ -8,13 +8,17 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from simsd.cli import streams
 from simsd.errors import SimsdError
-from simsd.models.families import FAMILIES, REFUSALS, Family, of_checkpoint
+from simsd.models.families import FAMILIES, REFUSALS, of_checkpoint
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 PAIR = Path(__file__).parents[1] / "pair"
 
@@ -28,36 +32,55 @@ def models(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON 
         listed = {"built_in": built_in, "cached": cached, "families": families, "refused": refused}
         print(streams.json_line(listed, sys.stdout))
         return
-    print("built-in")
-    show(built_in)
-    print(f"\ncached in {cache_folder()}")
-    show(cached)
-    print("\nFolders go as well: --target PATH.")
-    print("\nfamilies that load")
-    for family in FAMILIES:
-        print(f"  {family.name}: {describe_family(family)}")
-    print("\nnot decoded")
-    for refusal in REFUSALS:
-        print(f"  {refusal.models}: {refusal.reason}")
-
-
-def show(found: list[dict[str, Any]]) -> None:
-    width = max((len(model["name"]) for model in found), default=0)
-    for model in found:
-        print(f"  {model['name'].ljust(width)}  {model['summary']}")
-    if not found:
-        print("  none of a family that loads")
-
-
-def describe_family(family: Family) -> str:
+    console = streams.output()
+    console.print("built-in")
+    show(built_in, console)
+    console.print(f"\ncached in {cache_folder()}", markup=False, soft_wrap=True)
+    show(cached, console)
+    console.print("\nFolders go as well: --target PATH.\n")
     settings = [
-        None if family.block_length is None else f"blocks of {family.block_length}",
-        None if family.mask_token_id is None else f"mask token {family.mask_token_id}",
-        "a row predicts the next position" if family.shift else None,
+        (family.name, family.models, *_settings(family.block_length, family.mask_token_id, family.shift), family.stock)
+        for family in FAMILIES
     ]
-    given = ", ".join(setting for setting in settings if setting)
-    described = f"{family.models}; {family.stock}'s layers" + (f"; {given} unless told otherwise" if given else "")
-    return f"{described}; checked against {family.checked}"
+    show_table(console, "families that load", ("family", "models", "block", "mask", "shift", "layers"), settings)
+    console.print(
+        "Block length, mask token and shift: of a checkpoint that does not say otherwise (-: it says so itself, or its"
+        " name or its tokenizer). Options name others: --block-length, --mask-token-id, --shift.\n",
+        style="dim",
+    )
+    checked = [(family.name, family.checked) for family in FAMILIES]
+    show_table(console, "what they were checked against", ("family", "code"), checked)
+    refused = [(refusal.models, refusal.reason) for refusal in REFUSALS]
+    show_table(console, "not decoded", ("models", "why"), refused)
+
+
+def _settings(*values: int | bool | None) -> list[str]:
+    return [{None: "-", True: "yes", False: "no"}.get(value, str(value)) for value in values]
+
+
+def show(found: list[dict[str, Any]], console: Console) -> None:
+    """A line each, and more where it is narrow."""
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(overflow="fold")
+    table.add_column(overflow="fold")
+    for model in found:
+        table.add_row(escape(f"  {model['name']}"), escape(model["summary"]))
+    console.print(table if found else "  none of a family that loads")
+
+
+def show_table(console: Console, title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    """Sentences are wrapped, names and numbers are not."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title, title_justify="left")
+    for number, name in enumerate(columns):
+        table.add_column(name, no_wrap=number != 1)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console.print(table)
 
 
 def built_in_models() -> list[dict[str, Any]]:

@@ -1,9 +1,10 @@
-"""Options that `generate` and `bench` share, and what becomes of them: a config and a pair of models."""
+"""Options that commands share, and what becomes of them: a config and a pair of models."""
 
 from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -20,6 +21,7 @@ from simsd.config import (
     GenerationConfig,
 )
 from simsd.errors import SimsdError
+from simsd.models.families import FAMILIES
 
 if TYPE_CHECKING:
     from simsd.models.loading import LoadedModel
@@ -44,24 +46,46 @@ def _loop(name: str, help: str, **more):
     return _option(name, help, "Decoding", **more)
 
 
+def _model(name: str, help: str, values=(), **more):
+    return _option(name, help, "Models", values, **more)
+
+
 def _draw(name: str, help: str, **more):
     return _option(name, help, "Sampling", **more)
 
 
 Target = Annotated[
-    str, _option("target", "Built-in name, checkpoint folder or hub id (see simsd models).", "Models", (TARGET, DRAFT))
+    str, _model("target", "Built-in name, checkpoint folder or hub id (see simsd models).", (TARGET, DRAFT))
 ]
 Draft = Annotated[
     str | None,
-    _option(
-        "draft",
-        f"The same for the draft, or none; {DRAFT} goes with {TARGET}, else none.",
-        "Models",
-        (DRAFT, "none"),
+    _model("draft", f"The same for the draft, or none; {DRAFT} goes with {TARGET}, else none.", (DRAFT, "none")),
+]
+Dtype = Annotated[str, _model("dtype", "auto (as stored), float32, bfloat16 or float16.", DTYPES)]
+Device = Annotated[str, _model("device", "auto (cuda if there is one), cpu, cuda ...")]
+# What checkpoints say of themselves, those of fine-tunes not always.
+Family = Annotated[
+    str | None,
+    _model(
+        "family",
+        "How the target is read, where its config.json is a plain qwen3, qwen2 or llama (see simsd models).",
+        [family.name for family in FAMILIES],
     ),
 ]
-Dtype = Annotated[str, _option("dtype", "auto (as stored), float32, bfloat16 or float16.", "Models", DTYPES)]
-Device = Annotated[str, _option("device", "auto (cuda if there is one), cpu, cuda ...", "Models")]
+BlockLength = Annotated[
+    int | None, _model("block-length", "Tokens per block of both; as their files say if not given.")
+]
+MaskTokenId = Annotated[int | None, _model("mask-token-id", "Mask token of both; as their files say if not given.")]
+Shift = Annotated[
+    bool | None,
+    _model(
+        "shift/--no-shift", "The target's row predicts the next position, or its own; as its files say if not given."
+    ),
+]
+DraftFamily = Annotated[
+    str | None, _model("draft-family", "As --family, of the draft.", [family.name for family in FAMILIES])
+]
+DraftShift = Annotated[bool | None, _model("draft-shift/--no-draft-shift", "As --shift, of the draft.")]
 
 MaxNewTokens = Annotated[int, _loop("max-new-tokens", "Tokens to generate at most.")]
 Verify = Annotated[
@@ -98,7 +122,6 @@ SubBlockLength = Annotated[
     int | None,
     _loop("sub-block-length", "Tokens of a block to fill at a time; the model's own if not given."),
 ]
-BlockLength = Annotated[int | None, _loop("block-length", "Tokens per block; the target's if not given.")]
 DraftSteps = Annotated[
     int | None, _loop("draft-steps", "Forwards of the draft per block; 1 for exact, all for temporal.")
 ]
@@ -132,26 +155,27 @@ def draft_name(target: str, draft: str | None) -> str | None:
 
 
 def load_models(
-    target: str, draft: str | None, dtype: str, device: str, batch: int = 1
+    target: str, draft: str | None, values: Mapping[str, Any], batch: int = 1
 ) -> tuple[LoadedModel, LoadedModel | None]:
-    """Target and draft (None for none) on the device that `auto` means here, and the threads for `batch` sequences at a
-    time."""
+    """Target and draft (None for none) by a command's arguments (its `locals()`), on the device that `auto` means here,
+    and the threads for `batch` sequences at a time."""
     for option, value in (("target", target), ("draft", draft)):
         if value == "":
             raise SimsdError(f"--{option} is empty: give a built-in name ({TARGET}, {DRAFT}), a folder or a hub id")
 
     import torch
 
-    from simsd.models.loading import load
+    from simsd.engine.pair import load_pair
 
+    device = values["device"]
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    models = [None if name is None else load(name, dtype=dtype, device=device) for name in (target, draft)]
+    models = load_pair(target, draft, {**values, "device": device})
     if models[0].tokenizer is None:
         raise SimsdError(f"target {target} has no tokenizer: put its tokenizer.json and tokenizer_config.json there")
     threads.choose(models[0], batch)
     _tell_of_long_loads(models)
-    return models[0], models[1]
+    return models
 
 
 def _tell_of_long_loads(models: list[LoadedModel | None]) -> None:

@@ -35,6 +35,12 @@ def serve(
     draft: opt.Draft = None,
     dtype: opt.Dtype = "auto",
     device: opt.Device = "auto",
+    family: opt.Family = None,
+    block_length: opt.BlockLength = None,
+    mask_token_id: opt.MaskTokenId = None,
+    shift: opt.Shift = None,
+    draft_family: opt.DraftFamily = None,
+    draft_shift: opt.DraftShift = None,
     host: Annotated[str, _server("host", "Address to listen on; the default is for this machine alone.")] = "127.0.0.1",
     port: Annotated[int, _server("port", "0: a free one, which is printed.", min=0, max=65535)] = 8000,
     name: Annotated[str | None, _server("served-model-name", "Name that clients ask for; MODEL if not given.")] = None,
@@ -61,7 +67,6 @@ def serve(
     kv_memory: Annotated[
         int | None, _engine("kv-memory", "Bytes for keys and values; what max-batch sequences take if not given.")
     ] = None,
-    block_length: opt.BlockLength = None,
     lookahead: opt.Lookahead = DEFAULTS.lookahead,
     max_rows: opt.MaxRows = None,
     top_logprobs: Annotated[
@@ -100,7 +105,7 @@ def serve(
     if replicas > 1 or autoscale is not None:
         _serve_replicas(locals(), bound)
         return
-    engine = _engine_of(model, draft, dtype, device, config)
+    engine = _engine_of(locals(), config)
     settings = Settings(
         name=name or model,
         api_key=api_key,
@@ -128,11 +133,11 @@ def _serve_replicas(values: dict[str, Any], bound: socket.socket) -> None:
     run(arguments, host, port, lambda: print(f"serving {arguments.served_name} at {url}/v1 (Ctrl-C stops)", flush=True))
 
 
-def _engine_of(model: str, draft: str | None, dtype: str, device: str, config: EngineConfig) -> Engine:
-    """Loaded and warm; says what it is at."""
-    draft = opt.draft_name(model, draft)
+def _engine_of(values: dict[str, Any], config: EngineConfig) -> Engine:
+    """By the command's arguments, loaded and warm; says what it is at."""
+    model, draft = values["model"], opt.draft_name(values["model"], values["draft"])
     with _Step(f"loading {model}" + (f" and {draft}" if draft else "")):
-        target_model, draft_model = opt.load_models(model, draft, dtype, device, config.max_batch)
+        target_model, draft_model = opt.load_models(model, draft, values, config.max_batch)
     with _Step("warming up"):
         from simsd.engine.engine import Engine
         from simsd.serve.service import warm_up

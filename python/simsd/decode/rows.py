@@ -21,7 +21,8 @@ STRIDE = 1024
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """R rows for each of B sequences, [B, R] each: tokens int64, the others int32. A dead row has slot and clock -1."""
+    """R rows for each of B sequences, [B, R] each: tokens int64, the others int32. A dead row has clock -1; one that
+    nobody sees, as a dead one, slot -1."""
 
     tokens: Tensor
     positions: Tensor
@@ -42,9 +43,19 @@ class Rows:
             self.death,
         )
 
+    def followed_by(self, other: Rows) -> Rows:
+        """These rows of each sequence, then the other's."""
+        return Rows(*(torch.cat(pair, 1) for pair in zip(vars(self).values(), vars(other).values(), strict=True)))
+
 
 def temporal_rows(
-    tokens: Tensor, reveal_step: Tensor, known: Tensor, start: Tensor, scratch: int, mask_id: int
+    tokens: Tensor,
+    reveal_step: Tensor,
+    known: Tensor,
+    start: Tensor,
+    scratch: int,
+    mask_id: int,
+    last: Tensor | None = None,
 ) -> Rows:
     """SimSD's verification rows (arXiv 2606.02544, temporal mask): known and reference tokens, then mask tokens.
 
@@ -54,9 +65,12 @@ def temporal_rows(
         reveal_step: int32 [B, L], the step t(i) in 1..T at which the draft revealed position i; 0 where it never did,
             for positions past `known`. Such a position has a dead reference row and is judged last.
         start: int32 [B], positions of the blocks' first tokens. scratch: first free slot.
+        last: of a model whose row predicts the next position, the tokens before the blocks, int64 [B]; anything where
+            start is 0.
 
     Returns:
-        The 2L rows. Position i is judged at row L + i; where it is known that row is dead, and nobody needs its logits.
+        2L rows, or 3L with `last`. Position i is judged at the i-th of the last L; where it is known that row is dead,
+        and nobody needs its logits.
     """
     length = tokens.shape[1]
     positions = span(start, length)
@@ -65,7 +79,7 @@ def temporal_rows(
     steps = torch.where(is_known, lifetimes.KNOWN, drafted)
     reference, mask = lifetimes.temporal_rows(steps, positions // length, STRIDE)
     clock, birth, death = lifetimes.concatenate(reference, mask)
-    return Rows(
+    rows = Rows(
         torch.cat([tokens, torch.full_like(tokens, mask_id)], 1),
         positions.repeat(1, 2),
         _scratch(torch.cat([positions, positions], 1), scratch).masked_fill(clock < 0, -1),
@@ -73,6 +87,30 @@ def temporal_rows(
         birth,
         death,
     )
+    if last is None:
+        return rows
+    steps = torch.where(steps == lifetimes.NEVER, STRIDE, steps)
+    return rows.followed_by(_rows_before(tokens, steps, start, mask[0], last, mask_id))
+
+
+def _rows_before(tokens: Tensor, steps: Tensor, start: Tensor, moments: Tensor, last: Tensor, mask_id: int) -> Rows:
+    """The rows that tell of each position of a drafted block where a row predicts the next position: that of the
+    position before, holding what the draft had there when it revealed this one, at the same moment. It sees, and nobody
+    sees it. A block's first position has the clean row of the token before; a text's, which has none, its own mask.
+
+    Args:
+        steps: int [B, L], when each position was revealed. moments: int32 [B, L], clocks of the mask rows, -1 in dead
+            ones.
+    """
+    length, has_last = tokens.shape[1], start > 0
+    inside = torch.where(steps[:, :-1] < steps[:, 1:], tokens[:, :-1], mask_id)
+    first = torch.where(has_last, last, mask_id)
+    committed = (start.div(length, rounding_mode="floor") - 1) * STRIDE
+    clock = moments.clone()
+    clock[:, 0] = torch.where(has_last & (moments[:, 0] >= 0), committed, moments[:, 0])
+    unseen = torch.full_like(moments, lifetimes.INF)
+    positions = span(start - 1, length).clamp(min=0)
+    return Rows(torch.cat([first[:, None], inside], 1), positions, torch.full_like(moments, -1), clock, unseen, unseen)
 
 
 def pending_rows(text: Tensor, committed: Tensor, end: Tensor, count: int, block_length: int) -> Rows:

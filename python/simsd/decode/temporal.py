@@ -140,26 +140,20 @@ def judge(
 
 
 def _plan(slots: Slots, target: ModelRunner, drafts: Drafts, known: Tensor, shape: Shape) -> TemporalPlan:
-    """Asks for the logits that judge each position: of its mask row, of the row itself where it is known."""
+    """Asks for the logits that judge each position: of the row that tells of it, of any where it is known."""
     length, live = slots.length, drafts.at >= 0
     begin = drafts.at.clamp(min=0)
-    rows = temporal_rows(drafts.tokens, drafts.step_map, known, begin, target.scratch, target.mask_token_id).only(live)
-    ahead = pending_rows(slots.text, slots.target_kv_len, drafts.at, shape.pending * length, length)
-    birth, death = key_lifetimes(rows, drafts.at, length, target.kv_slots)
-    columns = (
-        torch.cat(pair, 1)
-        for pair in (
-            (ahead.tokens, rows.tokens),
-            (ahead.positions, rows.positions),
-            (ahead.slots, rows.slots),
-            (ahead.clock, rows.clock),
-        )
+    last = slots.text.gather(1, (begin - 1).clamp(min=0).long()[:, None])[:, 0] if target.model.shift else None
+    rows = temporal_rows(drafts.tokens, drafts.step_map, known, begin, target.scratch, target.mask_token_id, last).only(
+        live
     )
-    width = (shape.pending + 2) * length
-    place = shape.pending * length + slots.offsets + torch.where(slots.offsets < known[:, None], 0, length)
-    asked = (slots.index[:, None] * width + place).flatten()
+    birth, death = key_lifetimes(rows, drafts.at, length, target.kv_slots)
+    rows = pending_rows(slots.text, slots.target_kv_len, drafts.at, shape.pending * length, length).followed_by(rows)
+    width = rows.tokens.shape[1]
+    judged = torch.where(slots.offsets < known[:, None], shape.pending * length, width - length) + slots.offsets
+    asked = (slots.index[:, None] * width + judged).flatten()
     every = torch.arange(asked.numel(), dtype=torch.int32, device=asked.device).view(slots.count, length)
-    return TemporalPlan(*columns, birth, death, asked, every)
+    return TemporalPlan(rows.tokens, rows.positions, rows.slots, rows.clock, birth, death, asked, every)
 
 
 def _coins(slots: Slots, drafts: Drafts, known: Tensor, shape: Shape) -> dict[str, Tensor]:

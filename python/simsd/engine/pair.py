@@ -1,17 +1,23 @@
-"""Whether models, settings and prompts fit together."""
+"""A target and its draft: how they are loaded, and whether models, settings and prompts fit together."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
 from simsd.config import MAX_BLOCK_LENGTH, EngineConfig, SamplingParams
 from simsd.errors import SimsdError, one_line
-from simsd.models.loading import LoadedModel
+from simsd.models.loading import LoadedModel, load
 from simsd_kernels import dispatch
 
 CONTROL_OPS = ("plan_block", "propose_block", "verify_graph", "advance_slots", "reveal")
+# Arguments of `simsd.load`: what a pair has in common, and what each of its models says of itself.
+OF_BOTH = ("dtype", "device", "block_length", "mask_token_id")
+OF_ONE = ("family", "shift")
+SETTINGS = (*OF_BOTH, *OF_ONE, *(f"draft_{name}" for name in OF_ONE))  # of `load_pair`
 
 
 def check_device(device: torch.device) -> None:
@@ -24,6 +30,22 @@ def check_device(device: torch.device) -> None:
                 f"decoding on {device} needs the package's CUDA ops, and {op} is missing: {why}; install with nvcc on"
                 f" PATH: SIMSD_BUILD_CUDA=1 {dispatch.REINSTALL}"
             )
+
+
+def load_pair(target: str, draft: str | None, settings: Mapping[str, Any]) -> tuple[LoadedModel, LoadedModel | None]:
+    """Loads a target and, where one is named, its draft.
+
+    Args:
+        settings: arguments of `simsd.load` by name, those in SETTINGS; others are not looked at. None: not given. Those
+            of OF_BOTH are of both models, those of OF_ONE of the target and, with `draft_` before them, of the draft.
+    """
+
+    def load_one(source: str, prefix: str) -> LoadedModel:
+        given = {name: settings.get(name) for name in OF_BOTH}
+        given |= {name: settings.get(prefix + name) for name in OF_ONE}
+        return load(source, **{name: value for name, value in given.items() if value is not None})
+
+    return load_one(target, ""), None if draft is None else load_one(draft, "draft_")
 
 
 def block_length(target: LoadedModel, draft: LoadedModel | None, config: EngineConfig) -> int:
@@ -99,12 +121,6 @@ def check_length(
 def check_params(target: LoadedModel, draft: LoadedModel | None, params: SamplingParams, block_length: int) -> None:
     """Raises SimsdError where a request's settings do not fit the models or the block length."""
     params.reveal_counts(block_length, sub_blocks(target, params, block_length))
-    for model in (target, draft) if params.verify == "temporal" else ():
-        if model is not None and model.shift:
-            raise SimsdError(
-                f"verify='temporal' is for models whose row predicts its own position, and {model.name}'s predicts the"
-                " next one: use verify='exact' or 'none'"
-            )
     if params.stop and target.tokenizer is None:
         raise SimsdError(f"stop strings need a tokenizer, and {target.name} has none: use end_token_ids")
     if params.verify == "exact" and params.drafter == "model" and draft is None:

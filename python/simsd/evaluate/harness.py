@@ -19,7 +19,7 @@ from tqdm import tqdm
 from simsd.cli import options as opt
 from simsd.config import EngineConfig, SamplingParams, config_with
 from simsd.engine.engine import Engine
-from simsd.engine.pair import check_params
+from simsd.engine.pair import SETTINGS, check_params
 from simsd.errors import SimsdError
 from simsd.evaluate.scoring import Scorer
 from simsd.results import Stats
@@ -28,7 +28,7 @@ from simsd.seeds import sample_seed
 # What tasks say of their requests, and what they call it.
 _OF_TASKS = {"max_new_tokens": "max_gen_toks", "stop": "until", "temperature": "temperature"}
 _THEIR_DEFAULT = "cuda:0"  # --device, where none is given, also on a machine without a GPU
-_MODELS = ("pretrained", "draft", "dtype", "device", "batch_size")
+_MODELS = ("pretrained", "draft", "batch_size", *SETTINGS)
 _ENGINE = [field.name for field in dataclasses.fields(EngineConfig)]
 
 
@@ -42,8 +42,9 @@ class SimsdLM(TemplateLM):
         dtype: auto (as stored), float32, bfloat16 or float16.
         device: auto (cuda if there is one), cpu, cuda ...
         batch_size: requests at a time, or "auto" (8); `max_batch` by another name.
-        settings: fields of `EngineConfig`, and those of `SamplingParams` that tasks say nothing of (verify, strategy,
-            drafter, steps, seed, top_k ...), for every request whose task does not set them itself.
+        settings: of `simsd.load`, family, mask_token_id and shift, for the draft draft_family and draft_shift; fields
+            of `EngineConfig`, and those of `SamplingParams` that tasks say nothing of (verify, strategy, drafter,
+            steps, seed, top_k ...), for every request whose task does not set them itself.
 
     Raises:
         SimsdError: an unknown argument, one that belongs to tasks, a bad value, models that do not fit together.
@@ -64,12 +65,14 @@ class SimsdLM(TemplateLM):
             raise SimsdError("--model_args names the target, as in pretrained=tiny-target,draft=tiny-draft")
         if settings.pop("trust_remote_code", False):
             raise SimsdError("trust_remote_code: no code of a checkpoint is ever run, so there is nothing to trust")
+        loading = {name: settings.pop(name) for name in SETTINGS if name in settings and name not in _ENGINE}
         engine, self.params = _configs(settings, batch_size)
         if device is None or (device == _THEIR_DEFAULT and not torch.cuda.is_available()):
             device = "auto"
         # lm-eval reads "none" as None in some of its ways to take arguments.
         draft = opt.draft_name(pretrained, None if draft == "auto" else draft or "none")
-        target, draft_model = opt.load_models(pretrained, draft, dtype, device, engine.max_batch)
+        loading |= {"dtype": dtype, "device": device, "block_length": engine.block_length}
+        target, draft_model = opt.load_models(pretrained, draft, loading, engine.max_batch)
         if self.params.needs_draft_model and draft_model is None:
             asked = f"verify={self.params.verify},drafter={self.params.drafter}"
             raise SimsdError(f"{asked} needs a draft model: name one, as in draft=tiny-draft")
@@ -223,4 +226,6 @@ def _configs(settings: dict[str, Any], batch_size: int | str) -> tuple[EngineCon
         if not str(batch_size).isdecimal():
             raise SimsdError(f"batch_size must be an integer >= 1 or auto, got {batch_size!r}")
         of_engine["max_batch"] = int(batch_size)
-    return EngineConfig(**of_engine), config_with(None, settings, [*_MODELS, *_ENGINE], kind=SamplingParams)
+    return EngineConfig(**of_engine), config_with(
+        None, settings, dict.fromkeys([*_MODELS, *_ENGINE]), kind=SamplingParams
+    )

@@ -29,7 +29,8 @@ class Scorer:
     Monte-Carlo bound of models that denoise a whole text at once (LLaDA, arXiv 2502.09992, equation 6). Another order
     of revealing is another distribution: the score does not depend on `strategy`.
 
-    All states of a block are rows of one forward, which see the committed blocks and their own state alone.
+    All states of a block are rows of one forward, which see the committed blocks and their own state alone. Where a row
+    predicts the next position, x_i is told by the row before: at a block's beginning, the last of the block before.
 
     Args:
         model: whose probability it is; its weights may not change meanwhile.
@@ -47,12 +48,8 @@ class Scorer:
     def score(self, context: Sequence[int], continuation: Sequence[int]) -> tuple[float, bool]:
         """Log-probability of the continuation, and whether greedy decoding in that order gives it.
 
-        Raises SimsdError where both together are longer than the model's positions, or its rows predict the next one.
+        Raises SimsdError where both together are longer than the model's positions.
         """
-        if self.model.shift:
-            raise SimsdError(
-                f"texts are scored by rows of their own positions, and {self.model.name}'s predict the next one"
-            )
         tokens, first, L = [*context, *continuation], len(context), self.block_length
         places = aligned(len(tokens), L)
         if self.model.max_positions is not None and places > self.model.max_positions:
@@ -94,20 +91,22 @@ class Scorer:
         self._committed = tokens
 
     def _state_logits(self, runner: ModelRunner, tokens: list[int], at: range) -> Tensor:
-        """Logits [n, V] of the tokens at n positions, each in the state of its block in which it is the next."""
+        """Logits [n, V] of the tokens at n positions, each in the state in which it is the next, of the block whose row
+        tells of it."""
         n, L, mask, device = len(at), self.block_length, self.model.mask_token_id, self.model.device
         position = torch.tensor(at, device=device)  # [n]
-        rows = (position // L * L)[:, None] + torch.arange(L, device=device)  # [n, L], positions
+        row = (position - 1).clamp(min=0) if self.model.shift else position  # what tells of it
+        rows = (row // L * L)[:, None] + torch.arange(L, device=device)  # [n, L], positions
         padded = torch.tensor([*tokens, *[mask] * L], device=device)
         states = torch.where(rows < position[:, None], padded[rows], mask)
         # Each state lives at a moment of its own, behind the commit of the block before it and before that of its own.
-        clock = ((position // L + 1) * (n + 1) - n + torch.arange(n, device=device)).int()  # [n]
+        clock = ((row // L + 1) * (n + 1) - n + torch.arange(n, device=device)).int()  # [n]
         clock = clock.repeat_interleave(L)[None]
         birth, death = self._lifetimes(runner, n + 1)
         slots = torch.arange(runner.scratch, runner.scratch + n * L, dtype=torch.int32, device=device)[None]
         birth[:, runner.scratch : runner.scratch + n * L] = clock
         death[:, runner.scratch : runner.scratch + n * L] = clock
-        wanted = torch.arange(n, device=device) * L + position % L
+        wanted = torch.arange(n, device=device) * L + row % L
         logits = runner.forward(states.view(1, -1), rows.view(1, -1), slots, clock, birth, death, wanted)
         return logits.float()
 

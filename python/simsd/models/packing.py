@@ -25,19 +25,19 @@ class Packing:
     counts: list[int]
 
     @classmethod
-    def of(cls, slots: Tensor, multiple: int = 1) -> Packing | None:
-        """Packs the rows where slots (int32 [B, R]) are not negative, at least one, filled up with dead ones to a
+    def of(cls, clock: Tensor, multiple: int = 1) -> Packing | None:
+        """Packs the rows where clocks (int32 [B, R]) are not negative, at least one, filled up with dead ones to a
         `multiple`; None if that is all."""
-        if slots.numel() % multiple == 0 and (not slots.numel() or slots.min() >= 0):
+        if clock.numel() % multiple == 0 and (not clock.numel() or clock.min() >= 0):
             return None
-        live = slots >= 0
+        live = clock >= 0
         rows = live.flatten().nonzero().squeeze(1)
         missing = -max(len(rows), 1) % multiple + (len(rows) == 0)
         if missing:
             dead = (~live).flatten().nonzero().squeeze(1)[:missing]
             live = live.flatten().index_fill(0, dead, True).view_as(live)
             rows = live.flatten().nonzero().squeeze(1)
-        return cls(rows, [len(rows)] if len(slots) == 1 else live.sum(1).tolist())
+        return cls(rows, [len(rows)] if len(clock) == 1 else live.sum(1).tolist())
 
     @property
     def width(self) -> int:

@@ -38,7 +38,7 @@ class ModelRunner:
         kv_slots: S, places for the keys and values of each slot of the batch.
         scratch: the first of these places for what is not committed; before it, place p is that of position p.
         last_logits: what `keep_logits` was given last.
-        packed: whether dead rows are taken out before the layers, which means looking at `slots`: the CPU's way. False:
+        packed: whether dead rows are taken out before the layers, which means looking at `clock`: the CPU's way. False:
             shapes are static; nothing is read on the host, uploaded or decided by a value. A live row has the same
             logits either way, bit for bit where rows are invariant (see `simsd.load`).
         rows: that the last forward ran.
@@ -106,8 +106,8 @@ class ModelRunner:
         Args:
             tokens: int64 [B, R].
             positions: integers [B, R] in [0, S), for RoPE; anything in dead rows.
-            slots: int32 [B, R], where in [0, S) row r is stored, no place twice; -1: a dead row, which nobody sees.
-            clock: int32 [B, R]; -1 in dead rows.
+            slots: int32 [B, R], where in [0, S) row r is stored, no place twice; -1: nowhere, so that nobody sees it.
+            clock: int32 [B, R]; -1 in dead rows, which are stored nowhere and see nothing.
             birth, death: int32 [B, S] of what is stored, the new rows' included.
             logits_rows: int64 [N], the rows of the flattened [B * R] to compute logits for; a dead row has those of
                 any row. None: no logits.
@@ -141,7 +141,7 @@ class ModelRunner:
             logits_rows = logits_rows[:count]
             if missing := -count % multiple:
                 logits_rows = torch.cat([logits_rows, logits_rows[:1].expand(missing)])
-        packing = Packing.of(slots, multiple)
+        packing = Packing.of(clock, multiple)
         ragged = packing is not None and packing.ragged
         if flat := flat or ragged:
             slots = self._places(slots, table, members)

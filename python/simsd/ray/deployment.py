@@ -43,7 +43,8 @@ class Arguments(pydantic.BaseModel, extra="forbid"):
         model, draft: names, checkpoint folders or hub ids, which every node must have; no draft: it drafts for itself.
         replicas: processes, each with an engine. autoscale: "MIN:MAX" of them instead, by the requests that they have.
         device: of a replica: "cpu", "cuda" (one GPU) or "auto": cuda, if there is one where this is read.
-        dtype: see `simsd.load`. cpus: of a replica.
+        dtype, family, mask_token_id, shift: see `simsd.load`; draft_family, draft_shift: of the draft.
+        cpus: of a replica.
         name: that clients ask for; None: the model's. api_key: that they must send. origin: web pages that may ask.
         max_body: MiB of a request. timeout: seconds that a request may take.
         grace: seconds that requests have to end when their replica stops.
@@ -56,6 +57,11 @@ class Arguments(pydantic.BaseModel, extra="forbid"):
     autoscale: str | None = None
     device: str = "auto"
     dtype: str = "auto"
+    family: str | None = None
+    mask_token_id: int | None = None
+    shift: bool | None = None
+    draft_family: str | None = None
+    draft_shift: bool | None = None
     cpus: int = pydantic.Field(1, ge=1)
     name: str | None = None
     api_key: str | None = None
@@ -96,7 +102,9 @@ class Replica:
 
     def __init__(self, arguments: Arguments, device: str) -> None:
         given = arguments
-        engine = engine_of(given.model, given.draft, given.engine(), device, given.dtype, given.cpus)
+        engine = engine_of(
+            given.model, given.draft, given.engine(), {**given.model_dump(), "device": device}, given.cpus
+        )
         warm_up(engine)
         self.service = Service(engine)
         self.settings = Settings(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
 from simsd.config import EngineConfig
 from simsd.engine.engine import Engine
-from simsd.models.loading import load
+from simsd.engine.pair import load_pair
 
 
-def engine_of(target: str, draft: str | None, config: EngineConfig, device: str, dtype: str, cpus: int) -> Engine:
-    """Loads the models; from here on the process computes with `cpus` threads."""
+def engine_of(target: str, draft: str | None, config: EngineConfig, loading: Mapping[str, Any], cpus: int) -> Engine:
+    """Loads the models as `load_pair` does; from here on the process computes with `cpus` threads."""
     torch.set_num_threads(cpus)
-    on = {"device": torch.device(device), "dtype": dtype}
-    return Engine(load(target, **on), None if draft is None else load(draft, **on), config)
+    return Engine(*load_pair(target, draft, loading), config)

@@ -44,7 +44,8 @@ class Worker:
     def __init__(self, work: Work) -> None:
         self.config, self.error = work.config, None
         try:
-            self.engine = engine_of(work.target, work.draft, work.config.engine(), work.device, work.dtype, work.cpus)
+            loading = {"device": work.device, "dtype": work.dtype}
+            self.engine = engine_of(work.target, work.draft, work.config.engine(), loading, work.cpus)
             check_params(self.engine.target, self.engine.draft, work.config.sampling(0), self.engine.block_length)
         except SimsdError as error:
             self.error = error  # raised by the first block: a worker that does not start is started again

@@ -231,7 +231,8 @@ def _advice(model_type: object) -> str:
     if same:
         return (
             f" without saying how it was trained: if it decodes by blocks, pass family={same[0]!r}, block_length= and"
-            " mask_token_id= (and shift=True where a row predicts the next position)"
+            f" mask_token_id= (and shift=True where a row predicts the next position); to commands, --family {same[0]}"
+            " and so on, or --draft-family of a draft"
         )
     types = dict.fromkeys(name for family in FAMILIES for name in (*family.model_types, family.name))
     return f": {', '.join(types)} are"
