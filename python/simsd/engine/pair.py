@@ -98,4 +98,4 @@ def check_params(target: LoadedModel, draft: LoadedModel | None, params: Samplin
     if params.stop and target.tokenizer is None:
         raise SimsdError(f"stop strings need a tokenizer, and {target.name} has none: use end_token_ids")
     if params.verify == "exact" and params.drafter == "model" and draft is None:
-        raise SimsdError("drafter='model' needs a draft model, got None: name one, or use drafter='auto' or 'self'")
+        raise SimsdError("drafter='model' needs a draft model, got None: name one, or use drafter='auto', 'self' or 'lookup'")

@@ -112,7 +112,7 @@ class Request:
             "schedule": counts + [0] * (block_length - len(counts)),
             "steps": len(counts),
             "stop_ids": ends + [slots.NO_STOP_ID] * (stop_ids - len(ends)),
-            "order_sharpness": draft.DEFAULT_SHARPNESS if sharpness is None else (sharpness, sharpness),
+            "order_sharpness": draft.DEFAULT_SHARPNESS if sharpness is None else (sharpness,) * 3,
         }
 
     @property
