@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 SEQUENTIAL = STRATEGIES.index("sequential")
 OWN, MODEL, LOOKUP = 0, 1, 2  # columns of Slots.order_sharpness
-# How far log-odds tell the target's order: its own well, those of another model hardly (another context, too), and so
-# the order of positions, which is all that a lookup knows.
-DEFAULT_SHARPNESS = (1.0, 0.25, 0.25)
+# How far log-odds tell the target's order: its own well, those of another model hardly (another context, too), and the
+# order of positions, which is all that a lookup knows, not at all.
+DEFAULT_SHARPNESS = (1.0, 0.25, 0.0)
 BEHIND = 1e-3  # log-odds or nats between a drafted position and those that the draft revealed before it
 
 
@@ -51,16 +51,13 @@ def run_plan(model: ModelRunner, plan: kernels.Plan, slots: Slots, shape: Shape)
     )
 
 
-def from_last_logits(
-    slots: Slots, commands: Commands, target: ModelRunner, shape: Shape, found: Tensor | None = None
-) -> None:
-    """Self-draft: what the target's logits for an earlier state of the current block say of its masked positions.
+def from_last_logits(slots: Slots, commands: Commands, target: ModelRunner, shape: Shape) -> None:
+    """Self-draft: what the target's logits for an earlier state of the current block say of its masked positions, also
+    where a lookup goes on from there.
 
-    It replaces a standing proposal: a draft model's was made of less. Slots in which a lookup `found` nothing (bool
-    [B]; None: none was asked for) fall back on it.
+    It replaces a standing proposal: a draft model's was made of less.
     """
-    mode = commands.mode
-    own = mode == SELF_DRAFT if found is None else (mode == SELF_DRAFT) | ((mode == LOOKUP_DRAFT) & ~found)
+    own = (commands.mode == SELF_DRAFT) | (commands.mode == LOOKUP_DRAFT)
     chosen = own & (commands.runs > 0) & (slots.last_rows >= 0).any(1)
     rows = torch.where(chosen[:, None], slots.last_rows, -1)
     _keep_logits(slots, target.last_logits, rows, 0, shape)
