@@ -16,7 +16,13 @@ LENGTH, BLOCKS, VOCABULARY = 4, 4, 32
 DRAFTED = [[11, 12, 13, 14], [15, 16, 17, 18], [19, 20, 21, 22], [0, 0, 0, 0]]
 SETTINGS = {
     **dict.fromkeys(("seed", "top_k", "strategy", "steps", "end_gate"), 0),
-    **{"temperature": 0.0, "top_p": 1.0, "threshold": 0.0, "order_sharpness": (1.0, 0.25), "schedule": [1] * LENGTH},
+    **{
+        "temperature": 0.0,
+        "top_p": 1.0,
+        "threshold": 0.0,
+        "order_sharpness": (1.0, 0.25, 0.0),
+        "schedule": [1] * LENGTH,
+    },
     **{"prompt_len": 8, "end": 40, "stop_ids": (-1,), "request_epoch": 5},
 }
 

@@ -96,7 +96,9 @@ def _propose(slots: Slots, where: Tensor, tokens: Tensor, places: Tensor, noise:
         mine.copy_(torch.where(where if mine.dim() == 2 else where[..., None], new, mine))
     if noise:
         _write_logits(slots, where, tokens.view(shape), falling)
-    slots.text.scatter_(1, places, torch.where(where.repeat_interleave(length, 1), tokens, slots.text.gather(1, places)))
+    slots.text.scatter_(
+        1, places, torch.where(where.repeat_interleave(length, 1), tokens, slots.text.gather(1, places))
+    )
     stop = (tokens[..., None] == slots.stop_ids[:, None]) & (slots.stop_ids >= 0)[:, None]
     stop = (stop.any(2) & (places >= slots.prompt_len[:, None])).view(shape).any(2)  # [B, K]
     end = torch.where(stop.any(1), stop.int().argmax(1) + 1, NO_END)

@@ -15,8 +15,12 @@ class Repeats:
         self._count = 0  # tokens of which all that ends among them is in it
 
     def __call__(self, tokens: Sequence[int], provisional: Sequence[int | None] = ()) -> bool:
-        """Whether the last `TOKENS` stood in the text before. `provisional`: the current block behind its `tokens`, None
-        where masked; what comes behind the first of these does not count."""
+        """Whether the last `TOKENS` stood in the text before.
+
+        Args:
+            tokens: that are committed.
+            provisional: the current block behind them, None where masked; what comes behind a None does not count.
+        """
         for end in range(max(self._count, TOKENS), len(tokens)):
             self._seen.add(tuple(tokens[end - TOKENS : end]))
         self._count = max(self._count, len(tokens))
