@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import simsd
 from simsd import SamplingParams
-from simsd.decode.exchange import MODEL_DRAFT, NO_DRAFT, ORIGINS, SELF_DRAFT, Block, Commands, Report
+from simsd.decode.exchange import LOOKUP_DRAFT, MODEL_DRAFT, NO_DRAFT, ORIGINS, SELF_DRAFT, Block, Commands, Report
 from simsd.decode.iteration import PARTS, Parts, Shape, iterate
 from simsd.decode.prefill import prefill
 from simsd.decode.rows import aligned
@@ -170,7 +170,8 @@ def fill(batch: Batch, shape: Shape) -> None:
 
 
 def _commands(batch: Batch, shape: Shape, taken: list[bool], draw: random.Random) -> dict[str, list]:
-    modes = [NO_DRAFT] + [SELF_DRAFT] * shape.self_draft + [MODEL_DRAFT] * (3 if shape.draft_blocks else 0)
+    modes = [NO_DRAFT] + [SELF_DRAFT] * shape.self_draft + [LOOKUP_DRAFT] * (3 * shape.lookup)
+    modes += [MODEL_DRAFT] * (3 if shape.draft_blocks else 0)
     most = batch.slots.count * (shape.states - 1) * batch.slots.length
     return {
         "runs": [int(here and draw.random() < 0.9) for here in taken],

@@ -13,7 +13,7 @@ from simsd.config import config_with
 BAD = [
     ({"strategy": "best"}, "sequential, low_confidence_static, low_confidence_dynamic, entropy_bounded; got 'best'"),
     ({"verify": "exactly"}, "exact, temporal, none; got 'exactly'"),
-    ({"drafter": "other"}, "auto, model, self; got 'other'"),
+    ({"drafter": "other"}, "auto, model, self, lookup; got 'other'"),
     ({"lookahead": 0}, "lookahead must be an integer in 1..16, got 0"),
     ({"lookahead": 17}, "1..16, got 17"),
     ({"lookahead": None}, "lookahead must be an integer"),

@@ -36,7 +36,7 @@ def finished(engine: simsd.Engine) -> dict[int, simsd.Result]:
 
 
 @pytest.mark.parametrize("parts", [Parts(), STATIC, pretended_cuda.BESIDE], ids=["packed", "static", "captured"])
-@pytest.mark.parametrize("drafter", ["model", "self", "auto"])
+@pytest.mark.parametrize("drafter", ["model", "self", "lookup", "auto"])
 def test_texts_are_native_decodings_whoever_joins_and_leaves(tiny, jobs, drafter, parts, monkeypatch, one_thread):
     if parts is pretended_cuda.BESIDE:
         pretended_cuda.pretend(monkeypatch)

@@ -39,7 +39,10 @@ def settings(number: int) -> dict:
     }
     own |= chance.choice(STRATEGIES)
     if verify == "exact":
-        own |= {"drafter": chance.choice(["auto", "model", "self"]), "draft_steps": chance.choice([None, None, 2])}
+        own |= {
+            "drafter": chance.choice(["auto", "model", "self", "lookup"]),
+            "draft_steps": chance.choice([None, None, 2]),
+        }
         own["order_sharpness"] = chance.choice([None, 0.0, 3.0])
     if verify == "temporal":
         own |= {"accept": chance.choice(["match", "mrs"]), "rejected_tail": chance.choice(["truncate", "draft_argmax"])}

@@ -186,7 +186,7 @@ def cases(draw) -> tuple[str | None, GenerationConfig, list[list[int]], list[int
         temperature=draw(st.sampled_from((0.0, 0.3, 1.0))),
         top_k=draw(st.sampled_from((0, 1, 5))),
         top_p=draw(st.sampled_from((1.0, 0.9, 0.3))),
-        drafter=draw(st.sampled_from(("auto", "self") if draft is None else ("auto", "model", "self"))),
+        drafter=draw(st.sampled_from(("auto", "self", "lookup") if draft is None else DRAFTERS)),
         lookahead=draw(st.integers(1, 4)),
         max_rows=draw(st.sampled_from((None, 0, 1, 8, 40, 200))),
         order_sharpness=draw(st.sampled_from((0.0, 0.5, 8.0))),

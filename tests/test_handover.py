@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.cpu import trace_iteration as tracing
-from simsd.decode.exchange import SELF_DRAFT, Commands
+from simsd.decode.exchange import LOOKUP_DRAFT, SELF_DRAFT, Commands
 from simsd.decode.handover import adopt, draft_for_itself
 from simsd.decode.iteration import Shape
 from simsd.decode.slots import Slots
@@ -16,7 +16,13 @@ LENGTH, BLOCKS, VOCABULARY = 4, 4, 32
 DRAFTED = [[11, 12, 13, 14], [15, 16, 17, 18], [19, 20, 21, 22], [0, 0, 0, 0]]
 SETTINGS = {
     **dict.fromkeys(("seed", "top_k", "strategy", "steps", "sub_blocks", "end_gate"), 0),
-    **{"temperature": 0.0, "top_p": 1.0, "threshold": 0.0, "order_sharpness": (1.0, 0.25), "schedule": [1] * LENGTH},
+    **{
+        "temperature": 0.0,
+        "top_p": 1.0,
+        "threshold": 0.0,
+        "order_sharpness": (1.0, 0.25, 0.0),
+        "schedule": [1] * LENGTH,
+    },
     **{"prompt_len": 8, "end": 40, "stop_ids": (-1,), "request_epoch": 5},
 }
 
@@ -133,6 +139,8 @@ def test_a_copy_that_went_no_further_takes_nothing_back():
 class Logits:
     """A target whose last logits are for one token per position."""
 
+    packed = True
+
     def __init__(self, tokens: list[int]) -> None:
         self.last_logits = 9.0 * torch.nn.functional.one_hot(torch.tensor(tokens), VOCABULARY).float()
 
@@ -146,6 +154,29 @@ def test_blocks_behind_one_that_the_target_proposes_otherwise_are_dropped(tokens
     slots.steps.fill_(LENGTH)
     draft_for_itself(slots, commands, Logits(tokens), Shape(lookahead=BLOCKS, self_draft=True))
     assert seen(slots) == (depth, kv_len, [tokens, *DRAFTED[1:3]][:depth])
+
+
+REPEATED = [
+    ("one block likewise", DRAFTED[0] + [5, 6, 7, 8], [DRAFTED[0], [5, 6, 7, 8]], 12),
+    ("both likewise", DRAFTED[0] + DRAFTED[1], DRAFTED[:3], 16),
+    ("none likewise", [11, 12, 13, 30, 5, 6, 7, 8], [[11, 12, 13, 30], [5, 6, 7, 8]], 8),
+]
+
+
+@pytest.mark.parametrize(("what", "before", "blocks", "kv_len"), REPEATED, ids=[case[0] for case in REPEATED])
+def test_blocks_behind_what_is_looked_up_stay_where_that_was_drafted_too(what, before, blocks, kv_len):
+    slots, commands = opened(), Commands(2, "cpu")
+    adopt(slots, drafted(), noise=False)
+    # The text begins with what it is to repeat: two tokens, what followed them, and the two again.
+    text = [1, 2, *before, 1, 2]
+    shift = len(text) - 8
+    slots.text[0, shift : shift + 20] = slots.text[0, :20].clone()
+    slots.text[0, : len(text)] = torch.tensor(text)
+    for field in (slots.start, slots.draft_kv_len, slots.prompt_len):
+        field[0] += shift
+    commands.runs[0], commands.mode[0] = 1, LOOKUP_DRAFT
+    draft_for_itself(slots, commands, Logits([]), Shape(lookahead=2, lookup=True))
+    assert seen(slots) == (len(blocks), kv_len + shift, blocks)
 
 
 @pytest.mark.parametrize("noise", [False, True])

@@ -25,6 +25,14 @@ SHAPES = {
     "greedy": Shape(**COMMON),
     "noise": Shape(**COMMON, noise=True, filters=(True, True)),
     "self": Shape(**COMMON | {"draft_blocks": 0}, self_draft=True, keeps_logits=True, noise=True, filters=(True, True)),
+    "lookup": Shape(
+        **COMMON | {"draft_blocks": 0},
+        lookup=True,
+        self_draft=True,
+        keeps_logits=True,
+        noise=True,
+        filters=(True, True),
+    ),
     "both": Shape(**COMMON, draft_steps=2, self_draft=True, keeps_logits=True, noise=True, filters=(True, True)),
 }
 

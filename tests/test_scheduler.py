@@ -81,6 +81,7 @@ def test_blocks_that_are_left_count_the_current_one(prompt, new, committed, left
     [
         ({}, "auto"),
         ({"drafter": "self"}, "self"),
+        ({"drafter": "lookup"}, "lookup"),
         ({"verify": "none", "drafter": "self"}, "none"),
         ({"verify": "temporal"}, "none"),
     ],
@@ -89,7 +90,7 @@ def test_blocks_that_are_left_count_the_current_one(prompt, new, committed, left
 def test_drafts_are_chosen_only_where_they_are_verified_exactly(params, drafter):
     one = occupant(**params)
     one.masked, one.standing = 2, 1
-    assert one.situation(4) == Situation(drafter, 3, 2, 1)
+    assert one.situation(4) == Situation(drafter, 3, 2, 1, drafter == "auto")  # its prompt repeats one token
     # While the draft model lacks a part of the prompt, the target drafts for itself where it may.
     one.has_draft = False
     assert one.situation(4) == Situation("self" if drafter == "auto" else drafter, 3, 2, 1)

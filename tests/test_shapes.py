@@ -10,7 +10,7 @@ from simsd.decode.temporal import Temporal
 from simsd.engine.request import MAX_FAILURES, Request
 from simsd.engine.scheduler import Occupant
 from simsd.engine.shapes import Chunk, Group, group_of, prefill_chunk, row_budget, shape_of, states_needed, turns_of
-from simsd.engine.tuner import NONE, OWN, DraftMode
+from simsd.engine.tuner import LOOKUP, NONE, OWN, DraftMode
 
 MODEL, FURTHER, OWN_FURTHER = DraftMode(MODEL_DRAFT, 1), DraftMode(MODEL_DRAFT, 3), DraftMode(SELF_DRAFT, 2)
 LENGTH = 4
@@ -51,6 +51,7 @@ def test_what_decodes_natively_joins_whoever_is_exact():
 def test_where_no_draft_model_drafts_its_forwards_part_nobody():
     assert group(drafter="self", draft_steps=3) == group(has_draft=False, draft_steps=3) == Group(1)
     assert group([Group(2)], drafter="self", draft_steps=3) == Group(2)
+    assert group(drafter="lookup", draft_steps=3) == Group(1)
 
 
 def test_end_tokens_that_are_banned_for_others_are_generated_only_where_they_were_asked_for():
@@ -117,6 +118,18 @@ def test_an_iteration_is_as_deep_as_its_deepest_draft(modes, standing, lookahead
     got = shape([occupant(standing=n) for n in standing], modes)
     assert (got.lookahead, got.draft_blocks, got.self_draft) == (lookahead, draft_blocks, own)
     assert (got.states, got.logits_rows) == (33, 4 * 33 * LENGTH)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_lookup_goes_as_far_ahead_as_may_be_and_behind_the_targets_own_logits_where_there_are_some(static):
+    fresh, begun = occupant(), occupant()
+    begun.masked = 2
+    got = [shape([one, occupant()], [LOOKUP, NONE], static=static) for one in (fresh, begun)]
+    assert [(one.lookup, one.lookahead, one.draft_blocks, one.self_draft) for one in got] == [
+        (True, 3, 0, False),
+        (True, 3, 0, True),
+    ]
+    assert not shape([begun], [OWN]).lookup
 
 
 def test_noise_and_filters_are_there_where_anyone_asks_for_them():

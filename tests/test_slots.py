@@ -78,7 +78,7 @@ def test_settings_arrive_as_the_request_has_them():
     assert (got["schedule"], got["steps"]) == ([2, 1, 1, 0], 3)
     assert (got["strategy"], got["threshold"]) == (3, 0.75)
     assert (got["temperature"], got["top_k"], got["top_p"], got["end_gate"]) == (0.5, 7, 0.25, 0.5)
-    assert got["stop_ids"] == [9, 8, NO_STOP_ID] and got["order_sharpness"] == [1.0, 0.25]
+    assert got["stop_ids"] == [9, 8, NO_STOP_ID] and got["order_sharpness"] == [1.0, 0.25, 0.0]
 
 
 def test_sub_blocks_are_the_set_of_positions_at_which_one_begins():

@@ -54,6 +54,8 @@ SHAPES = {
     "a proposal that stands": exact(draft_blocks=0),
     "the target drafts": exact(draft_blocks=0, self_draft=True),
     "the target drafts with noise": exact(draft_blocks=0, self_draft=True, noise=True),
+    "the text drafts": exact(draft_blocks=0, lookup=True),
+    "the text and the target draft with noise": exact(draft_blocks=0, lookup=True, self_draft=True, noise=True),
     "both draft, filtered": exact(self_draft=True, noise=True, filters=(True, True)),
     "two forwards a block": exact(draft_steps=2),
     "two forwards a block with noise": exact(draft_steps=2, noise=True, filters=(True, False)),

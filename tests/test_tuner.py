@@ -6,8 +6,19 @@ import pytest
 import torch
 
 from simsd import EngineConfig
-from simsd.decode.exchange import MODEL_DRAFT, SELF_DRAFT
-from simsd.engine.tuner import FIRST_PATIENCE, IDLE, NONE, OWN, DraftMode, History, LatencyModel, Situation, Tuner
+from simsd.decode.exchange import LOOKUP_DRAFT, MODEL_DRAFT, SELF_DRAFT
+from simsd.engine.tuner import (
+    FIRST_PATIENCE,
+    IDLE,
+    LOOKUP,
+    NONE,
+    OWN,
+    DraftMode,
+    History,
+    LatencyModel,
+    Situation,
+    Tuner,
+)
 
 MODEL, FURTHER, OWN_FURTHER = DraftMode(MODEL_DRAFT, 1), DraftMode(MODEL_DRAFT, 2), DraftMode(SELF_DRAFT, 2)
 
@@ -108,6 +119,47 @@ def test_a_batch_waits_for_the_target_s_own_logits_where_the_draft_model_costs_t
     assert choose(made, [9] + [0] * 7, [0] * 8, True)[0] == FURTHER
     assert choose(made, [9] * 8, [0] * 8, True) == [NONE] * 8
     assert choose(made, [9] * 8, [3] * 8, True) == [OWN] * 8
+
+
+def repeating(made: Tuner, extra: dict[DraftMode, int], iterations: int = 200, masked: int = 2) -> list[DraftMode]:
+    """The modes chosen on a text that repeats itself, of which each brings `extra` steps."""
+    chosen = []
+    for _ in range(iterations):
+        (mode,) = made.choose([Situation("auto", 9, masked, repeats=True)], False)
+        chosen.append(mode)
+        if mode != NONE:
+            made.observe(0, mode, 4, extra.get(mode, 0), extra.get(mode, 0), 60 if mode == LOOKUP else 20, 0)
+    return chosen
+
+
+def test_a_text_that_repeats_itself_is_looked_up_where_that_pays():
+    assert repeating(tuner(), {LOOKUP: 7, OWN: 2})[-20:] == [LOOKUP] * 20
+    dear = repeating(tuner(slope=1e-3), {LOOKUP: 3, OWN: 2})  # rows of which cost half a forward each
+    assert dear[-20:] == [OWN] * 20
+    useless = repeating(tuner(), {OWN: 2}, iterations=2000)
+    assert 2 <= useless.count(LOOKUP) < 12
+
+
+def test_a_text_that_does_not_repeat_itself_costs_no_look():
+    made = tuner()
+    for masked in (0, 2) * 50:
+        (mode,) = choose(made, [9], [masked], False)
+        assert mode != LOOKUP
+        made.observe(0, mode, 4, 2, 2, 20, 0) if mode != NONE else None
+    repeating(made, {LOOKUP: 7, OWN: 2})
+    assert choose(made, [9], [2], False) == [OWN]  # what it brought elsewhere is another matter
+
+
+def test_a_lookup_is_believed_as_far_as_it_was_right():
+    """It has no probabilities of its own: the calibration is there for one that was asked for, too."""
+    made = tuner(slots=2)
+    choose(made, [9, 9], [0, 0], False, "lookup")
+    assert made.modes == [LOOKUP, LOOKUP] == [DraftMode(LOOKUP_DRAFT, 0)] * 2
+    for _ in range(30):
+        made.observe(0, LOOKUP, 8, 8, 7, 60, 0)
+        made.observe(1, LOOKUP, 8, 0, 0, 60, 0)
+    right, wrong = made.calibration()
+    assert right > 0.85 and wrong < 0.4
 
 
 def test_rows_that_bring_too_little_are_not_spent():

@@ -143,7 +143,7 @@ def jobs(mix: Mix) -> list[Job]:
         verify = chance.choices(("exact", "none", "temporal"), (8, 1, 1 if mix.draft else 0))[0]
         drafting = {"draft_steps": chance.choice((None, None, 1, 2) if mix.draft else (None,))}
         if verify == "exact":
-            drafting["drafter"] = chance.choice(DRAFTERS if mix.draft else ("auto", "self"))
+            drafting["drafter"] = chance.choice(DRAFTERS if mix.draft else ("auto", "self", "lookup"))
             drafting["order_sharpness"] = chance.choice((None, 0.0, 3.0))
         elif verify == "temporal":
             drafting |= {"accept": chance.choice(RULES), "rejected_tail": chance.choice(REJECTED_TAILS)}

@@ -209,6 +209,9 @@ def one_factor(count: int) -> list[Setting]:
         ("temperature 0.8, batch 8, one sequence in 10 cancelled", sampling, {"batch": 8, "cancel_every": 10}),
         ("drafter model", {"drafter": "model"}, {}),
         ("drafter self", {"drafter": "self"}, {}),
+        ("drafter lookup", {"drafter": "lookup"}, {}),
+        ("drafter lookup, never at an end", {"drafter": "lookup", "end_token_ids": (), "max_new_tokens": 64}, {}),
+        ("temperature 3, drafter lookup, batch 3", HOT | short | {"drafter": "lookup"}, {"batch": 3}),
         ("drafter auto, no draft model", {}, {"draft": None}),
         ("lookahead 1", {"lookahead": 1}, {}),
         ("lookahead 3", {"lookahead": 3}, {}),
@@ -248,7 +251,7 @@ FACTORS: dict[str, tuple] = {
     ),
     "seed": (0, 1, 2),
     "batch": (1, 3, 8),
-    "drafter": ("auto", "model", "self"),
+    "drafter": ("auto", "model", "self", "lookup"),
     "lookahead": (1, 2, 3),
     "steps": (None, 1, 2, 4),
     "max_rows": (None, 0, 16, 64),
@@ -321,6 +324,12 @@ def random_weights(count: int, quick: bool) -> list[Setting]:
             (f"near draft, {strategies[0]}, temperature 0.8", NEAR, 3, sampling | {"strategy": strategies[0]}),
             ("unlike draft", UNLIKE, 3, {"drafter": "model", "lookahead": 3}),
             (f"self-draft, {strategies[1]}", None, 8, {"strategy": strategies[1], "threshold": 0.4}),
+            (
+                f"lookup, {strategies[0]}, temperature 0.8",
+                None,
+                3,
+                sampling | {"drafter": "lookup", "strategy": strategies[0]},
+            ),
         ]
         for i, (what, draft, batch, change) in enumerate(rows):
             if quick and i not in (n % 2, n % 5):

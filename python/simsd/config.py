@@ -12,7 +12,7 @@ from simsd.values import is_integer, is_list, plain
 
 STRATEGIES = ("sequential", "low_confidence_static", "low_confidence_dynamic", "entropy_bounded")
 VERIFIERS = ("exact", "temporal", "none")
-DRAFTERS = ("auto", "model", "self")
+DRAFTERS = ("auto", "model", "self", "lookup")
 RULES = ("match", "mrs")
 REJECTED_TAILS = ("truncate", "truncate_no_bonus", "target_argmax", "target_argmax_all", "draft_argmax")
 MAX_BLOCK_LENGTH = 64  # a revealed set is one int64 bitmask
@@ -62,12 +62,13 @@ class SamplingParams:
         verify: how a draft is checked: "exact" (the text is native decoding's, token for token), "temporal" (SimSD as
             published, an approximation) or "none" (plain native decoding).
         drafter: who drafts for "exact": "model" (the draft model), "self" (the target's own logits for the state
-            before) or "auto" (whichever pays, block by block, or neither; "self" where there is no draft model). Never
-            changes the text.
+            before), "lookup" (the text itself: what followed the last tokens where they stood before in it, the prompt
+            included; "self" where they did not) or "auto" (whichever pays, block by block, or none; without a draft
+            model "self" or "lookup"). Never changes the text.
         order_sharpness: how far the draft's confidence is believed to tell the order in which the target reveals: a
             position that it ranks x lower in log-odds is exp(-order_sharpness * x) times as likely to be next. Large
             values leave a chain of states, 0 takes every order for equally likely. None: 0.25 for the draft model, 1
-            for the target's own logits.
+            for the target's own logits. A lookup ranks each position 1 lower than the one before it; None: 0.25.
         accept: "match" (the target's own token, greedy or with shared noise) or "mrs" (modified rejection sampling,
             "temporal" only).
         rejected_tail: what becomes of a drafted block after its first rejected position, "temporal" only:
@@ -157,7 +158,7 @@ class SamplingParams:
     @property
     def asks_draft_model(self) -> bool:
         """Whether a draft model, where there is one, may draft."""
-        return self.verify == "temporal" or (self.verify == "exact" and self.drafter != "self")
+        return self.verify == "temporal" or (self.verify == "exact" and self.drafter in ("auto", "model"))
 
     @property
     def needs_draft_model(self) -> bool:

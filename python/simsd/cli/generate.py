@@ -109,7 +109,7 @@ def generate(
     requests = [Request(_prompt(prompt))] if prompts is None else read_requests(prompts)
     system = None if system is None else streams.text_argument(system, "--system")
     chats = [request.with_system(system) for request in requests]
-    unneeded = config.verify == "none" or (config.verify == "exact" and config.drafter == "self")
+    unneeded = not config.asks_draft_model
     named = None if unneeded else opt.draft_name(target, draft)
     target_model, draft_model = opt.load_models(target, named, locals(), min(batch, n * len(requests)))
     if system is not None and target_model.tokenizer.backend.chat_template is None:

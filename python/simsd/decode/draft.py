@@ -1,4 +1,5 @@
-"""Proposals for the target to verify: by a draft model, or from the target's own last logits."""
+"""Proposals for the target to verify: by a draft model, or from the target's own last logits (from the text itself:
+`lookup`)."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 import simsd_kernels as kernels
 from simsd.config import STRATEGIES
-from simsd.decode.exchange import SELF_DRAFT, Commands
+from simsd.decode.exchange import LOOKUP_DRAFT, SELF_DRAFT, Commands
 from simsd.decode.rows import STRIDE
 from simsd.decode.shift import shifted, with_last_row
 from simsd.decode.slots import Slots
@@ -22,9 +23,10 @@ if TYPE_CHECKING:
     from simsd.decode.iteration import Shape
 
 SEQUENTIAL = STRATEGIES.index("sequential")
-OWN, MODEL = 0, 1  # columns of Slots.order_sharpness
-# How far log-odds tell the target's order: its own well, those of another model hardly (another context, too).
-DEFAULT_SHARPNESS = (1.0, 0.25)
+OWN, MODEL, LOOKUP = 0, 1, 2  # columns of Slots.order_sharpness
+# How far log-odds tell the target's order: its own well, those of another model hardly (another context, too), and the
+# order of positions, which is all that a lookup knows, not at all.
+DEFAULT_SHARPNESS = (1.0, 0.25, 0.0)
 BEHIND = 1e-3  # log-odds or nats between a drafted position and those that the draft revealed before it
 
 
@@ -50,11 +52,13 @@ def run_plan(model: ModelRunner, plan: kernels.Plan, slots: Slots, shape: Shape)
 
 
 def from_last_logits(slots: Slots, commands: Commands, target: ModelRunner, shape: Shape) -> None:
-    """Self-draft: what the target's logits for an earlier state of the current block say of its masked positions.
+    """Self-draft: what the target's logits for an earlier state of the current block say of its masked positions, also
+    where a lookup goes on from there.
 
     It replaces a standing proposal: a draft model's was made of less.
     """
-    chosen = (commands.mode == SELF_DRAFT) & (commands.runs > 0) & (slots.last_rows >= 0).any(1)
+    own = (commands.mode == SELF_DRAFT) | (commands.mode == LOOKUP_DRAFT)
+    chosen = own & (commands.runs > 0) & (slots.last_rows >= 0).any(1)
     rows = torch.where(chosen[:, None], slots.last_rows, -1)
     _keep_logits(slots, target.last_logits, rows, 0, shape)
     _finish(slots, target.last_logits, rows, slots.revealed, slots.step, 0, shape)

@@ -12,7 +12,7 @@ from torch import Tensor
 from simsd.decode.fields import Fields
 from simsd.decode.tops import Tops
 
-NO_DRAFT, SELF_DRAFT, MODEL_DRAFT = 0, 1, 2  # who proposes the current block: `mode`
+NO_DRAFT, SELF_DRAFT, MODEL_DRAFT, LOOKUP_DRAFT = 0, 1, 2, 3  # who proposes the current block: `mode`
 # How a token came, by its number in reports: the first three are exact's (see `verify_graph`), the others temporal's.
 ORIGINS = ("known", "denoised", "drafted", "bonus", "undrafted", "tail")
 DRAFTED, BONUS, UNDRAFTED, TAIL = 2, 3, 4, 5

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from simsd.decode.draft import from_last_logits
 from simsd.decode.exchange import Commands
+from simsd.decode.lookup import draft_without_model
 from simsd.decode.slots import Slots
 from simsd.models.runner import ModelRunner
 from simsd_kernels.advance_slots.api import NO_END
@@ -65,12 +65,15 @@ def adopt(slots: Slots, drafted: Slots, noise: bool) -> None:
 
 
 def draft_for_itself(slots: Slots, commands: Commands, target: ModelRunner, shape: Shape) -> None:
-    """`draft.from_last_logits`, behind `adopt`: blocks that the draft has proposed behind a current block as the target
-    proposes it, too, stay."""
-    tokens, depth, end = slots.draft_tokens[:, 0].clone(), slots.proposal_depth.clone(), slots.draft_end.clone()
-    from_last_logits(slots, commands, target, shape)
-    same = (slots.draft_tokens[:, 0] == tokens).all(1)
-    kept = same & (depth > 0)
-    slots.proposal_depth.copy_(torch.where(kept, depth, slots.proposal_depth))
-    slots.draft_end.copy_(torch.where(kept, end, slots.draft_end))
-    slots.draft_kv_len.copy_(torch.where(same, slots.draft_kv_len, slots.draft_kv_len.minimum(slots.start)))
+    """`draft_without_model`, behind `adopt`: where all that it proposes was proposed likewise, what the draft has
+    proposed behind it stays."""
+    tokens, depth, end = slots.draft_tokens.clone(), slots.proposal_depth.clone(), slots.draft_end.clone()
+    draft_without_model(slots, commands, target, shape)
+    number = torch.arange(slots.lookahead, device=slots.device)
+    same = (slots.draft_tokens == tokens).all(2) & (number < depth[:, None])
+    agreed = same.int().cumprod(1).sum(1, dtype=torch.int32)  # blocks
+    otherwise = agreed < slots.proposal_depth
+    slots.proposal_depth.copy_(torch.where(otherwise, slots.proposal_depth, depth))
+    slots.draft_end.copy_(torch.where(otherwise, slots.draft_end, end))
+    agreed = slots.draft_kv_len.minimum(slots.start + agreed * slots.length)
+    slots.draft_kv_len.copy_(torch.where(otherwise, agreed, slots.draft_kv_len))

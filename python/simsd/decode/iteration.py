@@ -17,6 +17,7 @@ from simsd.decode import draft as drafting
 from simsd.decode import tops as topping
 from simsd.decode.draft import run_plan
 from simsd.decode.exchange import Commands, Report
+from simsd.decode.lookup import draft_without_model
 from simsd.decode.rows import STRIDE
 from simsd.decode.shift import shifted, with_last_row
 from simsd.decode.slots import Slots
@@ -35,7 +36,8 @@ class Shape:
         logits_rows: N, rows that the target computes logits for, at least one block of every slot.
         draft_blocks: blocks that a draft model may propose, 0..K; draft_steps: forwards for each.
         pending, draft_pending: blocks that may wait for their keys and values to be computed.
-        self_draft: whether the target's own last logits propose current blocks, too. keeps_logits: whether a later
+        self_draft: whether the target's own last logits propose current blocks, too. lookup: whether the texts
+            themselves propose, see `lookup`. keeps_logits: whether a later
             iteration may ask for that.
         noise: whether any slot draws with noise. filters: whether any uses top-k, any top-p.
         allowed_ids: end tokens that are generated though they are banned otherwise.
@@ -50,6 +52,7 @@ class Shape:
     pending: int = 1
     draft_pending: int = 2
     self_draft: bool = False
+    lookup: bool = False
     keeps_logits: bool = False
     noise: bool = False
     filters: tuple[bool, bool] = (False, False)
@@ -100,8 +103,8 @@ def propose(
     parts: Parts = PARTS,
 ) -> Drafts | None:
     """Drafts what the commands ask for: into the slots' standing proposals; of a temporal shape, returns it."""
-    if shape.self_draft:
-        drafting.from_last_logits(slots, commands, target, shape)
+    if shape.self_draft or shape.lookup:
+        draft_without_model(slots, commands, target, shape)
     return draft_with_model(slots, commands, draft, shape, parts)
 
 

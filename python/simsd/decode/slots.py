@@ -41,7 +41,7 @@ def layout(length: int, stop_ids: int) -> Layout:
         "sub_blocks": (int64, ()),
         "schedule": (int32, (length,)),
         "steps": (int32, ()),
-        "order_sharpness": (float32, (2,)),
+        "order_sharpness": (float32, (3,)),
         "end_gate": (float32, ()),
         "last_rows": (int32, (length,)),
         "proposal_depth": (int32, ()),
@@ -77,7 +77,7 @@ class Slots:
         target_kv_len, draft_kv_len: int32, tokens whose keys and values are in place.
         temperature, top_k, top_p, seed, strategy, threshold, sub_blocks, schedule [B, L], steps: as the ops take them.
             end_gate: float32.
-        order_sharpness: float32 [B, 2], for proposals of the target itself and of a draft model.
+        order_sharpness: float32 [B, 3], for proposals of the target itself, of a draft model and of a lookup.
         stop_ids: int64 [B, E], NO_STOP_ID where there are fewer.
         last_rows: int32 [B, L], rows of the target's last logits that tell of masked positions of the current block;
             -1: none do.

@@ -88,7 +88,7 @@ def draft_blocks(slots: Slots, commands: Commands, draft: ModelRunner, shape: Sh
             new = logits[rows.clamp(min=0)]
             kept = torch.where(newly[:, :, None], new, torch.zeros_like(new) if kept is None else kept)
     tokens = slots.text.gather(1, slots.span(at.clamp(min=0)).long())
-    tokens = torch.where(slots.bits_in(revealed), tokens, draft.mask_token_id)
+    tokens = torch.where(slots.bits_in(revealed), tokens, min(draft.mask_token_id, draft.vocabulary - 1))
     return Drafts(tokens, step_map, drawn_under, draw_logprob, revealed, kept, at)
 
 

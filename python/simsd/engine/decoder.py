@@ -150,5 +150,7 @@ def _usable_draft(draft: Model | None, config: GenerationConfig) -> Model | None
     if not config.asks_draft_model:
         return None
     if config.verify == "exact" and config.drafter == "model" and draft is None:
-        raise SimsdError("drafter='model' needs a draft model, got None: name one, or use drafter='auto' or 'self'")
+        raise SimsdError(
+            "drafter='model' needs a draft model, got None: name one, or use drafter='auto', 'self' or 'lookup'"
+        )
     return draft

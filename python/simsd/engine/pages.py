@@ -112,6 +112,7 @@ class Places:
                 *(model, self.slots, places, self.scratch, packed, kept),
                 block_table=table.narrow(places // self.page_size),
                 pages=self.count(places),
+                judge=target,
             )
             for model, table, places, kept in (
                 (target, tables[0], self.target, most_logits),

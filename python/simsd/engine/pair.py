@@ -11,6 +11,7 @@ import torch
 from simsd.config import MAX_BLOCK_LENGTH, EngineConfig, SamplingParams
 from simsd.errors import SimsdError, one_line
 from simsd.models.loading import LoadedModel, load
+from simsd.models.tokenizer import differing_ids
 from simsd_kernels import dispatch
 
 CONTROL_OPS = ("plan_block", "propose_block", "verify_graph", "advance_slots", "reveal")
@@ -96,13 +97,26 @@ def check_pair(target: LoadedModel, draft: LoadedModel | None, drafts_on: torch.
             f"draft {draft.name} is on {draft.device}, not on {drafts_on}: load it there, or set"
             f' draft_device="{draft.device}"'
         )
+    if found := _vocabularies_differ(target, draft):
+        raise SimsdError(f"draft {draft.name} does not fit target {target.name}: {found}")
+
+
+def _vocabularies_differ(target: LoadedModel, draft: LoadedModel) -> str | None:
+    """Whether token ids mean different things to the models, and how. Rows of padding and mask tokens may differ, where
+    tokenizers tell which those are."""
+    if target.tokenizer is not None and draft.tokenizer is not None:
+        masks = target.mask_token_id, draft.mask_token_id
+        unlike = differing_ids(target.tokenizer.backend, draft.tokenizer.backend)
+        number = min((i for i in unlike if i not in masks), default=None)
+        if number is None:
+            return None
+        theirs, ours = (m.tokenizer.backend.convert_ids_to_tokens(number) for m in (draft, target))
+        return f"token {number} is {theirs!r} to it, {ours!r} to the target: use a draft of the target's vocabulary"
     for what in ("vocab_size", "mask_token_id"):
         ours, theirs = getattr(target, what), getattr(draft, what)
         if ours != theirs:
-            raise SimsdError(
-                f"draft {draft.name} does not fit target {target.name}: "
-                f"{what.replace('_', ' ')} {theirs} against {ours}"
-            )
+            return f"{what.replace('_', ' ')} {theirs} against {ours}, which only models with tokenizers may differ in"
+    return None
 
 
 def check_length(
@@ -124,4 +138,6 @@ def check_params(target: LoadedModel, draft: LoadedModel | None, params: Samplin
     if params.stop and target.tokenizer is None:
         raise SimsdError(f"stop strings need a tokenizer, and {target.name} has none: use end_token_ids")
     if params.verify == "exact" and params.drafter == "model" and draft is None:
-        raise SimsdError("drafter='model' needs a draft model, got None: name one, or use drafter='auto' or 'self'")
+        raise SimsdError(
+            "drafter='model' needs a draft model, got None: name one, or use drafter='auto', 'self' or 'lookup'"
+        )

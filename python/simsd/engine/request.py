@@ -117,7 +117,7 @@ class Request:
             "steps": len(counts),
             "sub_blocks": begins - (begins >> 63 << 64),  # as int64
             "stop_ids": ends + [slots.NO_STOP_ID] * (stop_ids - len(ends)),
-            "order_sharpness": draft.DEFAULT_SHARPNESS if sharpness is None else (sharpness, sharpness),
+            "order_sharpness": draft.DEFAULT_SHARPNESS if sharpness is None else (sharpness,) * 3,
         }
 
     @property

@@ -162,7 +162,7 @@ class Runner:
 
     def _exchange(self, shape: Shape) -> None:
         adopt(self.slots, self.worker.drafted, shape.noise)
-        if shape.self_draft:
+        if shape.self_draft or shape.lookup:
             draft_for_itself(self.slots, self._commands, self.target, shape)
 
     def _draft(self, shape: Shape) -> Drafts | None:

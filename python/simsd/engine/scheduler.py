@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 from simsd.decode.exchange import SlotReport
 from simsd.engine.prefixes import Prefix, PrefixCache
+from simsd.engine.repeats import Repeats
 from simsd.engine.request import Request
 from simsd.engine.tuner import Situation
 
@@ -28,6 +29,7 @@ class Occupant:
         most_pages: that it may ever need.
         masked, standing: see `Situation`.
         draft_forwards: as reported. has_draft: whether the draft model lacks no more than comes along.
+        repeats: tells whether its text repeats itself.
     """
 
     request: Request
@@ -44,6 +46,7 @@ class Occupant:
     standing: int = 0
     draft_forwards: int = 0
     has_draft: bool = True
+    repeats: Repeats = dataclasses.field(default_factory=Repeats)
 
     def take(self, report: SlotReport, length: int) -> None:
         """After the request has learned the report; `length`: of a block."""
@@ -78,7 +81,8 @@ class Occupant:
         drafter = params.drafter if params.verify == "exact" else "none"
         if drafter == "auto" and not self.has_draft:
             drafter = "self"
-        return Situation(drafter, left, self.masked, self.standing)
+        repeats = drafter == "auto" and self.repeats(self.request.tokens, self.request.provisional)
+        return Situation(drafter, left, self.masked, self.standing, repeats)
 
 
 class Scheduler:

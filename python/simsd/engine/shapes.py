@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable
 
 from simsd.config import MAX_LOOKAHEAD, EngineConfig, SamplingParams
-from simsd.decode.exchange import SELF_DRAFT
+from simsd.decode.exchange import LOOKUP_DRAFT, SELF_DRAFT
 from simsd.decode.iteration import Shape
 from simsd.decode.rows import STRIDE
 from simsd.decode.temporal import Temporal
@@ -143,9 +143,13 @@ def shape_of(
     if group.temporal is not None:
         return Shape(lookahead=1, temporal=group.temporal, **common)
     depth = max(mode.depth for mode in modes)
-    own = any(mode.kind == SELF_DRAFT for mode in modes)
+    lookup = any(mode.kind == LOOKUP_DRAFT for mode in modes)
+    own = any(
+        mode.kind == SELF_DRAFT or (mode.kind == LOOKUP_DRAFT and occupant.masked > 0)
+        for mode, occupant in zip(modes, occupants, strict=True)
+    )
     standing = max(occupant.standing for occupant in occupants)
-    lookahead = max(depth, int(own), standing)
+    lookahead = max(depth, int(own), standing, config.lookahead if lookup else 0)
     if all(mode == NONE for mode in modes):
         lookahead = 0
     elif beside:
@@ -162,6 +166,7 @@ def shape_of(
         logits_rows=slots * states * block_length,
         draft_blocks=depth,
         self_draft=own,
+        lookup=lookup,
         keeps_logits=self_drafts,
         **common,
     )

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from simsd.config import EngineConfig
-from simsd.decode.exchange import MODEL_DRAFT, NO_DRAFT, SELF_DRAFT
+from simsd.decode.exchange import LOOKUP_DRAFT, MODEL_DRAFT, NO_DRAFT, SELF_DRAFT
 
 if TYPE_CHECKING:
     from simsd.engine.runner import Outcome
@@ -129,12 +129,14 @@ class DraftMode:
 
 NONE = DraftMode(NO_DRAFT, 0)
 OWN = DraftMode(SELF_DRAFT, 0)
+LOOKUP = DraftMode(LOOKUP_DRAFT, 0)
+_KINDS = (SELF_DRAFT, MODEL_DRAFT, LOOKUP_DRAFT)
 
 
 class History:
     """What is known of a pair of models, whatever was decoded: times by rows, how far drafts were right, and what each
     draft mode brought, by the situation: about how many sequences the batch has (rows and forwards weigh
-    differently then) and which part of the block is still masked."""
+    differently then), which part of the block is still masked, and whether the text repeats itself."""
 
     def __init__(self, device: torch.device, beside: bool = False) -> None:
         """`beside`: the draft works beside the target, and costs what this has to wait for it."""
@@ -145,11 +147,11 @@ class History:
 
     def forget(self) -> None:
         """What drafts brought: the models' weights have changed. Times stay."""
-        self.acceptance = {kind: Acceptance() for kind in (SELF_DRAFT, MODEL_DRAFT)}
-        self.records: dict[tuple[int, int, DraftMode], Record] = {}
+        self.acceptance = {kind: Acceptance() for kind in _KINDS}
+        self.records: dict[tuple[int, int, bool, DraftMode], Record] = {}
 
-    def record(self, active: int, quarter: int, mode: DraftMode) -> Record:
-        return self.records.setdefault((active.bit_length(), quarter, mode), Record())
+    def record(self, active: int, quarter: int, mode: DraftMode, repeats: bool = False) -> Record:
+        return self.records.setdefault((active.bit_length(), quarter, repeats, mode), Record())
 
 
 # Kept while the models live, so that a call of `generate` need not learn anew what the last one found out.
@@ -173,12 +175,14 @@ class Situation:
         blocks_left: the current one included.
         masked: positions of the current block that are masked and that the target's last logits tell of.
         standing: blocks of an earlier proposal that still stand.
+        repeats: whether the text repeats itself: a lookup may pay.
     """
 
     drafter: str
     blocks_left: int
     masked: int
     standing: int = 0
+    repeats: bool = False
 
 
 IDLE = Situation("none", 0, 0)
@@ -192,13 +196,13 @@ class Tuner:
         self.target, self.draft = history.target, history.draft
         self.active = 1
         self.modes = [NONE] * slots
-        self._quarters = [0] * slots
+        self._circumstances = [(0, False)] * slots  # quarter and repeats, as records have them
         self._drafters = ["none"] * slots
         self._acceptance = [self._no_acceptance() for _ in range(slots)]
 
     @staticmethod
     def _no_acceptance() -> dict[int, Acceptance]:
-        return {kind: Acceptance() for kind in (SELF_DRAFT, MODEL_DRAFT)}
+        return {kind: Acceptance() for kind in _KINDS}
 
     def forget(self) -> None:
         """See `History.forget`."""
@@ -211,7 +215,7 @@ class Tuner:
     def choose(self, situations: list[Situation], has_model: bool) -> list[DraftMode]:
         """By slot; `situations`: IDLE for slots that do not run."""
         self.active = max(sum(situation.blocks_left > 0 for situation in situations), 1)
-        best: dict[tuple[int, int, bool], DraftMode] = {}
+        best: dict[tuple[int, int, bool, bool], DraftMode] = {}
         for slot, now in enumerate(situations):
             ahead = min(self.config.lookahead, now.blocks_left)
             self._drafters[slot] = now.drafter
@@ -221,9 +225,11 @@ class Tuner:
                 self.modes[slot] = DraftMode(MODEL_DRAFT, ahead)
             elif now.drafter == "self":
                 self.modes[slot] = OWN if now.masked else NONE
+            elif now.drafter == "lookup":
+                self.modes[slot] = LOOKUP
             else:
-                key = self._quarter(now.masked), ahead, now.masked > 0
-                self._quarters[slot] = key[0]
+                key = self._quarter(now.masked), now.repeats, ahead, now.masked > 0
+                self._circumstances[slot] = key[:2]
                 if key in best:
                     self.modes[slot] = best[key]
                 else:
@@ -234,7 +240,9 @@ class Tuner:
         """How many quarters of the block are masked, rounded up; 0: it is fresh."""
         return -(-4 * masked // self.length)
 
-    def _best(self, quarter: int, ahead: int, has_self: bool, has_model: bool) -> tuple[DraftMode, DraftMode]:
+    def _best(
+        self, quarter: int, repeats: bool, ahead: int, has_self: bool, has_model: bool
+    ) -> tuple[DraftMode, DraftMode]:
         """For the first slot in a situation, and for the others in it: the mode that saves most time by its record;
         untried ones before, and for the first slot now and then one that was surpassed.
 
@@ -243,15 +251,17 @@ class Tuner:
         further = range(2, ahead + 1) if has_model else ()
         own = [OWN, *(DraftMode(SELF_DRAFT, depth) for depth in further)]
         modes = own if has_self else [DraftMode(MODEL_DRAFT, depth) for depth in (1, *further) if has_model]
-        records = {mode: self.history.record(self.active, quarter, mode) for mode in modes}
+        if repeats:
+            modes.append(LOOKUP)
+        records = {mode: self.history.record(self.active, quarter, mode, repeats) for mode in modes}
         for mode, record in records.items():
             if record.tries < TRIES - 0.5:
                 return mode, mode
-        saved = {NONE: 0.0} | {mode: self.saved(quarter, mode) for mode in modes}
+        saved = {NONE: 0.0} | {mode: self.saved(quarter, mode, repeats) for mode in modes}
         if not has_self:
             # A step on the current state alone leaves logits for a draft of the target's own next time.
             later = self._quarter(self.length - 1)
-            saved[NONE] = max(0.0, *(self.saved(later, mode, steps=2) for mode in own))
+            saved[NONE] = max(0.0, *(self.saved(later, mode, repeats, steps=2) for mode in own))
         best = first = max(saved, key=saved.__getitem__)
         for mode, record in records.items():
             if mode == best:
@@ -262,18 +272,18 @@ class Tuner:
                 record.idle += 1
         return first, best
 
-    def saved(self, quarter: int, mode: DraftMode, steps: int = 1) -> float:
+    def saved(self, quarter: int, mode: DraftMode, repeats: bool = False, steps: int = 1) -> float:
         """Seconds per step that a draft mode saves by its record, `steps` being those that it takes anyway."""
-        record = self.history.record(self.active, quarter, mode)
+        record = self.history.record(self.active, quarter, mode, repeats)
         spent = record.mean("rows") * self.target.slope + record.mean("forwards") * self.draft_seconds()
         extra = record.mean("extra")
         return (extra * self.step_seconds() - spent) / (steps + extra)
 
     def calibration(self) -> list[float]:
-        """By slot, how far the draft's probabilities are believed."""
-        overall = self.history.acceptance
+        """By slot, how far the draft's probabilities are believed; a lookup has none of its own."""
+        overall, kinds = self.history.acceptance, {"auto": _KINDS, "lookup": (LOOKUP_DRAFT,)}
         return [
-            1.0 if mode.kind == NO_DRAFT or drafter != "auto" else own[mode.kind].share(overall[mode.kind].share(1.0))
+            own[mode.kind].share(overall[mode.kind].share(1.0)) if mode.kind in kinds.get(drafter, ()) else 1.0
             for mode, drafter, own in zip(self.modes, self._drafters, self._acceptance, strict=True)
         ]
 
@@ -310,7 +320,8 @@ class Tuner:
     ) -> None:
         """What came of a slot's draft mode: tokens judged and accepted, steps beyond the first, the rows that the
         target ran for it and the draft model's forwards."""
-        record = self.history.record(self.active, self._quarters[slot], mode)
+        quarter, repeats = self._circumstances[slot]
+        record = self.history.record(self.active, quarter, mode, repeats)
         record.observe(extra=extra, rows=rows, forwards=forwards)
         self._acceptance[slot][mode.kind].observe(judged, accepted)
         self.history.acceptance[mode.kind].observe(judged, accepted)

@@ -34,7 +34,7 @@ class ModelRunner:
     same bits either way.
 
     Attributes:
-        model, device, dtype, mask_token_id: the model's.
+        model, device, dtype, mask_token_id: the model's. vocabulary: V, ids that logits are of.
         kv_slots: S, places for the keys and values of each slot of the batch.
         scratch: the first of these places for what is not committed; before it, place p is that of position p.
         last_logits: what `keep_logits` was given last.
@@ -55,12 +55,15 @@ class ModelRunner:
         layers: Callable[[PreTrainedModel], FusedLayers | StockLayers] = layers_of,
         block_table: BlockTable | None = None,
         pages: int = 0,
+        judge: LoadedModel | None = None,
     ) -> None:
         """
         Args:
             layers: what runs a model's rows, `layers_of` or, to compare with them, `StockLayers`.
             block_table: the pages of the S places of each slot, read in every forward; None: they lie side by side.
             pages: how many pages there are.
+            judge: the model whose tokens this one proposes. Logits are of its vocabulary then: ids that this one does
+                not have, and its own mask token, have -inf. None: itself.
         """
         if model.config._attn_implementation != NAME:
             raise SimsdError(
@@ -69,6 +72,9 @@ class ModelRunner:
             )
         self.model = model
         self.device, self.dtype, self.mask_token_id = model.device, model.dtype, model.mask_token_id
+        self.vocabulary = model.vocab_size if judge is None else judge.vocab_size
+        # What of its logits is not as it is: for a draft whose mask token, or whose rows of padding, are others.
+        self._fits = judge is None or (judge.vocab_size, judge.mask_token_id) == (model.vocab_size, model.mask_token_id)
         self.kv_slots, self.scratch = kv_slots, kv_slots if scratch is None else scratch
         self.packed = self.device.type == "cpu" if packed is None else packed
         self.last_logits: Tensor | None = None
@@ -126,6 +132,8 @@ class ModelRunner:
                 f"{self.model.name} is now {layers.dtype} on {layers.device}, its runner was made for"
                 f" {self.dtype} on {self.device}: make a new one"
             )
+        if not self._fits:
+            tokens = tokens.clamp(max=self.model.vocab_size - 1)
         table = self._table if self._table is None or members is None else self._table.of(members)
         flat = table is not None or members is not None
         seen = birth, death, table, members
@@ -164,7 +172,14 @@ class ModelRunner:
         if flat and len(slots) > 1:
             tokens, positions, slots = (x.reshape(1, -1) for x in (tokens, positions, slots))
         rope = self._rope(layers, positions)
-        return layers.forward(tokens, slots, rope, self.cache, attend, logits_rows, packed=flat)
+        logits = layers.forward(tokens, slots, rope, self.cache, attend, logits_rows, packed=flat)
+        return logits if self._fits or logits is None else self._fitted(logits)
+
+    def _fitted(self, logits: Tensor) -> Tensor:
+        logits = nn.functional.pad(logits, (0, self.vocabulary - logits.shape[1]), value=-torch.inf)
+        if self.mask_token_id < self.vocabulary:
+            logits[:, self.mask_token_id].fill_(-torch.inf)
+        return logits
 
     def is_current(self) -> bool:
         """Whether the model's modules and weights are those of the last forward, if there was any: only then may a

@@ -17,6 +17,9 @@ MASK = "<|MASK|>"
 _FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json", "tokenizer.model")
 # Tokenizer -> its length and ids: to list 150,000 entries takes long, and every call of `hf_generate` asks.
 _ids: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, frozenset[int]]] = weakref.WeakKeyDictionary()
+# Of two tokenizers likewise: their lengths and `differing_ids`.
+_unlike: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, weakref.WeakKeyDictionary]
+_unlike = weakref.WeakKeyDictionary()
 
 
 class Tokenizer:
@@ -107,6 +110,19 @@ def known_ids(backend: PreTrainedTokenizerBase) -> frozenset[int]:
         ids = frozenset(backend.get_vocab().values())
         _ids[backend] = (len(backend), ids)
     return ids
+
+
+def differing_ids(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The ids that two tokenizers have different tokens for; ids that only one has are not among them."""
+    if one is other:
+        return frozenset()
+    of_one = _unlike.setdefault(one, weakref.WeakKeyDictionary())
+    *lengths, unlike = of_one.get(other, (None, None, frozenset()))
+    if lengths != [len(one), len(other)]:
+        mine, theirs = ({i: token for token, i in backend.get_vocab().items()} for backend in (one, other))
+        unlike = frozenset(i for i in mine.keys() & theirs.keys() if mine[i] != theirs[i])
+        of_one[other] = (len(one), len(other), unlike)
+    return unlike
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
