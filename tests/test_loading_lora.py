@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
+import warnings
 
 import pytest
 import torch
@@ -111,6 +112,13 @@ def test_a_merged_model_decodes_and_is_saved_like_any_other(tmp_path):
     loaded.model.save_pretrained(tmp_path / "merged")
     again = simsd.load(tmp_path / "merged", tokenizer=tmp_path / "base")
     assert simsd.generate(again, [[5, 6, 7]], max_new_tokens=24)[0].tokens == decoded[0]
+
+
+def test_a_merge_warns_of_nothing_that_a_user_could_not_change(tmp_path):
+    folder = write_adapter(tmp_path, lora("q_proj"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        simsd.load(folder)
 
 
 def test_an_adapters_own_tokenizer_goes_before_its_models(tmp_path):

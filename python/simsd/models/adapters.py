@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,7 +57,9 @@ def merge(model: PreTrainedModel, folder: Path) -> None:
     # peft compares them, and tells of a difference that there always is: we were given the model.
     config.base_model_name_or_path, config.inference_mode = model.name_or_path, True
     shapes = {name: value.shape for name, value in model.state_dict().items()}
-    with _refusals(folder), torch.random.fork_rng(devices=[]):  # it draws first weights, which are replaced
+    with _refusals(folder), warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore", FutureWarning)  # of peft's calls, about which its user can do nothing
+        # First weights are drawn here, and replaced by the adapter's.
         adapted = peft.get_peft_model(model, config)
         result = adapted.load_adapter(str(folder), "default", torch_device=str(model.device))
         if result.missing_keys or result.unexpected_keys:
