@@ -61,6 +61,7 @@ SETTINGS = {
     "drawn": ({"temperature": 0.9, "seed": 11, "top_p": 0.9}, {"extra_body": {"top_k": 20}}),
     "a negative seed": ({"temperature": 1.3, "seed": -5}, {}),
     "dynamic": ({}, {"extra_body": {"strategy": "low_confidence_dynamic", "threshold": 0.7}}),
+    "sub-blocks": ({}, {"extra_body": {"sub_block_length": 2, "steps": 2}}),
     "two steps, native": ({}, {"extra_body": {"steps": 2, "verify": "none"}}),
     "temporal": ({}, {"extra_body": {"verify": "temporal", "rejected_tail": "truncate_no_bonus"}}),
 }
@@ -297,6 +298,8 @@ REFUSED = {
     "a seed of text": ({"seed": "7"}, "seed"),
     "an empty stop string": ({"stop": [""]}, "stop"),
     "an unknown strategy": ({"extra_body": {"strategy": "best"}}, "strategy"),
+    "a sub-block longer than a block": ({"extra_body": {"sub_block_length": 5}}, "sub_block_length"),
+    "fewer steps than sub-blocks": ({"extra_body": {"sub_block_length": 1, "steps": 2}}, "steps"),
     "more steps than a block has": ({"extra_body": {"steps": 5}}, "steps"),
     "temporal settings of exact": ({"extra_body": {"accept": "mrs"}}, "accept"),
     "an id out of the vocabulary": ({"extra_body": {"stop_token_ids": [99999]}}, "stop_token_ids"),
