@@ -24,6 +24,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         (("--rejected-tail", "draft_argmax"), ("rejected_tail='draft_argmax'", "verify='temporal'")),
         (("--rejected-tail", "keep"), ("rejected_tail", "truncate", "'keep'")),
         (("--steps", "9"), ("steps", "block length 4", "9")),
+        (("--sub-block-length", "9"), ("sub_block_length", "block length 4", "9")),
+        (("--sub-block-length", "2", "--steps", "1"), ("steps", "at least 2", "sub-blocks", "1")),
         (("--draft-steps", "5"), ("draft_steps", "block length 4", "5")),
         (("--block-length", "65"), ("block_length", "64", "65")),
         (("--steps", "3", "--block-length", "2"), ("steps", "2", "3")),

@@ -19,6 +19,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
     [
         {},
         {"strategy": "sequential", "steps": 2},
+        {"sub_block_length": 2, "steps": 3},
+        {"verify": "temporal", "sub_block_length": 2},
         {"drafter": "model", "lookahead": 3, "max_rows": 24, "draft_steps": 2},
         {"drafter": "self", "strategy": "low_confidence_dynamic", "threshold": 0.3},
         {"verify": "temporal"},

@@ -42,6 +42,7 @@ SETTINGS = {
     "drawn": ({"temperature": 0.9, "seed": 11, "top_p": 0.9}, {"extra_body": {"top_k": 20}}),
     "a negative seed": ({"temperature": 1.3, "seed": -5}, {}),
     "dynamic": ({}, {"extra_body": {"strategy": "low_confidence_dynamic", "threshold": 0.7}}),
+    "sub-blocks": ({}, {"extra_body": {"sub_block_length": 2, "steps": 2}}),
     "two steps, native": ({}, {"extra_body": {"steps": 2, "verify": "none"}}),
     "temporal": ({}, {"extra_body": {"verify": "temporal", "rejected_tail": "truncate_no_bonus"}}),
 }

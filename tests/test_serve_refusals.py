@@ -28,6 +28,8 @@ REFUSED = {
     "a seed of text": ({"seed": "7"}, "seed"),
     "an empty stop string": ({"stop": [""]}, "stop"),
     "an unknown strategy": ({"extra_body": {"strategy": "best"}}, "strategy"),
+    "a sub-block longer than a block": ({"extra_body": {"sub_block_length": 5}}, "sub_block_length"),
+    "fewer steps than sub-blocks": ({"extra_body": {"sub_block_length": 1, "steps": 2}}, "steps"),
     "more steps than a block has": ({"extra_body": {"steps": 5}}, "steps"),
     "temporal settings of exact": ({"extra_body": {"accept": "mrs"}}, "accept"),
     "an id out of the vocabulary": ({"extra_body": {"stop_token_ids": [99999]}}, "stop_token_ids"),

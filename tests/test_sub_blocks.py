@@ -51,6 +51,8 @@ def test_sub_blocks_stay_the_models_own_in_training_mode_in_a_copy_and_as_a_fine
     assert step_maps(loaded, []) == expected
     loaded.model.save_pretrained(tmp_path / "out")
     assert step_maps(simsd.load(tmp_path / "out"), []) == expected
+    simsd.load(loaded.model, shift=False).model.save_pretrained(tmp_path / "unshifted")
+    assert not simsd.load(tmp_path / "unshifted").shift
     plain = stock_folder(tmp_path / "plain", "a2d_qwen2", model_type="qwen2")
     tuned = simsd.load(plain, family="fast_dllm_v2", block_length=8, mask_token_id=MASK)
     assert tuned.shift and step_maps(tuned, [], sub_block_length=4) == expected

@@ -262,8 +262,9 @@ FACTORS: dict[str, tuple] = {
 
 def sub_block_lengths(length: int, steps: int | None, strategy: str) -> range:
     """Those that a block of `length` may be decoded by in so many steps."""
-    least = length if strategy == "entropy_bounded" else -(-length // (steps or length))
-    return range(1 if steps in (None, length) else least, length + 1)
+    if strategy == "entropy_bounded" and steps not in (None, length):
+        return range(length, length + 1)
+    return range(-(-length // (steps or length)), length + 1)
 
 
 def covering_array(sizes: list[int]) -> list[list[int]]:

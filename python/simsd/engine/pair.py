@@ -66,8 +66,10 @@ def sub_blocks(target: LoadedModel, params: SamplingParams, block_length: int) -
     """Lengths of the sub-blocks of a block, from the left; the block's own where it has none."""
     own = target.config.sub_block_length or block_length
     length = min(own if params.sub_block_length is None else params.sub_block_length, block_length)
-    begins = {*range(0, block_length, length), int(target.config.first_token_alone)}  # 0 is one of them anyway
-    return [end - first for first, end in itertools.pairwise(sorted({*begins, block_length}))]
+    borders = {*range(0, block_length, length), block_length}
+    if target.config.first_token_alone:
+        borders.add(1)
+    return [end - first for first, end in itertools.pairwise(sorted(borders))]
 
 
 def draft_device(target: LoadedModel, config: EngineConfig) -> torch.device:

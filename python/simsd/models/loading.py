@@ -356,7 +356,8 @@ def _mask_token_id(
 def _shift(given: bool | None, config, family: Family) -> bool:
     if given is not None and not isinstance(given, bool):
         raise SimsdError(f"shift must be True or False, got {given!r}")
-    return config.shift or family.shift if given is None else given
+    own = config.shift if given is None else given
+    return family.shift if own is None else own
 
 
 def _end_token_ids(

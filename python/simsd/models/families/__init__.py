@@ -103,7 +103,7 @@ FAMILIES = (
     ),
     Family(
         name="fast_dllm_v2",
-        models="Fast-dLLM v2 1.5B, 7B",
+        models="Fast-dLLM v2 1.5B, 7B (sub-blocks of 8)",
         stock="Qwen2",
         checked="modeling.py of Fast_dLLM_v2_7B with its generate (Satgoy152/DualDiffusion 189fa7a)",
         module="fast_dllm",

@@ -19,7 +19,7 @@ class FastDLLMConfig(BlockDiffusionConfig, Qwen2Config):
 
     block_length: int | None = None
     mask_token_id: int | None = None
-    shift: bool = True
+    shift: bool | None = None  # the family's: a copy that was loaded without says False
     sub_block_length: int | None = 8
     first_token_alone: bool = True
 
