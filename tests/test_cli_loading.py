@@ -147,6 +147,34 @@ def test_the_server_s_engine_and_lm_eval_s_model_take_them(folders):
         harness.SimsdLM(str(folders["qwen3"]), draft="none", mask_token=256)
 
 
+def test_weights_are_quantized_on_request(run, folders, assert_one_line_error):
+    pytest.importorskip("torchao")
+    folder = folders["qwen3"]
+    told = ("generate", PROMPT, "--target", folder, "--family", "qwen3", "--block-length", "8", *SHORT)
+    loaded = simsd.load(folder, family="qwen3", block_length=8, quantize="int8")
+    [expected] = simsd.generate(loaded, [PROMPT], max_new_tokens=12)
+    assert tokens_of(run(*told, "--quantize", "int8")) == expected.tokens
+    assert_one_line_error(run(*told, "--quantize", "int3"), "quantize must be int8, int4, float8", "'int3'")
+
+
+def test_revisions_and_offline_use_are_the_hub_s(run, folders, pair, monkeypatch, assert_one_line_error):
+    told = ("generate", PROMPT, "--target", folders["qwen3"], "--family", "qwen3")
+    assert_one_line_error(run(*told, "--revision", "v2"), "revision='v2' is for hub ids")
+    drafted = ("generate", PROMPT, *pair, "--draft-revision", "v3")
+    assert_one_line_error(run(*drafted), "revision='v3' is for hub ids", pair[3])
+    asked = []
+
+    def download(hub_id, **given):
+        asked.append((hub_id, given["revision"], given["local_files_only"]))
+        raise OSError("nothing is downloaded here")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    for more in ((), ("--revision", "v2"), ("--revision", "v2", "--local-files-only")):
+        code, out, err = run("generate", PROMPT, "--target", "org/model", "--draft", "none", *more)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+    assert asked == [("org/model", None, False), ("org/model", "v2", False), ("org/model", "v2", True)]
+
+
 @pytest.mark.parametrize("command", ["generate", "chat", "bench", "evaluate", "audit", "serve"])
 @pytest.mark.parametrize("width", [80, 120])
 def test_help_shows_them_in_one_panel_that_fits(run, command, width, monkeypatch):
@@ -154,5 +182,6 @@ def test_help_shows_them_in_one_panel_that_fits(run, command, width, monkeypatch
     code, out, _ = run(command, "--help")
     assert code == 0 and max(map(len, out.splitlines())) <= width
     panel = out.split("─ Models ─")[1].split("╰")[0]
-    for option in ("--family", "--block-length", "--mask-token-id", "--shift", "--draft-family", "--draft-shift"):
-        assert option in panel
+    both = ("--dtype", "--device", "--quantize", "--block-length", "--mask-token-id", "--local-files-only")
+    each = ("--family", "--shift", "--revision", "--draft-family", "--draft-shift", "--draft-revision")
+    assert all(option in panel for option in (*both, *each))

@@ -18,6 +18,7 @@ from simsd import Decoder, GenerationConfig
 from simsd.config import DRAFTERS, STRATEGIES, VERIFIERS, SamplingParams
 from simsd.decode import iteration
 from simsd.decode.slots import Slots
+from simsd.models import families
 from simsd_kernels import INF
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -62,6 +63,18 @@ def test_every_pair_of_factor_values_is_among_the_settings():
     for a, b in itertools.combinations(range(len(names)), 2):
         pairs = {(row[a], row[b]) for row in rows}
         assert len(pairs) == len(FACTORS[names[a]]) * len(FACTORS[names[b]]), (names[a], names[b])
+
+
+def test_every_family_is_among_the_settings_and_drafts_predict_as_their_targets_and_otherwise():
+    shapes = [shape for shape in exactness_settings.SHAPES.values() if shape.deterministic]
+    named = {family.name for family in families.FAMILIES if family.architecture is None}
+    assert {shape.family for shape in shapes} == named
+    pairs = {(shape.shift, shape.other_shift) for shape in shapes}
+    assert pairs == {(False, False), (False, True), (True, False), (True, True)}
+    mixed = {
+        exactness_settings.SHAPES[mix.target].shift for mix in QUICK if mix.group == MIXED and "/" in (mix.draft or "")
+    }
+    assert mixed == {False, True}
 
 
 def test_a_full_run_has_ten_thousand_comparisons_of_distinct_settings():

@@ -42,6 +42,9 @@ TARGETS = (
     ("hidden size 72, 3 layers", None),
     ("bfloat16", None),
     ("MoE", None),
+    ("shift", None),
+    ("Qwen2, shift", None),
+    ("LLaDA2", None),
 )
 ENGINES = (
     (NEAR, {"max_batch": 3, "lookahead": 2}),

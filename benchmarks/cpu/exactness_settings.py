@@ -32,6 +32,7 @@ HOT = {"temperature": 3.0}
 class Shape:
     """A random-weight model: what differs from the smallest one, and how it is loaded and decoded.
 
+    `other_shift`: whether the draft that is unlike it shifts.
     `deterministic`: a row's logits are the same bits beside any other rows. As loaded that is torch's affair: it holds
     for some shapes under some versions, and never in a mixture of experts (an expert runs on as many rows as chose it)
     nor where the intermediate size is no multiple of 8 (SiLU's elements behind the last whole vectors round
@@ -43,6 +44,7 @@ class Shape:
     steps: int | None = None
     family: str = "sdar"
     shift: bool = False
+    other_shift: bool = False
     dtype: str = "float32"
     deterministic: bool = True
 
@@ -73,9 +75,13 @@ SHAPES = {
     "shift": Shape(shift=True),
     "shift, block 8, T = 3": Shape(block_length=8, steps=3, shift=True),
     "shift, block 5, bfloat16": Shape(block_length=5, shift=True, dtype="bfloat16"),
+    "MoE, shift, block 5": Shape(block_length=5, family="sdar_moe", shift=True, other_shift=True),
+    "Qwen3": Shape(family="qwen3", other_shift=True),
     "Qwen2, shift": Shape(family="qwen2", shift=True),
     "Fast-dLLM v2, block 8": Shape((("sub_block_length", 3),), 8, family="fast_dllm_v2", shift=True),
+    "Qwen2, block 8, bfloat16": Shape(block_length=8, family="qwen2", other_shift=True, dtype="bfloat16"),
     "Llama": Shape(family="llama"),
+    "Llama, shift, block 8, T = 3": Shape(block_length=8, steps=3, family="llama", shift=True, other_shift=True),
     "LLaDA2": Shape(family="llada2"),
     "LLaDA2, bfloat16": Shape(family="llada2", dtype="bfloat16"),
     "block 4 as loaded": Shape(deterministic=False),
@@ -107,7 +113,7 @@ def model(name: str) -> LoadedModel:
     shape = SHAPES[shape_name]
     if role == UNLIKE:
         changes = ("hidden_size", 16), ("num_hidden_layers", 1)
-        shape = Shape(changes, shape.block_length, shift=shape.shift, dtype=shape.dtype)
+        shape = Shape(changes, shape.block_length, shift=shape.other_shift, dtype=shape.dtype)
     return random_model(shape, seed=1 if role == UNLIKE else 0, noise=0.02 if role == NEAR else 0.0)
 
 

@@ -31,12 +31,16 @@ def audit(
     draft: opt.Draft = None,
     dtype: opt.Dtype = "auto",
     device: opt.Device = "auto",
+    quantize: opt.Quantize = None,
     family: opt.Family = None,
     block_length: opt.BlockLength = None,
     mask_token_id: opt.MaskTokenId = None,
     shift: opt.Shift = None,
     draft_family: opt.DraftFamily = None,
     draft_shift: opt.DraftShift = None,
+    revision: opt.Revision = None,
+    draft_revision: opt.DraftRevision = None,
+    local_files_only: opt.LocalFilesOnly = None,
     prompts: Annotated[
         Path | None,
         typer.Option(

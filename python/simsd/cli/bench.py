@@ -25,12 +25,16 @@ def bench(
     draft: opt.Draft = None,
     dtype: opt.Dtype = "auto",
     device: opt.Device = "auto",
+    quantize: opt.Quantize = None,
     family: opt.Family = None,
     block_length: opt.BlockLength = None,
     mask_token_id: opt.MaskTokenId = None,
     shift: opt.Shift = None,
     draft_family: opt.DraftFamily = None,
     draft_shift: opt.DraftShift = None,
+    revision: opt.Revision = None,
+    draft_revision: opt.DraftRevision = None,
+    local_files_only: opt.LocalFilesOnly = None,
     items: Annotated[int, typer.Option("--items", help="Held-out items per family.")] = 50,
     families: Annotated[
         str | None, typer.Option("--families", help="Some of arithmetic,code,facts,choice; all if not given.")

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 TARGET, DRAFT = "tiny-target", "tiny-draft"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+QUANTIZE = ("int8", "int4", "float8")
 DEFAULTS = GenerationConfig()
 LONG_LOAD_SECONDS = 3.0  # that loading may take and say nothing
 
@@ -63,6 +64,9 @@ Draft = Annotated[
 ]
 Dtype = Annotated[str, _model("dtype", "auto (as stored), float32, bfloat16 or float16.", DTYPES)]
 Device = Annotated[str, _model("device", "auto (cuda if there is one), cpu, cuda ...")]
+Quantize = Annotated[
+    str | None, _model("quantize", f"How the weights of both are stored: {', '.join(QUANTIZE)}.", QUANTIZE)
+]
 # What checkpoints say of themselves, those of fine-tunes not always.
 Family = Annotated[
     str | None,
@@ -86,6 +90,9 @@ DraftFamily = Annotated[
     str | None, _model("draft-family", "As --family, of the draft.", [family.name for family in FAMILIES])
 ]
 DraftShift = Annotated[bool | None, _model("draft-shift/--no-draft-shift", "As --shift, of the draft.")]
+Revision = Annotated[str | None, _model("revision", "Branch, tag or commit of the target, where it is a hub id.")]
+DraftRevision = Annotated[str | None, _model("draft-revision", "As --revision, of the draft.")]
+LocalFilesOnly = Annotated[bool | None, _model("local-files-only", "Take hub ids from the cache, without a network.")]
 
 MaxNewTokens = Annotated[int, _loop("max-new-tokens", "Tokens to generate at most.")]
 Verify = Annotated[

@@ -16,8 +16,8 @@ from simsd_kernels import dispatch
 
 CONTROL_OPS = ("plan_block", "propose_block", "verify_graph", "advance_slots", "reveal")
 # Arguments of `simsd.load`: what a pair has in common, and what each of its models says of itself.
-OF_BOTH = ("dtype", "device", "block_length", "mask_token_id")
-OF_ONE = ("family", "shift")
+OF_BOTH = ("dtype", "device", "quantize", "block_length", "mask_token_id", "local_files_only")
+OF_ONE = ("family", "shift", "revision")
 SETTINGS = (*OF_BOTH, *OF_ONE, *(f"draft_{name}" for name in OF_ONE))  # of `load_pair`
 
 

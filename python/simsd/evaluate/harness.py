@@ -42,9 +42,10 @@ class SimsdLM(TemplateLM):
         dtype: auto (as stored), float32, bfloat16 or float16.
         device: auto (cuda if there is one), cpu, cuda ...
         batch_size: requests at a time, or "auto" (8); `max_batch` by another name.
-        settings: of `simsd.load`, family, mask_token_id and shift, for the draft draft_family and draft_shift; fields
-            of `EngineConfig`, and those of `SamplingParams` that tasks say nothing of (verify, strategy, drafter,
-            steps, seed, top_k ...), for every request whose task does not set them itself.
+        settings: of `simsd.load`, quantize, family, mask_token_id, shift, revision and local_files_only, for the draft
+            draft_family, draft_shift and draft_revision; fields of `EngineConfig`, and those of `SamplingParams` that
+            tasks say nothing of (verify, strategy, drafter, steps, seed, top_k ...), for every request whose task does
+            not set them itself.
 
     Raises:
         SimsdError: an unknown argument, one that belongs to tasks, a bad value, models that do not fit together.

@@ -43,7 +43,8 @@ class Arguments(pydantic.BaseModel, extra="forbid"):
         model, draft: names, checkpoint folders or hub ids, which every node must have; no draft: it drafts for itself.
         replicas: processes, each with an engine. autoscale: "MIN:MAX" of them instead, by the requests that they have.
         device: of a replica: "cpu", "cuda" (one GPU) or "auto": cuda, if there is one where this is read.
-        dtype, family, mask_token_id, shift: see `simsd.load`; draft_family, draft_shift: of the draft.
+        dtype, quantize, family, mask_token_id, shift, revision, local_files_only: see `simsd.load`; draft_family,
+        draft_shift, draft_revision: of the draft.
         cpus: of a replica.
         name: that clients ask for; None: the model's. api_key: that they must send. origin: web pages that may ask.
         max_body: MiB of a request. timeout: seconds that a request may take.
@@ -57,11 +58,15 @@ class Arguments(pydantic.BaseModel, extra="forbid"):
     autoscale: str | None = None
     device: str = "auto"
     dtype: str = "auto"
+    quantize: str | None = None
     family: str | None = None
     mask_token_id: int | None = None
     shift: bool | None = None
     draft_family: str | None = None
     draft_shift: bool | None = None
+    revision: str | None = None
+    draft_revision: str | None = None
+    local_files_only: bool | None = None
     cpus: int = pydantic.Field(1, ge=1)
     name: str | None = None
     api_key: str | None = None
@@ -139,9 +144,9 @@ def app(arguments: Arguments | Mapping[str, Any]) -> serve.Application:
             f"{wrong['loc'][0]}={wrong['input']}: {wrong['msg']}; see simsd.ray.deployment.Arguments"
         ) from None
     config, (low, high) = arguments.engine(), arguments.scale()
-    for model in (arguments.model, arguments.draft):
-        if model is not None:
-            find(model)  # rather than by replicas that try again and again
+    for model, revision in ((arguments.model, arguments.revision), (arguments.draft, arguments.draft_revision)):
+        if model is not None:  # here rather than by replicas that try again and again
+            find(model, revision=revision, local_files_only=bool(arguments.local_files_only))
     device = arguments.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
