@@ -77,6 +77,21 @@ BENCHMARKS = {
         {"pairs": 25, "items": 2, "max_new_tokens": 96},
         {"pairs": 1, "items": 1, "max_new_tokens": 8},
     ),
+    "lookup": Benchmark(
+        "cpu.lookup:run",
+        "Drafts from the text itself, the built-in pair: target forwards and wall time over those of native decoding"
+        " (medians; the interval is the 95% interval of the median ratio of interleaved runs). The tasks; the same"
+        " questions behind themselves and their answers; the tasks with no token that ends the text.",
+        {
+            "threads": 1,
+            "pairs": 9,
+            "items": 8,
+            "texts": ["tasks", "answered before", "never ending"],
+            "max_new_tokens": 96,
+            "max_batch": 1,
+        },
+        {"pairs": 1, "items": 1, "max_new_tokens": 8},
+    ),
     "batch_invariance": Benchmark(
         "cpu.batch_invariance:run",
         "Does a row's result change, in any bit, with the rows beside it?",

@@ -175,7 +175,7 @@ def test_blocks_behind_what_is_looked_up_stay_where_that_was_drafted_too(what, b
     for field in (slots.start, slots.draft_kv_len, slots.prompt_len):
         field[0] += shift
     commands.runs[0], commands.mode[0] = 1, LOOKUP_DRAFT
-    draft_for_itself(slots, commands, Logits([]), Shape(lookahead=2, lookup=True))
+    draft_for_itself(slots, commands, Logits([0]), Shape(lookahead=2, lookup=True))
     assert seen(slots) == (len(blocks), kv_len + shift, blocks)
 
 

@@ -209,7 +209,7 @@ def test_neutral_values_are_taken(run, greedy):
         ({"not_a_setting": 3}, "not_a_setting"),
         ({"strategy": "random"}, "strategy must be one of"),
         ({"accept": "mrs"}, "accept='mrs' is a setting of verify='temporal'"),
-        ({"drafter": "me"}, "drafter must be one of auto, model, self; got 'me'"),
+        ({"drafter": "me"}, "drafter must be one of auto, model, self, lookup; got 'me'"),
         ({"drafter": "model", "assistant_model": None}, "drafter='model' needs a draft model"),
         ({"lookahead": 0}, "lookahead must be an integer in 1..16, got 0"),
         ({"max_rows": -1}, "max_rows must be an integer >= 0, got -1"),

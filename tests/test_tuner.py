@@ -133,9 +133,9 @@ def repeating(made: Tuner, extra: dict[DraftMode, int], iterations: int = 200, m
 
 
 def test_a_text_that_repeats_itself_is_looked_up_where_that_pays():
-    assert repeating(tuner(), {LOOKUP: 7, OWN: 2})[-20:] == [LOOKUP] * 20
+    assert repeating(tuner(), {LOOKUP: 7, OWN: 2})[-50:].count(LOOKUP) >= 48
     dear = repeating(tuner(slope=1e-3), {LOOKUP: 3, OWN: 2})  # rows of which cost half a forward each
-    assert dear[-20:] == [OWN] * 20
+    assert dear[-50:].count(OWN) >= 48
     useless = repeating(tuner(), {OWN: 2}, iterations=2000)
     assert 2 <= useless.count(LOOKUP) < 12
 

@@ -71,7 +71,7 @@ def _ways(subject: Subject, verify: str, common: dict[str, Any]) -> list[tuple]:
         config = subject.config(verify="temporal", **common)
         return [(f"batch {n}", config, subject.temporal_draft, n) for n in dict.fromkeys((1, batch))]
     config = subject.exact(**common)
-    drafters = dict.fromkeys((subject.drafter, "self", "auto"))
+    drafters = dict.fromkeys((subject.drafter, "self", "lookup", "auto"))
     ways = [(f"drafter {drafter}, batch {batch}", drafter, batch) for drafter in drafters]
     if batch > 1:
         ways.insert(0, (f"drafter {subject.drafter}, batch 1", subject.drafter, 1))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from simsd.decode.draft import LOOKUP, from_last_logits
+from simsd.decode import draft as drafting
 from simsd.decode.exchange import LOOKUP_DRAFT, Commands
 from simsd.decode.slots import Slots
 from simsd.models.runner import ModelRunner
@@ -28,7 +28,7 @@ def draft_without_model(slots: Slots, commands: Commands, target: ModelRunner, s
     """What is drafted without a forward: current blocks from the target's last logits, where they tell of them, and
     what the text repeats behind them. Both replace a standing proposal."""
     if shape.self_draft:
-        from_last_logits(slots, commands, target, shape)
+        drafting.from_last_logits(slots, commands, target, shape)
     if shape.lookup:
         by_lookup(slots, commands, shape, target.packed)
 
@@ -91,7 +91,7 @@ def _propose(slots: Slots, where: Tensor, tokens: Tensor, places: Tensor, noise:
     shape = -1, blocks, length
     falling = CERTAIN + torch.arange(length, 0, -1, dtype=torch.float32, device=slots.device)  # [L]
     values = tokens.view(shape), torch.ones_like(falling), falling, torch.zeros_like(falling)
-    sharpness = slots.order_sharpness[:, LOOKUP, None]
+    sharpness = slots.order_sharpness[:, drafting.LOOKUP, None]
     for mine, new in zip(slots.proposal(blocks), (*values, sharpness), strict=True):
         mine.copy_(torch.where(where if mine.dim() == 2 else where[..., None], new, mine))
     if noise:
