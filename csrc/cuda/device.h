@@ -218,6 +218,34 @@ SIMSD_DEVICE void multiply_add<Float16>(float (&c)[4], const uint32_t (&a)[4], u
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// The four int8 of a word, from its lowest byte on, as elements of type T: two in `low`, two in `high`.
+template <typename T>
+SIMSD_DEVICE void widen(uint32_t& low, uint32_t& high, uint32_t bytes);
+// 128 + b % 128 less 128, or 256 of a negative b: all of these are exact.
+template <>
+SIMSD_DEVICE void widen<Bfloat16>(uint32_t& low, uint32_t& high, uint32_t bytes) {
+    const auto two = [](uint32_t spread) {
+        const uint32_t magnitude = (spread & 0x007f007fu) | 0x43004300u, less = (spread & 0x00800080u) | 0xc300c300u;
+        uint32_t out;
+        asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(magnitude), "r"(0x3f803f80u), "r"(less));
+        return out;
+    };
+    low = two(__byte_perm(bytes, 0, 0x4140));
+    high = two(__byte_perm(bytes, 0, 0x4342));
+}
+// 1024 + (b + 128) less 1152, exact too.
+template <>
+SIMSD_DEVICE void widen<Float16>(uint32_t& low, uint32_t& high, uint32_t bytes) {
+    const uint32_t unsigned_bytes = bytes ^ 0x80808080u;
+    const auto two = [](uint32_t shifted) {
+        uint32_t out;
+        asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(out) : "r"(shifted), "r"(0x64806480u));
+        return out;
+    };
+    low = two(__byte_perm(unsigned_bytes, 0x64646464u, 0x4140));
+    high = two(__byte_perm(unsigned_bytes, 0x64646464u, 0x4342));
+}
+
 // Arithmetic. The first two are the special function unit's, good to about 2 units in the last place; the others are
 // libdevice's.
 SIMSD_DEVICE float exp2_fast(float x) {

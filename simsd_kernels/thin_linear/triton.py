@@ -103,8 +103,8 @@ ENOUGH_PROGRAMS = 96  # for most multiprocessors of a large GPU to have one
 def configuration(
     dtype: torch.dtype, rows: int, columns: int, weight: torch.dtype | None = None
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """Tile sizes and launch options; `dtype` is that of x, and of the weight unless it is said. STEP and the instruction
-    decide the order of summation, so they depend on the dtypes alone."""
+    """Tile sizes and launch options; `dtype` is that of x, and of the weight unless it is said. STEP and the
+    instruction decide the order of summation, so they depend on the dtypes alone."""
     if dtype == torch.float32:
         return {"ROWS": 16, "COLUMNS": 32, "STEP": 64}, {"num_warps": 4, "num_stages": 4}
     few = triton.cdiv(rows, 32) * triton.cdiv(columns, 128) < ENOUGH_PROGRAMS or rows <= 32

@@ -87,25 +87,18 @@ def test_it_is_the_linear_layer(backend, dtype, case_of, n, k):
     assert_right(thin_linear(*given, backend=backend), *given)
 
 
-@backends("reference", "cpu", "cuda")
 @each_dtype
 def test_an_int8_weight_has_the_bits_of_its_values_in_the_dtype_of_x_and_one_scale_at_the_end(backend, dtype):
-    for seed, (rows, n, k) in enumerate([(1, 33, 100), (7, 70, 333), (40, 17, 640)]):
-        x, weight, _ = int8_case((rows,), n, k, dtype, seed)
+    """Where no sum is rounded: backends may add an int8 weight's products in an order of its own."""
+    for seed, (rows, n, k) in enumerate(sized([(1, 33, 100), (7, 70, 333), (40, 17, 640)], interpreted=[(7, 33, 100)])):
+        x, weight, scale = int8_case((rows,), n, k, dtype, seed)
+        x = (4 * x).round()
         powers = 2.0 ** torch.arange(n).remainder(9).sub(9)  # exact in every dtype, and so are weights times them
         got = thin_linear(x, weight, powers, backend=backend)
         assert torch.equal(got, thin_linear(x, (weight * powers[:, None]).to(dtype), backend=backend))
         assert torch.equal(got, thin_linear(x, weight, powers.to(dtype), backend=backend)), "the scale's dtype"
-    x, weight, scale = int8_case((9,), dtype=torch.float32)
-    sums = thin_linear(x, weight.float(), backend=backend)
-    assert torch.equal(thin_linear(x, weight, scale, backend=backend), sums * scale)
-
-
-@pytest.mark.parametrize("shape", [(), (1,), (2, 3), (2, 1, 5)], ids=str)
-def test_leading_sizes_are_kept(backend, shape):
-    x, weight = random_case(shape)
-    got = thin_linear(x, weight, backend=backend)
-    torch.testing.assert_close(got, torch.nn.functional.linear(x, weight))
+        sums = thin_linear(x.float(), weight.float(), backend=backend)
+        assert torch.equal(thin_linear(x, weight, scale, backend=backend), (sums * scale).to(dtype))
 
 
 @each_dtype
