@@ -221,13 +221,15 @@ SIMSD_DEVICE void multiply_add<Float16>(float (&c)[4], const uint32_t (&a)[4], u
 // The four int8 of a word, from its lowest byte on, as elements of type T: two in `low`, two in `high`.
 template <typename T>
 SIMSD_DEVICE void widen(uint32_t& low, uint32_t& high, uint32_t bytes);
-// 128 + b % 128 less 128, or 256 of a negative b: all of these are exact.
+// 128 + b % 128 less 128, or 256 of a negative b: all of these are exact. Each `lop3` is (spread & mask) | base, of
+// which the compiler would make two.
 template <>
 SIMSD_DEVICE void widen<Bfloat16>(uint32_t& low, uint32_t& high, uint32_t bytes) {
     const auto two = [](uint32_t spread) {
-        const uint32_t magnitude = (spread & 0x007f007fu) | 0x43004300u, less = (spread & 0x00800080u) | 0xc300c300u;
-        uint32_t out;
-        asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(magnitude), "r"(0x3f803f80u), "r"(less));
+        uint32_t plus, minus, out;
+        asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(plus) : "r"(spread), "r"(0x007f007fu), "r"(0x43004300u));
+        asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(minus) : "r"(spread), "r"(0x00800080u), "r"(0xc300c300u));
+        asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(plus), "r"(0x3f803f80u), "r"(minus));
         return out;
     };
     low = two(__byte_perm(bytes, 0, 0x4140));

@@ -105,13 +105,19 @@ __global__ void __launch_bounds__(WARPS* WARP, ROWS < MOST_ROW_TILES ? 2 : 1) mu
         if (step < steps) copy(ring.own(step));
         copy_commit();
     }
-    for (int step = 0; step < steps; ++step) {
+    const auto turn = [&](int step) {
         copy_wait<Sizes::STAGES - 2>();
         warp_barrier();
         if (step + Sizes::STAGES - 1 < steps) copy(ring.own());
         copy_commit();
         multiply_step<T>(sums, ring, 0);
         ring.advance();
+    };
+    if constexpr (Elements<T>::INT8) {  // too long a turn for the compiler to unroll by itself
+#pragma unroll 4
+        for (int step = 0; step < steps; ++step) turn(step);
+    } else {
+        for (int step = 0; step < steps; ++step) turn(step);
     }
     copy_wait<0>();
     block_barrier();
