@@ -25,7 +25,8 @@ class Loop:
         through: an opcode, as a regular expression, that each turn comes by once; counts: see `sass.shortest_loop`.
         ceilings: compute capability to the most instructions of a turn.
         before: what sm_90 took for the same work as of commit 7cdc1e3, of attention as of 4759be4, counted the same
-            way; of `scan`, whose warps took one turn each, from the first instruction to the last. None: no such kernel.
+            way; of `scan`, whose warps took one turn each, from the first instruction to the last. None
+            where there was no such kernel.
     """
 
     kernel: str
