@@ -382,6 +382,7 @@ def test_blocks_of_32_columns_give_the_bits_of_blocks_of_16(backend, dtype, grou
 
 @backends("emulation")
 @pytest.mark.parametrize("dtype", FLOATS[1:], ids=str)
+@each_weight
 @pytest.mark.parametrize(
     "groups, count, blocks",
     [
@@ -391,8 +392,8 @@ def test_blocks_of_32_columns_give_the_bits_of_blocks_of_16(backend, dtype, grou
         pytest.param((130, 0, 1, 128), 1, 2 * (4 + 255 // 128), id="tiles of 128 x 128"),
     ],
 )
-def test_wide_tiles_give_the_bits_of_thin_linear(counted, multiprocessors, dtype, groups, count, blocks):
-    given = random_case(groups, 200, 200, dtype)
+def test_wide_tiles_give_the_bits_of_thin_linear(counted, multiprocessors, dtype, case_of, groups, count, blocks):
+    given = case_of(groups, 200, 208, dtype)
     multiprocessors(10**6)
     expected = alone(*given, backend="cuda")
     multiprocessors(count)

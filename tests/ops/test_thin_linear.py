@@ -327,14 +327,16 @@ def test_no_number_of_rows_changes_a_bit(backend, dtype, case_of):
 
 @backends("cuda")
 @pytest.mark.parametrize("dtype", FLOATS[1:], ids=str)
+@each_weight
 @pytest.mark.parametrize("rows, n", [(1, 8200), (8, 8192), (9, 3100), (31, 3072), (64, 3073), (70, 3072)])
-def test_blocks_of_32_columns_give_the_bits_of_blocks_of_16(backend, dtype, rows, n):
-    x, weight = random_case((rows,), n, 136, dtype)
-    wide = thin_linear(x, weight, backend=backend)
-    parts = [thin_linear(x, part, backend=backend) for part in weight.split(1024)]
+def test_blocks_of_32_columns_give_the_bits_of_blocks_of_16(backend, dtype, case_of, rows, n):
+    x, weight, *scale = case_of((rows,), n, 144, dtype)
+    wide = thin_linear(x, weight, *scale, backend=backend)
+    all_parts = zip(*(each.split(1024) for each in (weight, *scale)), strict=True)
+    parts = [thin_linear(x, *part, backend=backend) for part in all_parts]
     assert torch.equal(torch.cat(parts, dim=1), wide)
     off = torch.nn.functional.pad(weight, (1, 0))[:, 1:]
-    assert torch.equal(thin_linear(x, off, backend=backend), wide), "element by element"
+    assert torch.equal(thin_linear(x, off, *scale, backend=backend), wide), "element by element"
 
 
 @backends("triton")
@@ -358,7 +360,8 @@ FEW, MANY = 1, 10**6  # multiprocessors: the widest tiles suffice; none does, wh
 
 @backends("emulation")
 @pytest.mark.parametrize("dtype", FLOATS[1:], ids=str)
-@pytest.mark.parametrize("k", [8, 136, 584, 1160])  # 1, 3, 10 and 19 chunks of 64: 1, 3, 5 and 7 segments
+@each_weight
+@pytest.mark.parametrize("k", [16, 144, 592, 1168])  # 1, 3, 10 and 19 chunks of 64: 1, 3, 5 and 7 segments
 @pytest.mark.parametrize(
     "rows, n, count, blocks",
     [
@@ -371,13 +374,14 @@ FEW, MANY = 1, 10**6  # multiprocessors: the widest tiles suffice; none does, wh
         pytest.param(300, 203, FEW, 6, id="300 rows, tiles of 128 x 128"),
     ],
 )
-def test_wide_tiles_give_the_bits_of_thin_ones(counted, multiprocessors, dtype, k, rows, n, count, blocks):
-    x, weight = random_case((rows,), n, k, dtype)
+def test_wide_tiles_give_the_bits_of_thin_ones(counted, multiprocessors, dtype, case_of, k, rows, n, count, blocks):
+    given = case_of((rows,), n, k, dtype)
     multiprocessors(MANY)
-    expected = thin_linear(x, weight, backend="cuda")
+    expected = thin_linear(*given, backend="cuda")
+    assert_right(expected, *given)
     multiprocessors(count)
     out = []
-    counters = counted(lambda: out.append(thin_linear(x, weight, backend="cuda")))
+    counters = counted(lambda: out.append(thin_linear(*given, backend="cuda")))
     assert counters["launches"] == 1 and counters["blocks"] == blocks
     assert torch.equal(out[0], expected)
 
@@ -395,12 +399,13 @@ def test_rows_of_a_prefill_have_the_bits_of_rows_alone(multiprocessors):
 
 @backends("emulation")
 @pytest.mark.parametrize("dtype", FLOATS[1:], ids=str)
-def test_the_weight_is_read_once_and_products_serve_eight_rows(counted, dtype):
+@each_weight
+def test_the_weight_is_read_once_and_products_serve_eight_rows(counted, dtype, case_of):
     """Per block of 16 columns: the weight once, x once; a product per 16 k, 16 columns and 8 rows. A row alone is
     copied by the lanes of 8."""
     for rows, tiles in ((1, 1), (8, 1), (16, 2), (32, 4), (64, 8)):
-        x, weight = random_case((rows,), 48, 1024, dtype)
-        counters = counted(lambda x=x, weight=weight: thin_linear(x, weight, backend="cuda"))
+        x, weight, *scale = case_of((rows,), 48, 1024, dtype)
+        counters = counted(lambda given=(x, weight, *scale): thin_linear(*given, backend="cuda"))
         assert counters["launches"] == 1 and counters["blocks"] == 3
-        assert counters["async_bytes"] == weight.numel() * 2 + 3 * tiles * 8 * 1024 * 2
+        assert counters["async_bytes"] == weight.numel() * weight.element_size() + 3 * tiles * 8 * 1024 * 2
         assert counters["matrix_products"] == 3 * 64 * tiles
