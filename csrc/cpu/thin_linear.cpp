@@ -1,5 +1,5 @@
-// thin_linear: y = x W^T for x [..., K] and weight [N, K], each row's bits independent of all other rows: argument
-// checks and registration. The product is in linear/product.h.
+// thin_linear: y = x W^T for x [..., K] and weight [N, K], times a scale [N] where the weight is int8, each row's bits
+// independent of all other rows: argument checks and registration. The product is in linear/product.h.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 

@@ -1,5 +1,6 @@
-// thin_linear: y = x W^T, each row's bits independent of all other rows, of N and of strides. The kernels, and why that
-// holds, are in linear/tiles.h, thin.h, wide.h and floats.h; which of them serves, in linear/launch.h.
+// thin_linear: y = x W^T, times a scale where the weight is int8, each row's bits independent of all other rows, of N
+// and of strides. The kernels, and why that holds, are in linear/tiles.h, thin.h, wide.h and floats.h; which of them
+// serves, in linear/launch.h.
 //
 // Floor: the weight once, 2 N K bytes. SDAR-8B, 4096 x 4096: 33.6 MB, 10.0 us at 3.35 TB/s; 12288 x 4096: 30 us;
 // the vocabulary, 151936 x 4096: 372 us. Products: 8 rows cost 2 x 8 x N x K = 0.27 GFLOP for those 33.6 MB, nothing;

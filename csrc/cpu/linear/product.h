@@ -146,16 +146,17 @@ void multiply_panel(const Problem& p, const Group& group, int64_t first, int64_t
     const bool in_registers = p.weight.is_int8() && group.rows <= p.kernels.int8_rows;
     const float* weight[MAX_PANEL];
     const int8_t* weight_int8[MAX_PANEL];
+    // The last tile is filled up with a repeated row, whose outputs are dropped.
+    const auto fill_up = [&](auto** rows) {
+        for (int64_t c = width; c % step != 0; ++c) rows[c] = rows[width - 1];
+    };
     if (in_registers) {
         const int8_t* data = static_cast<const int8_t*>(p.weight.data) + offset;
         for (int64_t c = 0; c < width; ++c) weight_int8[c] = data + c * p.weight.row_stride;
+        fill_up(weight_int8);
     } else {
         p.weight.read(p.kernels, offset, width, memory, weight);
-    }
-    // The last tile is filled up with a repeated row, whose outputs are dropped.
-    for (int64_t c = width; c % step != 0; ++c) {
-        weight[c] = weight[width - 1];
-        weight_int8[c] = weight_int8[width - 1];
+        fill_up(weight);
     }
     float scales[MAX_PANEL];
     if (p.scale.data) {
