@@ -19,13 +19,21 @@ namespace {
 
 struct Avx2 {
     using F = __m256;
-    static constexpr int LANES = 8, ROWS = 3;
+    static constexpr int LANES = 8, ROWS = 3, INT8_ROWS = 6;
 
     static F zero() { return _mm256_setzero_ps(); }
     static F load(const float* from) { return _mm256_loadu_ps(from); }
     static F load_first(const float* from, int64_t count) {
         const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
         return _mm256_maskload_ps(from, _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lanes));
+    }
+    static F load(const int8_t* from) {
+        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+    }
+    static F load_first(const int8_t* from, int64_t count) {
+        alignas(8) int8_t values[LANES] = {};
+        for (int64_t lane = 0; lane < count; ++lane) values[lane] = from[lane];
+        return load(values);
     }
     static void store(float* to, F value) { _mm256_storeu_ps(to, value); }
     static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
