@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Iterator
 from pathlib import Path, PurePath
 
 import torch
@@ -13,6 +15,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from simsd.errors import NotFoundError, SimsdError, one_line
 from simsd.models import families, weights
 from simsd.models.families import Family
+from simsd.models.quantized import converter, is_quantized, quantization
 
 BUILT_IN = ("tiny-target", "tiny-draft")
 PAIR = Path(__file__).parents[1] / "pair"
@@ -20,7 +23,8 @@ _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 # With the tokenizer's files: Qwen2's slow ones are vocab.json, merges.txt and added_tokens.json.
 _DOWNLOADED = ("*.json", "*.safetensors", "*.jinja", "merges.txt", "vocab.txt", "tokenizer.model")
 # safetensors' names of the dtypes that weights may be stored in.
-_STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_STORED = _FLOATS | {"I8": torch.int8, "U8": torch.uint8, "I32": torch.int32, "F8_E4M3": torch.float8_e4m3fn}
 
 
 def find(source: str | Path) -> Path:
@@ -62,34 +66,46 @@ def own_dtype(folder: Path, config: PreTrainedConfig) -> torch.dtype:
     """The dtype that transformers loads the checkpoint in: its configuration's, else that of its first tensor."""
     dtype = config.dtype
     if dtype is None:
-        stored = _headers(_weight_files(folder, config)[:1])
-        dtype = next((_STORED[kind] for kind, _ in stored.values()), None)
-    if dtype not in _STORED.values():
+        stored = _headers(_weight_files(folder, config)[:1], _is_by_torchao(config))
+        dtype = next((_FLOATS[kind] for kind, _ in stored.values() if kind in _FLOATS), None)
+    if dtype not in _FLOATS.values():
         raise SimsdError(f"{folder}: a model cannot run in its dtype {dtype}: pass dtype=, for example 'bfloat16'")
     return dtype
 
 
-def load_model(folder: Path, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """Reads the checkpoint into `dtype`, whatever its tensors are stored in, on `device`. Nothing is left random."""
-    files, generation_config = _weight_files(folder, config), _generation_config(folder)
-    headers = _headers(files)
-    model = weights.skeleton(str(folder), config)
+def method(folder: Path, config: PreTrainedConfig) -> str | None:
+    """How torchao stored the checkpoint's weights, as `load(quantize=)` calls it; None: it did not."""
+    if not _is_by_torchao(config):
+        return None
+    return quantization().method_in(str(folder), _metadata(_weight_files(folder, config)))
+
+
+def load_model(
+    folder: Path, config: PreTrainedConfig, quantize: str | None, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    """Reads the checkpoint into `dtype`, whatever its tensors are stored in, on `device`, and quantizes each weight as
+    it comes. Nothing is left random."""
+    source, files, generation_config = str(folder), _weight_files(folder, config), _generation_config(folder)
+    headers, joined = _headers(files, _is_by_torchao(config)), iter
+    if _is_by_torchao(config):
+        joined = functools.partial(quantization().joined, source, _metadata(files))
+    model = weights.skeleton(source, config)
+    empty = ((name, torch.empty(shape, dtype=_STORED[kind], device="meta")) for name, (kind, shape) in headers.items())
     shapes = {
         ours: list(part.shape)
-        for name, (_, shape) in headers.items()
-        for ours, part in weights.parts(str(folder), config, name, torch.empty(shape, device="meta"))
+        for name, tensor in joined(empty)
+        for ours, part in weights.parts(source, config, name, tensor)
     }
-    weights.check_shapes(str(folder), model, shapes)
+    weights.check_shapes(source, model, shapes)
     full = {name for name, _ in model.named_buffers()}  # what a router adds to its scores is small beside them
     tensors: dict[str, Tensor] = {}
-    for file in files:
-        with safe_open(file, framework="pt", device=str(device)) as opened:
-            for name in opened.keys():  # noqa: SIM118 (not a dict)
-                tensor = opened.get_tensor(name)
-                for ours, part in weights.parts(str(folder), config, name, tensor):
-                    kind = torch.float32 if ours in full else dtype
-                    # A copy: on the CPU the tensor is the mapped file, which may be written to later (save_pretrained).
-                    tensors[ours] = part.to(kind, copy=tensor.device.type == "cpu")
+    convert = converter(source, quantize, dtype, device)
+    for name, tensor in joined(_tensors(files, device)):
+        for ours, part in weights.parts(source, config, name, tensor):
+            if not is_quantized(part):
+                # A copy: on the CPU the tensor is the mapped file, which may be written to later (save_pretrained).
+                part = part.to(torch.float32 if ours in full else dtype, copy=tensor.device.type == "cpu")
+            tensors[ours] = convert(ours, part)
     model = weights.assemble(model, tensors)
     if generation_config is not None:
         model.generation_config = generation_config
@@ -140,8 +156,27 @@ def _inside(source: Path, name: object) -> Path:
     return source.parent / path
 
 
-def _headers(files: list[Path]) -> dict[str, tuple[str, list[int]]]:
-    """Name -> dtype, as safetensors calls it, and shape of every tensor in `files`."""
+def _tensors(files: list[Path], device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    for file in files:
+        with safe_open(file, framework="pt", device=str(device)) as opened:
+            yield from ((name, opened.get_tensor(name)) for name in opened.keys())  # noqa: SIM118 (not a dict)
+
+
+def _is_by_torchao(config: PreTrainedConfig) -> bool:
+    return getattr(config, "quantization_config", None) is not None  # of another method: `check_config` refuses it
+
+
+def _metadata(files: list[Path]) -> dict[str, str]:
+    found = {}
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            found |= opened.metadata() or {}
+    return found
+
+
+def _headers(files: list[Path], by_torchao: bool = False) -> dict[str, tuple[str, list[int]]]:
+    """Name -> dtype, as safetensors calls it, and shape of every tensor in `files`; dtypes of quantized values only
+    where torchao stored them."""
     headers: dict[str, tuple[str, list[int]]] = {}
     for file in files:
         try:
@@ -152,7 +187,8 @@ def _headers(files: list[Path]) -> dict[str, tuple[str, list[int]]]:
             raise SimsdError(f"{file} is truncated or damaged ({one_line(error)}): fetch it again") from error
         if twice := [name for name in found if name in headers]:
             raise SimsdError(f"{file} holds tensors that another file also holds: {weights.listing(twice)}")
-        if other := [f"{name} is {kind}" for name, (kind, _) in found.items() if kind not in _STORED]:
+        kinds = _STORED if by_torchao else _FLOATS
+        if other := [f"{name} is {kind}" for name, (kind, _) in found.items() if kind not in kinds]:
             raise SimsdError(f"{file}: quantized or integer weights are not read: {weights.listing(other)}")
         headers |= found
     return headers

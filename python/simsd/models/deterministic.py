@@ -31,6 +31,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qw
 
 from simsd.errors import SimsdError
 from simsd.models.attention import unchecked
+from simsd.models.quantized import operands, stored
 from simsd_kernels import dispatch, thin_linear
 
 
@@ -95,7 +96,7 @@ def _change_classes(model: nn.Module, classes: dict[type, type]) -> None:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear` by thin_linear."""
-    out = unchecked(thin_linear, x.device, x.dtype)(x, weight)
+    out = unchecked(thin_linear, x.device, x.dtype)(x, *operands(*stored(weight)))
     return out if bias is None else out + bias
 
 
