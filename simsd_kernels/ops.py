@@ -47,9 +47,9 @@ SCHEMAS = {
         " Tensor revealed, Tensor? banned=None)"
         " -> (Tensor token, Tensor prob, Tensor log_odds, Tensor entropy, Tensor logsumexp, Tensor draw_logprob)"
     ),
-    "thin_linear": "(Tensor x, Tensor weight) -> Tensor",
+    "thin_linear": "(Tensor x, Tensor weight, Tensor? scale=None) -> Tensor",
     "reveal": reveal.SIGNATURE.schema,
-    "grouped_linear": "(Tensor x, Tensor weight, Tensor offsets) -> Tensor",
+    "grouped_linear": "(Tensor x, Tensor weight, Tensor offsets, Tensor? scale=None) -> Tensor",
     "sort_by_expert": "(Tensor experts, int n_experts) -> (Tensor offsets, Tensor rows, Tensor places)",
     "combine_experts": "(Tensor y, Tensor weights, Tensor places) -> Tensor",
     "block_verify": (
@@ -222,12 +222,12 @@ def _(logits, temperature, top_k, top_p, seed, position, revealed, banned=None):
 
 
 @fake("thin_linear")
-def _(x, weight) -> Tensor:
+def _(x, weight, scale=None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 @fake("grouped_linear")
-def _(x, weight, offsets) -> Tensor:
+def _(x, weight, offsets, scale=None) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[1]))
 
 

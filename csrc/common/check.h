@@ -56,6 +56,8 @@ inline std::string dtype_text(ScalarType dtype) {
     switch (dtype) {
         case ScalarType::Bool:
             return "torch.bool";
+        case ScalarType::Char:
+            return "torch.int8";
         case ScalarType::Int:
             return "torch.int32";
         case ScalarType::Long:

@@ -5,6 +5,7 @@
 
 #include <vector>
 
+#include "common/arguments/quantization.h"
 #include "cpu/allocate.h"
 #include "cpu/linear/product.h"
 
@@ -14,13 +15,13 @@ namespace {
 
 constexpr const char* OP = "thin_linear";
 
-Tensor thin_linear(const Tensor x, const Tensor weight) {
+Tensor thin_linear(const Tensor x, const Tensor weight, const std::optional<Tensor> scale) {
     check(x.dim() >= 1, OP, ": x must be [..., K], got ", shape_text(x));
     check_shape(OP, "weight", weight, {-1, x.size(x.dim() - 1)}, "[N, K]");
     check_dtype(OP, "x", x, FLOATS);
-    check_dtype(OP, "weight", weight, {x.scalar_type()});
     check_cpu(OP, "x", x, x);
     check_cpu(OP, "weight", weight, x);
+    check_quantization(OP, check_cpu, x, weight, scale, {weight.size(0)}, "[N]");
     const int64_t columns = weight.size(0), k = weight.size(1);
     std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
     shape.back() = columns;
@@ -29,9 +30,9 @@ Tensor thin_linear(const Tensor x, const Tensor weight) {
 
     const Kernels& used = kernels();
     const Input input(used, x);
-    const Weight read{weight.const_data_ptr(), weight.stride(0), weight.stride(1), k, element_of<Element>(x)};
-    const Group all{0, out.numel() / columns, 0};
-    multiply({used, read, input.data(), out.mutable_data_ptr(), columns}, &all, 1);
+    const Weight read{weight.const_data_ptr(), weight.stride(0), weight.stride(1), k, weight_element(weight)};
+    const Group all{0, out.numel() / columns, 0, 0};
+    multiply({used, read, scale_of(scale), input.data(), out.mutable_data_ptr(), input.element(), columns}, &all, 1);
     return out;
 }
 

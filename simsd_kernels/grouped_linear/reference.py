@@ -11,7 +11,7 @@ from torch import Tensor
 from simsd_kernels.thin_linear.reference import MAX_PRODUCTS, sum_of_products
 
 
-def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor, scale: Tensor | None = None) -> Tensor:
     """See `api.grouped_linear`. Computes in float32 (float64 for float64)."""
     (count, k), columns = x.shape, weight.shape[1]
     if count * columns == 0:
@@ -22,4 +22,7 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     expert = expert.clamp(max=weight.shape[0] - 1)  # behind the last offset there is none, and nothing is promised
     at_a_time = max(1, MAX_PRODUCTS // max(1, count * k))
     parts = weight.split(at_a_time, dim=1)
-    return torch.cat([sum_of_products(rows, part[expert].to(rows.dtype)) for part in parts], dim=1).to(x.dtype)
+    out = torch.cat([sum_of_products(rows, part[expert].to(rows.dtype)) for part in parts], dim=1)
+    if scale is not None:
+        out = out * scale[expert].to(out.dtype)
+    return out.to(x.dtype)

@@ -15,13 +15,15 @@ from torch import Tensor
 MAX_PRODUCTS = 1 << 24  # that are held at a time
 
 
-def thin_linear(x: Tensor, weight: Tensor) -> Tensor:
+def thin_linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
     """See `api.thin_linear`. Computes in float32 (float64 for float64)."""
     columns, k = weight.shape
     rows = x.reshape(math.prod(x.shape[:-1]), 1, k).to(torch.promote_types(x.dtype, torch.float32))  # [M, 1, K]
     at_a_time = max(1, MAX_PRODUCTS // max(1, rows.shape[0] * k))
     parts = [sum_of_products(rows, part.to(rows.dtype)) for part in weight.split(at_a_time)] if columns else []
     out = torch.cat(parts, dim=1) if parts else rows.new_empty(rows.shape[0], 0)
+    if scale is not None:
+        out = out * scale.to(out.dtype)
     return out.to(x.dtype).reshape(*x.shape[:-1], columns)
 
 

@@ -31,6 +31,17 @@ def random_case(groups=(3, 0, 5, 1), n=33, k=100, dtype=torch.float32, seed=0):
     return x, weight, offsets_of(groups)
 
 
+def int8_case(groups=(3, 0, 5, 1), n=33, k=100, dtype=torch.float32, seed=0):
+    """x, weight, offsets, scale."""
+    x, _, offsets = random_case(groups, 0, k, dtype, seed)
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randint(-128, 128, (len(groups), n, k), dtype=torch.int8, generator=generator)
+    return x, weight, offsets, 0.001 + 0.02 * torch.rand(len(groups), n, generator=generator)
+
+
+each_weight = pytest.mark.parametrize("case_of", [random_case, int8_case], ids=["", "int8"])
+
+
 def good_arguments() -> dict:
     return dict(zip(NAMES, random_case(), strict=True))
 
@@ -45,13 +56,15 @@ def random_arguments(seed: int) -> dict:
     share[torch.rand(experts, generator=pick.generator) < pick(0.0, 0.5, 0.9)] = 0
     share[int(torch.randint(experts, (), generator=pick.generator))] += 0.01
     taken = torch.multinomial(share, pick(1, 3, 8, 20, 64, 90), replacement=True, generator=pick.generator)
-    x, weight, offsets = random_case(torch.bincount(taken, minlength=experts).tolist(), n, k, dtype, seed)
+    groups = torch.bincount(taken, minlength=experts).tolist()
+    x, weight, offsets, *scale = pick(random_case, random_case, int8_case)(groups, n, k, dtype, seed)
     if pick(False, False, False, True):  # experts far apart, by an odd number of elements
-        flat = torch.nn.functional.pad(weight.flatten(1), (0, 1), value=float("nan"))
+        flat = torch.nn.functional.pad(weight.flatten(1), (0, 1), value=-99 if scale else float("nan"))
         weight = flat[:, :-1].unflatten(1, (n, k))
     else:
         weight = relaid(weight, pick)
-    return {"x": relaid(x, pick), "weight": weight, "offsets": relaid(offsets, pick)}
+    made = {"x": relaid(x, pick), "weight": weight, "offsets": relaid(offsets, pick)}
+    return made | ({"scale": relaid(scale[0].to(pick(dtype, torch.float32)), pick)} if scale else {})
 
 
 def lane_alone(made: dict, row: int) -> dict:
@@ -62,27 +75,33 @@ def offsets_of(groups) -> torch.Tensor:
     return torch.tensor([0, *groups]).cumsum(0).int()
 
 
-def run(x, weight, offsets, backend=None) -> torch.Tensor:
-    return grouped_linear(x, weight, offsets, backend=backend)
+def run(x, weight, offsets, scale=None, backend=None) -> torch.Tensor:
+    return grouped_linear(x, weight, offsets, scale, backend=backend)
 
 
-def alone(x, weight, offsets, backend=None) -> torch.Tensor:
+def alone(x, weight, offsets, scale=None, backend=None) -> torch.Tensor:
     """Every row by itself, by thin_linear."""
     rows = []
     for expert, (begin, end) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
-        rows += [thin_linear(row, weight[expert], backend=backend) for row in x[begin:end].split(1)]
+        own = (weight[expert],) if scale is None else (weight[expert], scale[expert])
+        rows += [thin_linear(row, *own, backend=backend) for row in x[begin:end].split(1)]
     return torch.cat(rows)
 
 
-def assert_right(out, x, weight, offsets) -> None:
-    """Within what rounding explains: no sum of K float32 terms errs by more, and the result is rounded once."""
+def assert_right(out, x, weight, offsets, scale=None) -> None:
+    """Within what rounding explains: no sum of K float32 terms errs by more; then the result is rounded once, and where
+    there is a scale once more."""
     exact = torch.empty(len(x), weight.shape[1], dtype=torch.float64)
     magnitude = exact.clone()
     for expert in range(len(weight)):
         rows = slice(int(offsets[expert]), int(offsets[expert + 1]))
         exact[rows] = x[rows].double() @ weight[expert].double().T
         magnitude[rows] = x[rows].double().abs() @ weight[expert].double().abs().T
-    bound = x.shape[1] * torch.finfo(torch.float32).eps * magnitude + torch.finfo(x.dtype).eps * exact.abs()
+        if scale is not None:
+            exact[rows] *= scale[expert]
+            magnitude[rows] *= scale[expert]
+    terms = x.shape[1] + (scale is not None)
+    bound = terms * torch.finfo(torch.float32).eps * magnitude + torch.finfo(x.dtype).eps * exact.abs()
     assert out.dtype == x.dtype and out.shape == exact.shape and out.is_contiguous()
     assert ((out.double() - exact).abs() <= bound).all()
 
@@ -90,66 +109,71 @@ def assert_right(out, x, weight, offsets) -> None:
 def test_golden_values(backend):
     x = torch.tensor([[1.0, 2.0], [3.0, -1.0], [0.5, 4.0]])
     weight = torch.tensor([[[1.0, 1.0]], [[7.0, 7.0]], [[2.0, -3.0]]])
-    out = run(x, weight, torch.tensor([0, 1, 1, 3], dtype=torch.int32), backend)
-    assert out.tolist() == [[3.0], [9.0], [-11.0]]
+    offsets = torch.tensor([0, 1, 1, 3], dtype=torch.int32)
+    assert run(x, weight, offsets, backend=backend).tolist() == [[3.0], [9.0], [-11.0]]
+    scale = torch.tensor([[0.5], [float("nan")], [2.0]])
+    assert run(x, weight.to(torch.int8), offsets, scale, backend).tolist() == [[1.5], [18.0], [-22.0]]
 
 
 def test_rows_get_their_experts_product_with_thin_linears_bits(backend, seed):
-    x, weight, offsets = random_arguments(seed).values()
-    out = run(x, weight, offsets, backend)
-    assert_right(out, x, weight, offsets)
+    x, weight, offsets, *scale = random_arguments(seed).values()
+    out = run(x, weight, offsets, *scale, backend=backend)
+    assert_right(out, x, weight, offsets, *scale)
     if backend in ("cpu", "cuda"):
         plain = torch.clone(weight, memory_format=torch.contiguous_format)
-        assert torch.equal(out, alone(x.contiguous(), plain, offsets, backend))
+        assert torch.equal(out, alone(x.contiguous(), plain, offsets, *scale, backend=backend))
     else:  # slower
         row = seed % len(x)
-        own = weight[int((offsets <= row).sum()) - 1]
-        assert torch.equal(out[row], thin_linear(x[row], own, backend=backend))
+        expert = int((offsets <= row).sum()) - 1
+        own = weight[expert], *(each[expert] for each in scale)
+        assert torch.equal(out[row], thin_linear(x[row], *own, backend=backend))
 
 
 @each_dtype
+@each_weight
 @pytest.mark.parametrize("n, k", SIZES)
-def test_each_group_is_a_linear_layer_of_its_own(backend, dtype, n, k):
+def test_each_group_is_a_linear_layer_of_its_own(backend, dtype, case_of, n, k):
     for seed, groups in enumerate(sized(GROUPS, interpreted=GROUPS[::2])):
-        given = random_case(groups, n, k, dtype, seed)
-        assert_right(run(*given, backend), *given)
+        given = case_of(groups, n, k, dtype, seed)
+        assert_right(run(*given, backend=backend), *given)
 
 
 @each_dtype
+@each_weight
 @pytest.mark.parametrize("n, k", [(33, 100), (64, 128)])
-def test_a_rows_bits_are_those_of_thin_linear_whatever_its_group(backend, dtype, n, k, threads):
+def test_a_rows_bits_are_those_of_thin_linear_whatever_its_group(backend, dtype, case_of, n, k, threads):
     for seed, groups in enumerate(sized(GROUPS, interpreted=GROUPS[::2])):
-        given = random_case(groups, n, k, dtype, seed)
+        given = case_of(groups, n, k, dtype, seed)
         threads(1)
-        expected = alone(*given, backend)
+        expected = alone(*given, backend=backend)
         for count in sized((1, 2, 3), interpreted=(1,)):
             threads(count)
-            assert torch.equal(run(*given, backend), expected), f"groups {groups}, {count} threads"
+            assert torch.equal(run(*given, backend=backend), expected), f"groups {groups}, {count} threads"
 
 
 def test_threads_share_large_groups_without_changing_a_bit(backend, threads):
     given = random_case((90, 0, 6, 32), 640, 256) if backend == "cpu" else random_case((20, 0, 6), 40, 64)
     threads(1)
-    expected = alone(*given, backend)
+    expected = alone(*given, backend=backend)
     for count in (1, 2, 3):
         threads(count)
-        assert torch.equal(run(*given, backend), expected)
+        assert torch.equal(run(*given, backend=backend), expected)
 
 
 @each_dtype
 def test_rows_do_not_notice_their_place_and_company(backend, dtype):
     x, weight, offsets = random_case((4, 0, 9, 3), dtype=dtype)
-    expected = run(x, weight, offsets, backend)
+    expected = run(x, weight, offsets, backend=backend)
     order = torch.tensor([3, 1, 0, 2, *(4 + torch.randperm(9)).tolist(), 14, 15, 13])
-    assert torch.equal(run(x[order], weight, offsets, backend), expected[order])
+    assert torch.equal(run(x[order], weight, offsets, backend=backend), expected[order])
     # The same rows among other experts, at other places.
     moved = torch.cat((weight.flip(0), weight))
     rows = torch.cat((x[13:], x[4:13], x[:4], x[:2]))
-    got = run(rows, moved, offsets_of((3, 9, 0, 4, 2, 0, 0, 0)), backend)
+    got = run(rows, moved, offsets_of((3, 9, 0, 4, 2, 0, 0, 0)), backend=backend)
     assert torch.equal(got, torch.cat((expected[13:], expected[4:13], expected[:4], expected[:2])))
     poisoned = x.clone()
     poisoned[::3] = torch.tensor([float("nan"), float("inf"), -1e4, 0.0], dtype=dtype).repeat(25)
-    got = run(poisoned, weight, offsets, backend)
+    got = run(poisoned, weight, offsets, backend=backend)
     assert torch.equal(got[1::3], expected[1::3]) and torch.equal(got[2::3], expected[2::3])
     assert got[::3].isnan().all()
 
@@ -157,9 +181,9 @@ def test_rows_do_not_notice_their_place_and_company(backend, dtype):
 @each_dtype
 def test_nan_and_infinity_stay_in_their_rows(backend, dtype):
     x, weight, offsets = random_case((9, 0, 11), 40, 100, dtype)
-    expected = run(x, weight, offsets, backend)
+    expected = run(x, weight, offsets, backend=backend)
     x[3], x[11, 5], x[19, -1] = float("nan"), float("inf"), float("-inf")
-    out = run(x, weight, offsets, backend)
+    out = run(x, weight, offsets, backend=backend)
     clean = [row for row in range(20) if row not in (3, 11, 19)]
     assert torch.equal(out[clean], expected[clean]) and not out[[3, 11, 19]].isfinite().any()
 
@@ -170,17 +194,21 @@ def test_no_size_of_a_group_changes_a_bit(backend, dtype):
     x, weight, _ = random_case((80,), 33, 200, dtype)
     weight = weight.expand(3, 33, 200).clone()
     weight[[0, 2]] = float("nan")
-    whole = run(x, weight, offsets_of((0, 80, 0)), backend)
+    whole = run(x, weight, offsets_of((0, 80, 0)), backend=backend)
     for rows in sized((1, 7, 8, 9, 16, 17, 31, 33, 64, 65), interpreted=(1, 9, 16, 33)):
-        out = run(x, torch.cat((weight[1:2], weight)), offsets_of((rows, 0, 80 - rows, 0)), backend)
+        out = run(x, torch.cat((weight[1:2], weight)), offsets_of((rows, 0, 80 - rows, 0)), backend=backend)
         assert torch.equal(out, whole), f"{rows} rows"
 
 
 def test_experts_without_rows_add_nothing(backend):
     x, weight, offsets = random_case((0, 4, 0, 0, 9, 0))
-    expected = run(x, weight, offsets, backend)
+    expected = run(x, weight, offsets, backend=backend)
     weight[[0, 2, 3, 5]] = float("nan")
-    assert torch.equal(run(x, weight, offsets, backend), expected)
+    assert torch.equal(run(x, weight, offsets, backend=backend), expected)
+    x, weight, offsets, scale = int8_case((0, 4, 0, 0, 9, 0))
+    expected = run(x, weight, offsets, scale, backend)
+    scale[[0, 2, 3, 5]] = float("nan")
+    assert torch.equal(run(x, weight, offsets, scale, backend), expected)
 
 
 @needs_compiled_ops
@@ -204,39 +232,51 @@ assert torch.equal(torch.ops.simsd.grouped_linear(x, weight, offsets), expected)
 
 
 @each_dtype
-def test_strides_change_nothing(backend, dtype):
-    x, weight, offsets = random_case(dtype=dtype)
-    expected = run(x, weight, offsets, backend)
+@each_weight
+def test_strides_change_nothing(backend, dtype, case_of):
+    x, weight, offsets, *scale = case_of(dtype=dtype)
+    expected = run(x, weight, offsets, *scale, backend=backend)
     for view in (x.T.contiguous().T, torch.stack((x, x), dim=-1)[..., 0], torch.nn.functional.pad(x, (1, 2))[:, 1:-2]):
-        assert not view.is_contiguous() and torch.equal(run(view, weight, offsets, backend), expected)
+        assert not view.is_contiguous() and torch.equal(run(view, weight, offsets, *scale, backend=backend), expected)
     views = {
         "column major": weight.transpose(1, 2).contiguous().transpose(1, 2),
         "experts innermost": weight.permute(1, 2, 0).contiguous().permute(2, 0, 1),
         "padded rows": torch.nn.functional.pad(weight, (3, 2))[..., 3:-2],
-        "every other expert": torch.stack((weight, torch.full_like(weight, float("nan"))), 1).flatten(0, 1)[::2],
+        "every other expert": torch.stack((weight, torch.full_like(weight, -99 if scale else float("nan"))), 1).flatten(
+            0, 1
+        )[::2],
     }
     for lies, view in views.items():
-        assert torch.equal(run(x, view, offsets, backend), expected), lies
-    assert torch.equal(run(x, weight, torch.stack((offsets, offsets + 9), 1)[:, 0], backend), expected)
-    shared = run(x, weight[:1].expand(4, 33, 100), offsets, backend)
-    assert torch.equal(shared, thin_linear(x, weight[0], backend=backend))
+        assert torch.equal(run(x, view, offsets, *scale, backend=backend), expected), lies
+    apart = torch.stack((offsets, offsets + 9), 1)[:, 0]
+    assert torch.equal(run(x, weight, apart, *scale, backend=backend), expected)
+    for each in scale:
+        for view in (each.T.contiguous().T, torch.nn.functional.pad(each, (1, 1), value=float("nan"))[:, 1:-1]):
+            assert torch.equal(run(x, weight, offsets, view, backend), expected)
+    first = weight[0], *(each[0] for each in scale)
+    shared = run(
+        x, weight[:1].expand(4, 33, 100), offsets, *(each[:1].expand(4, 33) for each in scale), backend=backend
+    )
+    assert torch.equal(shared, thin_linear(x, *first, backend=backend))
 
 
+@each_weight
 @pytest.mark.parametrize("groups, n, k", [((0, 0), 5, 4), ((), 5, 4), ((2, 1), 0, 4), ((0,), 0, 0)])
-def test_empty_sizes_are_fine(backend, groups, n, k):
-    assert run(*random_case(groups, n, k), backend).shape == (sum(groups), n)
+def test_empty_sizes_are_fine(backend, case_of, groups, n, k):
+    assert run(*case_of(groups, n, k), backend=backend).shape == (sum(groups), n)
 
 
 @each_dtype
-def test_a_sum_over_nothing_is_zero(backend, dtype):
-    assert torch.equal(run(*random_case((2, 0, 1), 5, 0, dtype), backend), torch.zeros(3, 5, dtype=dtype))
+@each_weight
+def test_a_sum_over_nothing_is_zero(backend, dtype, case_of):
+    assert torch.equal(run(*case_of((2, 0, 1), 5, 0, dtype), backend=backend), torch.zeros(3, 5, dtype=dtype))
 
 
 def test_reference_in_parts_is_the_same(monkeypatch):
     given = random_case()
-    whole = run(*given, "reference")
+    whole = run(*given, backend="reference")
     monkeypatch.setattr(reference, "MAX_PRODUCTS", 1000)
-    assert torch.equal(run(*given, "reference"), whole)
+    assert torch.equal(run(*given, backend="reference"), whole)
 
 
 REFUSED = [
@@ -245,7 +285,14 @@ REFUSED = [
     ("x", torch.zeros(9, 99), ValueError, r"weight must be \[E, N, K\] = \[any, any, 99\], got \[4, 33, 100\]"),
     ("x", torch.zeros(9, 100, dtype=torch.int32), TypeError, "x must be torch.float32.*got torch.int32"),
     ("weight", torch.zeros(33, 100), ValueError, r"weight must be \[E, N, K\] = .*got \[33, 100\]"),
-    ("weight", torch.zeros(4, 33, 100).half(), TypeError, "weight must be torch.float32, got torch.float16"),
+    ("weight", torch.zeros(4, 33, 100).half(), TypeError, "weight must be torch.float32 or torch.int8, got torch.fl"),
+    (
+        "weight",
+        torch.zeros(4, 33, 100, dtype=torch.int8),
+        TypeError,
+        "scale must be a tensor where weight is torch.int8",
+    ),
+    ("scale", torch.ones(4, 33), TypeError, "scale must be left out unless weight is torch.int8, got one with torch.f"),
     ("weight", torch.zeros(5, 33, 100), ValueError, r"offsets must be \[E \+ 1\] = \[6\], got \[5\]"),
     ("weight", torch.zeros(4, 33, 100, device="meta"), ValueError, "one device.*weight on meta"),
     ("offsets", [0, 3, 3, 8, 9], TypeError, "offsets must be a tensor, got list"),
@@ -268,15 +315,42 @@ def test_offsets_that_are_none_are_refused(backend, offsets, message):
     given = x, weight, torch.tensor(offsets, dtype=torch.int32)
     for name in (None, "reference"):
         with pytest.raises(ValueError, match=message):
-            run(*given, name)
+            run(*given, backend=name)
     if backend == "cpu":
         with pytest.raises(RuntimeError, match=message):
             dispatch.operator("grouped_linear", backend)(*given)
 
 
+SCALES_REFUSED = [
+    (1.0, TypeError, "scale must be a tensor where weight is torch.int8, got float"),
+    (torch.ones(33), ValueError, r"scale must be \[E, N\] = \[4, 33\], got \[33\]"),
+    (torch.ones(4, 33, 1), ValueError, r"scale must be \[E, N\] = \[4, 33\], got \[4, 33, 1\]"),
+    (torch.ones(4, 33).double(), TypeError, "scale must be torch.float32 or torch.float16, got torch.float64"),
+    (torch.ones(4, 33, device="meta"), ValueError, "one device.*scale on meta"),
+]
+
+
+@pytest.mark.parametrize("scale, error, message", SCALES_REFUSED)
+def test_a_scale_that_fits_no_int8_weight_is_refused(backend, scale, error, message):
+    given = int8_case(dtype=torch.float16)[:3]
+    with pytest.raises(error, match=message):
+        run(*given, scale, backend)
+    if backend in ("cpu", "cuda") and torch.is_tensor(scale) and scale.device.type != "meta":
+        device = device_of(backend)
+        with pytest.raises(RuntimeError, match=message):
+            dispatch.operator("grouped_linear", backend)(*(each.to(device) for each in (*given, scale)))
+
+
+def test_a_scale_that_requires_grad_is_refused(backend):
+    *given, scale = int8_case()
+    with pytest.raises(RuntimeError, match="has no backward, but scale requires grad"):
+        run(*given, scale.requires_grad_(), backend)
+
+
 @each_dtype
-def test_opcheck(dtype):
-    torch.library.opcheck(torch.ops.simsd.grouped_linear, random_case(dtype=dtype))
+@each_weight
+def test_opcheck(dtype, case_of):
+    torch.library.opcheck(torch.ops.simsd.grouped_linear, case_of(dtype=dtype))
 
 
 @pytest.mark.skipif(dispatch.interpreting(), reason="not run: nothing compiles Triton's interpreter")
@@ -301,8 +375,8 @@ def test_one_compilation_serves_any_partition(backend):
 @pytest.mark.parametrize("groups, n", [((5, 0, 3, 1), 2100), ((40, 0, 30), 1600)])
 def test_blocks_of_32_columns_give_the_bits_of_blocks_of_16(backend, dtype, groups, n):
     x, weight, offsets = random_case(groups, n, 72, dtype)
-    wide = run(x, weight, offsets, backend)
-    parts = [run(x, part, offsets, backend) for part in weight.split(400, dim=1)]
+    wide = run(x, weight, offsets, backend=backend)
+    parts = [run(x, part, offsets, backend=backend) for part in weight.split(400, dim=1)]
     assert torch.equal(torch.cat(parts, dim=1), wide)
 
 
@@ -320,10 +394,10 @@ def test_blocks_of_32_columns_give_the_bits_of_blocks_of_16(backend, dtype, grou
 def test_wide_tiles_give_the_bits_of_thin_linear(counted, multiprocessors, dtype, groups, count, blocks):
     given = random_case(groups, 200, 200, dtype)
     multiprocessors(10**6)
-    expected = alone(*given, "cuda")
+    expected = alone(*given, backend="cuda")
     multiprocessors(count)
     out = []
-    counters = counted(lambda: out.append(run(*given, "cuda")))
+    counters = counted(lambda: out.append(run(*given, backend="cuda")))
     assert counters["launches"] == 1 and counters["blocks"] == blocks
     assert torch.equal(out[0], expected)
 
@@ -332,7 +406,7 @@ def test_wide_tiles_give_the_bits_of_thin_linear(counted, multiprocessors, dtype
 @each_dtype
 def test_weights_of_experts_without_rows_are_not_read(counted, dtype):
     x, weight, offsets = random_case((0, 4, 0, 0, 9, 0, *[0] * 60), 48, 128, dtype)
-    counters = counted(lambda: run(x, weight, offsets, "cuda"))
+    counters = counted(lambda: run(x, weight, offsets, backend="cuda"))
     assert counters["launches"] == 1
     if dtype != torch.float32:
         # Tiles of 8 rows: expert 1 has one, expert 4 two. 3 blocks of 16 columns each.
@@ -351,8 +425,8 @@ def test_the_grid_has_room_for_any_partition_and_does_not_depend_on_it(counted, 
     partitions = [(26, *[0] * 8), (*[0] * 8, 26), (2, *[3] * 8), (*[1] * 8, 18), (9, 0, 8, 0, 9, 0, 0, 0, 0)]
     for groups in partitions:
         given = x, weight, offsets_of(groups)
-        assert torch.equal(run(*given, "cuda"), alone(*given, "cuda")), groups
-        blocks.add(counted(lambda given=given: run(*given, "cuda"))["blocks"])
+        assert torch.equal(run(*given, backend="cuda"), alone(*given, backend="cuda")), groups
+        blocks.add(counted(lambda given=given: run(*given, backend="cuda"))["blocks"])
     assert len(blocks) == 1
 
 

@@ -27,6 +27,14 @@ struct Avx2 {
         const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
         return _mm256_maskload_ps(from, _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lanes));
     }
+    static F load(const int8_t* from) {
+        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+    }
+    static F load_first(const int8_t* from, int64_t count) {
+        alignas(8) int8_t values[LANES] = {};
+        for (int64_t lane = 0; lane < count; ++lane) values[lane] = from[lane];
+        return load(values);
+    }
     static void store(float* to, F value) { _mm256_storeu_ps(to, value); }
     static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
     // to[c] = the sum of sum[c]'s lanes, as a tree: neighbours, pairs of them, then halves.

@@ -27,6 +27,11 @@ struct Avx512 {
     static F load_first(const float* from, int64_t count) {
         return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), from);
     }
+    static F load(const int8_t* from) { return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))); }
+    static F load_first(const int8_t* from, int64_t count) {
+        return widen(_mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << count) - 1), from));
+    }
+    static F widen(__m128i values) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(values)); }
     static void store(float* to, F value) { _mm512_storeu_ps(to, value); }
     static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
     // to[c] = the sum of sum[c]'s lanes, as a tree: halves, quarters, then pairs. Quarters (of 4 lanes) are named

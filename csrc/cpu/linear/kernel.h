@@ -19,12 +19,14 @@ namespace {
 
 constexpr int COLUMNS = 4;
 
-template <typename Simd, int ROWS>
-inline void tile(const float* x, const float* const* weight, int64_t k, float* out, int64_t out_stride) {
+// `W`: float, or int8_t, whose values become floats in registers.
+template <typename Simd, int ROWS, typename W>
+inline void tile(const float* x, const W* const* weight, int64_t k, float* out, int64_t out_stride) {
     using F = typename Simd::F;
     static_assert(ROWS * COLUMNS <= MAX_TILE);
     F sum[ROWS][COLUMNS];
-    const float *x_row[ROWS], *w_row[COLUMNS];
+    const float* x_row[ROWS];
+    const W* w_row[COLUMNS];
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) {
         x_row[r] = x + r * k;
@@ -46,22 +48,22 @@ inline void tile(const float* x, const float* const* weight, int64_t k, float* o
     };
     int64_t i = 0;
     for (; i + Simd::LANES <= k; i += Simd::LANES) {
-        step([i](const float* row) __attribute__((always_inline)) { return Simd::load(row + i); });
+        step([i](const auto* row) __attribute__((always_inline)) { return Simd::load(row + i); });
     }
     // Lanes past K multiply 0 by 0. They add nothing to sums that began at +0.
     if (const int64_t rest = k - i; rest > 0) {
-        step([i, rest](const float* row) __attribute__((always_inline)) { return Simd::load_first(row + i, rest); });
+        step([i, rest](const auto* row) __attribute__((always_inline)) { return Simd::load_first(row + i, rest); });
     }
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) Simd::store_sums(out + r * out_stride, sum[r]);
 }
 
-template <typename Simd, int ROWS = Simd::ROWS>
-void multiply(int64_t count, const float* x, const float* const* weight, int64_t k, float* out, int64_t out_stride) {
+template <typename Simd, typename W, int ROWS = Simd::ROWS>
+void multiply(int64_t count, const float* x, const W* const* weight, int64_t k, float* out, int64_t out_stride) {
     if (count == ROWS) {
         tile<Simd, ROWS>(x, weight, k, out, out_stride);
     } else if constexpr (ROWS > 1) {
-        multiply<Simd, ROWS - 1>(count, x, weight, k, out, out_stride);
+        multiply<Simd, W, ROWS - 1>(count, x, weight, k, out, out_stride);
     }
 }
 
@@ -70,6 +72,15 @@ void convert(Element element, const void* data, int64_t offset, int64_t stride, 
     if (element == Element::float32) {
         const float* from = static_cast<const float*>(data) + offset;
         for (int64_t i = 0; i < count; ++i) to[i] = from[i * stride];
+        return;
+    }
+    if (element == Element::int8) {
+        const int8_t* from = static_cast<const int8_t*>(data) + offset;
+        int64_t i = 0;
+        if (stride == 1) {
+            for (; i + Simd::LANES <= count; i += Simd::LANES) Simd::store(to + i, Simd::load(from + i));
+        }
+        for (; i < count; ++i) to[i] = from[i * stride];
         return;
     }
     const uint16_t* from = static_cast<const uint16_t*>(data) + offset;
@@ -92,7 +103,7 @@ void convert(Element element, const void* data, int64_t offset, int64_t stride, 
 }
 
 template <typename Simd>
-constexpr Kernels KERNELS = {Simd::ROWS, COLUMNS, convert<Simd>, multiply<Simd>};
+constexpr Kernels KERNELS = {Simd::ROWS, COLUMNS, convert<Simd>, multiply<Simd, float>, multiply<Simd, int8_t>};
 
 }  // namespace
 }  // namespace simsd::linear

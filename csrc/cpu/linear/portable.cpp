@@ -25,6 +25,12 @@ struct Portable {
         for (int64_t lane = 0; lane < count; ++lane) value[lane] = from[lane];
         return value;
     }
+    static F load(const int8_t* from) { return load_first(from, LANES); }
+    static F load_first(const int8_t* from, int64_t count) {
+        F value = zero();
+        for (int64_t lane = 0; lane < count; ++lane) value[lane] = from[lane];
+        return value;
+    }
     static void store(float* to, F value) { std::memcpy(to, &value, sizeof(value)); }
     static F fma(F a, F b, F c) { return c + a * b; }
     static void store_sums(float* to, const F* sum) {

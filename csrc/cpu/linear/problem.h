@@ -5,7 +5,7 @@
 
 namespace simsd::linear {
 
-enum class Element { float32, bfloat16, float16 };
+enum class Element { float32, bfloat16, float16, int8 };
 
 constexpr int64_t MAX_TILE = 64;  // outputs of one `multiply`
 
@@ -18,6 +18,9 @@ struct Kernels {
     // `columns` rows of the weight.
     void (*multiply)(int64_t count, const float* x, const float* const* weight, int64_t k, float* out,
                      int64_t out_stride);
+    // The same, to the bit, where the weight is int8.
+    void (*multiply_int8)(int64_t count, const float* x, const int8_t* const* weight, int64_t k, float* out,
+                          int64_t out_stride);
 };
 
 const Kernels& portable_kernels();

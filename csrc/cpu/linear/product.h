@@ -37,13 +37,15 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 std::unique_ptr<float[]> uninitialised(int64_t floats) { return std::unique_ptr<float[]>(new float[floats]); }
 
-// A weight's rows of K elements, read as float32: in place where that is what they are, else from a converted copy.
+// A weight's rows of K elements, read as float32: in place where that is what they are, else from a converted copy;
+// or in place as int8.
 struct Weight {
     const void* data;
     int64_t row_stride, stride, k;
     Element element;
 
     bool in_place() const { return element == Element::float32 && (stride == 1 || k <= 1); }
+    bool is_int8() const { return element == Element::int8 && (stride == 1 || k <= 1); }
 
     // Points `pointers` at `count` rows of K elements, the first `offset` elements behind `data`; `memory` (count * K
     // floats) takes copies where there must be.
@@ -73,6 +75,7 @@ class Input {
     }
 
     const float* data() const { return data_; }
+    Element element() const { return element_of<Element>(contiguous_); }
 
   private:
     Tensor contiguous_;
@@ -80,29 +83,52 @@ class Input {
     const float* data_;
 };
 
-// Rows row .. row + rows of x, times the [N, K] `offset` elements behind the weight's data.
+Element weight_element(const Tensor& weight) {
+    return weight.scalar_type() == ScalarType::Char ? Element::int8 : element_of<Element>(weight);
+}
+
+// What an int8 weight's products are multiplied by.
+struct Scale {
+    const void* data = nullptr;  // where there is none
+    int64_t stride = 0;
+    Element element = Element::float32;
+};
+
+// `scale`: [..., N].
+Scale scale_of(const std::optional<Tensor>& scale) {
+    if (!scale) return {};
+    return {scale->const_data_ptr(), scale->stride(scale->dim() - 1), element_of<Element>(*scale)};
+}
+
+// Rows row .. row + rows of x, times the [N, K] `offset` elements behind the weight's data, whose scale [N] is
+// `scale_offset` elements behind the scale's.
 struct Group {
-    int64_t row, rows, offset;
+    int64_t row, rows, offset, scale_offset;
 };
 
 struct Problem {
     const Kernels& kernels;
     Weight weight;
-    const float* x;  // [M, K], contiguous
-    void* out;       // [M, N], contiguous, in the weight's dtype
+    Scale scale;
+    const float* x;   // [M, K], contiguous
+    void* out;        // [M, N], contiguous
+    Element element;  // of `out`
     int64_t columns;
 };
 
-// out[row .. row + count][column .. column + width] from float32 [count, kernels.columns].
-void store_tile(const Problem& p, int64_t row, int64_t count, int64_t column, int64_t width, const float* tile) {
+// out[row .. row + count][column .. column + width] from float32 [count, kernels.columns], times `scale` [width] where
+// there is one.
+void store_tile(const Problem& p, int64_t row, int64_t count, int64_t column, int64_t width, const float* tile,
+                const float* scale) {
     const auto store = [&](auto* out) {
         for (int64_t r = 0; r < count; ++r) {
             for (int64_t c = 0; c < width; ++c) {
-                out[(row + r) * p.columns + column + c] = tile[r * p.kernels.columns + c];
+                const float sum = tile[r * p.kernels.columns + c];
+                out[(row + r) * p.columns + column + c] = scale ? sum * scale[c] : sum;
             }
         }
     };
-    switch (p.weight.element) {
+    switch (p.element) {
         case Element::float32:
             return store(static_cast<float*>(p.out));
         case Element::bfloat16:
@@ -115,10 +141,27 @@ void store_tile(const Problem& p, int64_t row, int64_t count, int64_t column, in
 // A group's outputs of its weight's rows first .. first + width. x's rows are cut into blocks of nearly equal size.
 void multiply_panel(const Problem& p, const Group& group, int64_t first, int64_t width, float* memory) {
     const int64_t k = p.weight.k, step = p.kernels.columns;
+    const int64_t offset = group.offset + first * p.weight.row_stride;
+    // Rows that one product takes all need no copy: int8 becomes float32 in its registers.
+    const bool in_registers = p.weight.is_int8() && group.rows <= p.kernels.rows;
     const float* weight[MAX_PANEL];
-    p.weight.read(p.kernels, group.offset + first * p.weight.row_stride, width, memory, weight);
+    const int8_t* weight_int8[MAX_PANEL];
+    if (in_registers) {
+        const int8_t* data = static_cast<const int8_t*>(p.weight.data) + offset;
+        for (int64_t c = 0; c < width; ++c) weight_int8[c] = data + c * p.weight.row_stride;
+    } else {
+        p.weight.read(p.kernels, offset, width, memory, weight);
+    }
     // The last tile is filled up with a repeated row, whose outputs are dropped.
-    for (int64_t c = width; c % step != 0; ++c) weight[c] = weight[width - 1];
+    for (int64_t c = width; c % step != 0; ++c) {
+        weight[c] = weight[width - 1];
+        weight_int8[c] = weight_int8[width - 1];
+    }
+    float scales[MAX_PANEL];
+    if (p.scale.data) {
+        const int64_t from = group.scale_offset + first * p.scale.stride;
+        p.kernels.convert(p.scale.element, p.scale.data, from, p.scale.stride, width, scales);
+    }
     const int64_t blocks = divide_up(group.rows, p.kernels.rows);
     for (int64_t block = 0; block < blocks; ++block) {
         const int64_t begin = block * group.rows / blocks, count = (block + 1) * group.rows / blocks - begin;
@@ -130,8 +173,12 @@ void multiply_panel(const Problem& p, const Group& group, int64_t first, int64_t
                 p.kernels.multiply(count, p.x + row * k, weight + c, k, out, p.columns);
             } else {
                 float tile[MAX_TILE];
-                p.kernels.multiply(count, p.x + row * k, weight + c, k, tile, step);
-                store_tile(p, row, count, column, std::min(step, width - c), tile);
+                if (in_registers) {
+                    p.kernels.multiply_int8(count, p.x + row * k, weight_int8 + c, k, tile, step);
+                } else {
+                    p.kernels.multiply(count, p.x + row * k, weight + c, k, tile, step);
+                }
+                store_tile(p, row, count, column, std::min(step, width - c), tile, p.scale.data ? scales + c : nullptr);
             }
         }
     }
