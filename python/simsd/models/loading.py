@@ -224,7 +224,7 @@ def load(
     else:
         model = checkpoint.load_model(folder, config, quantize, wanted_dtype, device)
     if method is not None and not getattr(model, "is_quantized", False):
-        quantization().make_savable(model)
+        quantization().declare(model)
     model.deterministic = deterministic
     if by_itself and not is_deterministic(model):
         make_deterministic(model)

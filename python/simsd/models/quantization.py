@@ -175,8 +175,9 @@ class _Unsaved(TorchAoHfQuantizer):
         )
 
 
-def make_savable(model: PreTrainedModel) -> None:
-    """Lets transformers' `save_pretrained` write the model as it writes those that it quantized itself."""
+def declare(model: PreTrainedModel) -> None:
+    """Tells transformers of the model's quantized weights: `save_pretrained` writes them as it writes those that it
+    quantized itself, and experts are linear layers one by one, of which torchao has the products."""
     weight = next(weight for weight in model.model.layers.parameters() if is_quantized(weight))
     fields = getattr(model.config, "quantization_config", None)
     try:
@@ -187,3 +188,4 @@ def make_savable(model: PreTrainedModel) -> None:
     kind = _Unsaved if type(weight).__name__ == "Int4OpaqueTensor" else TorchAoHfQuantizer
     model.hf_quantizer, model.is_quantized = kind(config, pre_quantized=True), True
     model.config.quantization_config = config
+    model.config._experts_implementation = "eager"

@@ -7,7 +7,6 @@ from files (`simsd.models.quantization`), not here.
 from __future__ import annotations
 
 import importlib
-import logging
 import math
 import re
 from collections.abc import Callable, Iterable
@@ -27,7 +26,7 @@ CLASSES = {
     "Float8Tensor": "float8",
 }
 # Matrices of the decoder's linear layers and of its experts, packed or one by one; not those of routers.
-_MATRIX = re.compile(r"model\.layers\.\d+\..*(?:_proj\.weight|\.mlp\.experts\.(?:gate_up_proj|down_proj))")
+_MATRIX = re.compile(r"model\.layers\.\d+\.(?:.*_proj\.weight|mlp\.experts\.(?:gate_up_proj|down_proj))")
 
 
 def is_quantized(weight: Tensor) -> bool:
@@ -125,17 +124,9 @@ def converter(
 
 def quantization() -> ModuleType:
     """`simsd.models.quantization`. Raises SimsdError where torchao is missing."""
-    # torchao says of each binary of its own that it cannot be loaded here; none of them is used.
-    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
     try:
         return importlib.import_module("simsd.models.quantization")
     except ImportError as error:
         raise SimsdError(
             f'quantized weights need torchao: pip install "simsd-kernels[quantize]" ({one_line(error)})'
         ) from error
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
