@@ -148,6 +148,15 @@ BENCHMARKS = {
         {"threads": 1, "slots": 8, "tokens": 5000, "prefill_rows": [128, 512, 2048, 8192], "repeats": 5},
         {"slots": 2, "tokens": 200, "prefill_rows": [64], "repeats": 1},
     ),
+    "load_memory": Benchmark(
+        "cpu.load_memory:run",
+        "Loading a random sharded checkpoint by `simsd.load` and by transformers' `from_pretrained`, and reading each"
+        " weight once: the peak of a process's memory above what it had before, over the weights' size, and seconds"
+        " (files in the page cache); medians of processes in turn. transformers leaves what needs no cast in the mapped"
+        " files, whose touched pages count.",
+        {"threads": 1, "mib": 1024, "repeats": 3},
+        {"mib": 40, "repeats": 1},
+    ),
     "exactness": Benchmark(
         "cpu.exactness:run",
         "Is exact decoding's text native decoding's, token for token?",

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import simsd
 from simsd import SimsdError
-from simsd.models import checkpoint
+from simsd.models import folders
 from small_checkpoints import MASK_ID, VOCABULARY, edit_json, write_checkpoint, write_tokenizer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -130,7 +130,7 @@ def test_an_adapter_beside_the_weights_is_not_left_out_silently(folder):
 def test_a_download_fetches_what_the_published_tokenizer_and_weights_are_made_of(monkeypatch, tmp_path):
     asked = {}
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda _, **given: asked.update(given) or str(tmp_path))
-    assert checkpoint.find("JetLM/SDAR-8B-Chat") == tmp_path
+    assert folders.find("JetLM/SDAR-8B-Chat") == tmp_path
     others = ["chat_template.jinja", "tokenizer.json", "tokenizer.model", "vocab.txt"]
     fetched = set(filter_repo_objects([*PUBLISHED, *others], allow_patterns=asked["allow_patterns"]))
     assert fetched == {name for name in PUBLISHED if not name.endswith((".py", ".md", ".gitattributes"))} | set(others)

@@ -116,9 +116,9 @@ def test_saved_rope_frequencies_of_older_transformers_are_ignored(folder):
 
 @pytest.mark.parametrize("name", ["tiny-target", "tiny-draft"])
 def test_the_built_in_pair_loads_by_name(name):
-    from simsd.models import checkpoint
+    from simsd.models import folders
 
-    if not (checkpoint.PAIR / name).is_dir():
+    if not (folders.PAIR / name).is_dir():
         with pytest.raises(SimsdError, match=f"the built-in model {name} is not in this installation"):
             simsd.load(name)
         pytest.skip("the pair is not trained yet")

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks.environment import ROOT
-from simsd.models.checkpoint import PAIR
+from simsd.models.folders import PAIR
 
 RECIPE = ROOT / "examples" / "tiny_pair"
 pytestmark = pytest.mark.usefixtures("one_thread")

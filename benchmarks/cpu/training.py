@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch.nn.functional import scaled_dot_product_attention
 
-from simsd.models.checkpoint import PAIR
+from simsd.models.folders import PAIR
 from simsd_kernels import Visibility, masked_attention
 
 from ..contest import Bench

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,13 +14,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from simsd.ambient import undisturbed
 from simsd.config import MAX_BLOCK_LENGTH
 from simsd.errors import SimsdError
-from simsd.models import checkpoint, families, weights
+from simsd.models import adapters, checkpoint, families, folders, weights
 from simsd.models.configuration import DEFAULT_BLOCK_LENGTH, named_block_length
 from simsd.models.deterministic import (
     check_supported,
     is_deterministic,
     make_deterministic,
     preferable,
+    read_quantized_experts,
     use_thin_linear,
     uses_thin_linear,
 )
@@ -43,6 +45,7 @@ class LoadedModel:
     name: str
     deterministic: bool = False  # see `load`
     thin_linear: bool = False  # see `load`
+    load_seconds: float = 0.0  # that `load` took, a download included
 
     @property
     def config(self):
@@ -67,12 +70,6 @@ class LoadedModel:
         return method_of(self.model.model.layers.parameters())
 
     @property
-    def weight_bytes(self) -> int:
-        """Of its parameters and buffers on their device; a tied head counts once."""
-        every = (*self.model.parameters(), *self.model.buffers())
-        return sum(part.nbytes for weight in every for part in data_of(weight))
-
-    @property
     def banned_ids(self) -> list[int]:
         """Ids never generated: the mask token's, and those without an entry in the tokenizer that are no end tokens."""
         every = set(range(self.vocab_size))
@@ -86,6 +83,12 @@ class LoadedModel:
     @property
     def dtype(self) -> torch.dtype:
         return self.model.model.embed_tokens.weight.dtype
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of its parameters and buffers on their device; a tied head counts once."""
+        every = (*self.model.parameters(), *self.model.buffers())
+        return sum(part.nbytes for weight in every for part in data_of(weight))
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt, see `Tokenizer.encode_prompt`; without a tokenizer only ids are taken."""
@@ -116,6 +119,10 @@ def load(
     mask_token_id: int | None = None,
     shift: bool | None = None,
     tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
     deterministic: bool | None = None,
     thin_linear: bool | None = None,
 ) -> LoadedModel:
@@ -128,8 +135,9 @@ def load(
 
     Args:
         source: "tiny-target" or "tiny-draft" (the built-in pair), a checkpoint folder in Hugging Face format, a hub id,
-            or a module in memory with a family's parameter names and `.config`, whose weights are shared, not copied
-            (unless `dtype` or `device` moves them). One of our own, ready to decode, is taken itself. The
+            the folder or hub id of an adapter (LoRA), which peft merges into the model that its adapter_config.json
+            names, or a module in memory with a family's parameter names and `.config`, whose weights are shared, not
+            copied (unless `dtype` or `device` moves them). One of our own, ready to decode, is taken itself. The
             matrices of experts held one by one are packed, and query, key and value matrices as well as gate and up
             matrices laid side by side; the module is left with views of these.
         dtype: "float32", "bfloat16", "float16" or the torch dtype, to which every weight is cast; None or "auto": as
@@ -147,6 +155,10 @@ def load(
         shift: whether the logits of a row are those of the next position; None: as the configuration or the family has
             it.
         tokenizer: for a model that comes without one: a transformers tokenizer or its folder.
+        revision: of a hub id: branch, tag or commit; None: main.
+        cache_dir: for what comes from the hub; None: HF_HOME's or HF_HUB_CACHE's.
+        token: for gated and private repositories; None: that of `hf auth login` or HF_TOKEN.
+        local_files_only: whether to take a hub id from the cache alone, as HF_HUB_OFFLINE=1 does for all.
         deterministic: in decoding a row's logits do not depend, to the last bit, on how many rows share its forward;
             exact decoding equals native decoding bit for bit only then. True: nor in the module's own forward, on the
             CPU or on CUDA (see `simsd.models.deterministic`); a module in memory is left as it is, the model only
@@ -162,6 +174,7 @@ def load(
     Raises:
         SimsdError: one line that says what is wrong with which argument or file; nothing is left half loaded.
     """
+    begin = time.perf_counter()
     wanted_dtype, wanted_device = _dtype(dtype), _device(device)
     kind = None if family is None else families.by_name(family)
     if deterministic and thin_linear is False:
@@ -170,13 +183,19 @@ def load(
         )
     check_method(quantize)
     # What is small is read and checked first: a mistake should not cost the time of reading the weights.
-    folder, backend = None, None
+    folder, adapter, backend = None, None, None
     if isinstance(source, nn.Module):
+        if revision is not None:
+            raise SimsdError(f"revision={revision!r} is for hub ids, got a module: leave it out")
         name, (kind, config) = type(source).__name__, weights.module_config(source, kind)
     elif isinstance(source, str | Path):
-        folder = checkpoint.find(source)
+        hub = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
+        folder = folders.find(source, revision=revision, **hub)
         name = folder.resolve().name if Path(source).is_dir() else str(source)
-        (kind, config), backend = checkpoint.read_config(folder, kind), read_tokenizer(folder)
+        if adapters.is_adapter(folder):
+            adapter, folder = folder, adapters.find_base(folder, **hub)
+            backend = read_tokenizer(adapter)
+        (kind, config), backend = checkpoint.read_config(folder, kind), backend or read_tokenizer(folder)
         wanted_dtype = wanted_dtype or checkpoint.own_dtype(folder, config)
     else:
         raise SimsdError(f"load takes a name, a folder, a hub id or a module, got {type(source).__name__}")
@@ -196,7 +215,10 @@ def load(
     if quantize is not None:
         quantization().check(quantize, config, wanted_dtype or config.dtype, device)
     # By which method weights will be quantized, or are.
-    method = quantize or (method_of(source.parameters()) if folder is None else checkpoint.method(folder, config))
+    stored = method_of(source.parameters()) if folder is None else checkpoint.method(folder, config)
+    if adapter is not None and stored is not None:
+        raise SimsdError(f"{folder} is quantized ({stored}): merge {adapter} into what it was made of, then quantize=")
+    method = quantize or stored
     if method not in (None, "int8"):
         check_products(method, deterministic, thin_linear)
         deterministic = thin_linear = False
@@ -222,7 +244,11 @@ def load(
             model = weights.from_module(source, config, quantize, wanted_dtype, device)
             _move(model, wanted_dtype, wanted_device)
     else:
-        model = checkpoint.load_model(folder, config, quantize, wanted_dtype, device)
+        model = checkpoint.load_model(folder, config, None if adapter else quantize, wanted_dtype, device)
+        if adapter is not None:
+            adapters.merge(model, adapter)
+            if quantize is not None:
+                model = weights.from_module(model, config, quantize, wanted_dtype, device)
     if method is not None and not getattr(model, "is_quantized", False):
         quantization().declare(model)
     model.deterministic = deterministic
@@ -230,6 +256,8 @@ def load(
         make_deterministic(model)
     elif thin_linear and not uses_thin_linear(model):
         use_thin_linear(model)
+    if method == "int8":
+        read_quantized_experts(model)
     _fuse(model, source)
     weights.check_values(name, model)
     return LoadedModel(
@@ -241,6 +269,7 @@ def load(
         name=name,
         deterministic=deterministic and layers_of(model).row_invariant,
         thin_linear=thin_linear,
+        load_seconds=time.perf_counter() - begin,
     )
 
 

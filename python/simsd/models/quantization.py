@@ -152,7 +152,7 @@ def joined(
             yield name, tensor
             continue
         found = waiting.setdefault(owner, {})
-        found[name] = tensor.clone()  # on the CPU it may be the mapped file, which may be written to later
+        found[name] = tensor
         if found.keys() == parts[owner]:
             yield owner, _rebuild(source, owner, metadata, waiting.pop(owner))
     if waiting:
@@ -177,7 +177,7 @@ class _Unsaved(TorchAoHfQuantizer):
 
 def declare(model: PreTrainedModel) -> None:
     """Tells transformers of the model's quantized weights: `save_pretrained` writes them as it writes those that it
-    quantized itself, and experts are linear layers one by one, of which torchao has the products."""
+    quantized itself."""
     weight = next(weight for weight in model.model.layers.parameters() if is_quantized(weight))
     fields = getattr(model.config, "quantization_config", None)
     try:
@@ -188,4 +188,3 @@ def declare(model: PreTrainedModel) -> None:
     kind = _Unsaved if type(weight).__name__ == "Int4OpaqueTensor" else TorchAoHfQuantizer
     model.hf_quantizer, model.is_quantized = kind(config, pre_quantized=True), True
     model.config.quantization_config = config
-    model.config._experts_implementation = "eager"

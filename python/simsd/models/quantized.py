@@ -29,6 +29,11 @@ CLASSES = {
 _MATRIX = re.compile(r"model\.layers\.\d+\.(?:.*_proj\.weight|mlp\.experts\.(?:gate_up_proj|down_proj))")
 
 
+def is_matrix(name: str) -> bool:
+    """Whether the weight of that name in a model is one to quantize."""
+    return _MATRIX.fullmatch(name) is not None
+
+
 def is_quantized(weight: Tensor) -> bool:
     return type(weight).__module__.startswith("torchao.")
 
@@ -114,7 +119,7 @@ def converter(
             if method not in (None, given):
                 raise SimsdError(f"{source} is quantized already, by {given}, got quantize={method!r}: leave it out")
             return quantization().adopt(source, name, tensor, dtype, device)
-        if method is None or not _MATRIX.fullmatch(name):
+        if method is None or not is_matrix(name):
             return tensor
         made = quantization().quantize(source, name, tensor.detach().to(device, dtype or tensor.dtype), method)
         return quantization().adopt(source, name, made, dtype, device)

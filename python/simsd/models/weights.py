@@ -6,7 +6,7 @@ import copy
 import itertools
 import re
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence, Set
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ from simsd.models.supported import check_config
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _PACKED = re.compile(r".*\.mlp\.experts\.(gate_up_proj|down_proj)$")
+# Their names differ in the second group alone.
+_SIDE_BY_SIDE = re.compile(r"(.*\.)(q_proj|k_proj|v_proj|gate_proj|up_proj)(\.(?:weight|bias))$")
 # Older transformers saved the RoPE frequencies, which follow from the configuration.
 _DERIVED = re.compile(r".*rotary_emb\.inv_freq$")
 # Models whose values were checked, with where their tensors lay and how often they had been written: `hf_generate`
@@ -62,30 +64,34 @@ def parts(source: str, config: PreTrainedConfig, name: str, tensor: Tensor) -> l
     return [(ours, tensor[end - count : end]) for ours, count, end in zip(names, rows, ends, strict=True)]
 
 
-def expected_shapes(model: PreTrainedModel, names: Mapping[str, object] | set[str]) -> dict[str, list[int]]:
-    """Name -> shape of each tensor that a source must have; one per expert unless `names` has the packed ones."""
-    expected = {}
-    for name, value in model.state_dict().items():
-        if name == HEAD and model.config.tie_word_embeddings and name not in names:
-            continue
+def by_source_name(tensors: Mapping[str, Tensor], names: Container[str]) -> dict[str, Tensor]:
+    """The tensors of a model, or views of them, by the names that a source calls them, which are like `names`: one per
+    expert unless these have the packed ones."""
+    found = {}
+    for name, value in tensors.items():
         if not _PACKED.match(name) or name in names:
-            expected[name] = list(value.shape)
+            found[name] = value
             continue
         prefix, kind = name.rsplit(".", 1)
-        experts, rows, columns = value.shape
-        for expert in range(experts):
+        for expert, matrices in enumerate(value):
             if kind == "down_proj":
-                expected[f"{prefix}.{expert}.down_proj.weight"] = [rows, columns]
+                found[f"{prefix}.{expert}.down_proj.weight"] = matrices
             else:
-                expected[f"{prefix}.{expert}.gate_proj.weight"] = [rows // 2, columns]
-                expected[f"{prefix}.{expert}.up_proj.weight"] = [rows // 2, columns]
-    return expected
+                gate, up = matrices.chunk(2)
+                found |= {f"{prefix}.{expert}.gate_proj.weight": gate, f"{prefix}.{expert}.up_proj.weight": up}
+    return found
+
+
+def _needed(model: PreTrainedModel, names: Container[str]) -> dict[str, Tensor]:
+    """The model's tensors by its own names; a tied head only where `names` has it."""
+    tied = model.config.tie_word_embeddings and HEAD not in names
+    return {name: value for name, value in model.state_dict().items() if not (tied and name == HEAD)}
 
 
 def check_shapes(source: str, model: PreTrainedModel, given: Mapping[str, list[int]]) -> None:
     """Raises SimsdError unless `given` (name -> shape) is what `model`, made from the source's config, needs."""
     given = {name: list(shape) for name, shape in given.items() if not _DERIVED.match(name)}
-    expected = expected_shapes(model, given)
+    expected = {name: list(value.shape) for name, value in by_source_name(_needed(model, given), given).items()}
     if missing := [name for name in expected if name not in given]:
         raise SimsdError(f"{source}: tensors are missing: {listing(missing)}")
     if surplus := [name for name in given if name not in expected]:
@@ -93,6 +99,37 @@ def check_shapes(source: str, model: PreTrainedModel, given: Mapping[str, list[i
     wrong = [f"{name} is {given[name]}, not {shape}" for name, shape in expected.items() if given[name] != shape]
     if wrong:
         raise SimsdError(f"{source}: shapes differ from its configuration: {listing(wrong)}")
+
+
+def allocate(
+    model: PreTrainedModel,
+    names: Container[str],
+    dtype: torch.dtype,
+    device: torch.device,
+    without: Set[str] = frozenset(),
+) -> dict[str, Tensor]:
+    """Memory for the tensors of the skeleton `model` whose source has tensors of these `names`; not for those that it
+    has by the names `without`.
+
+    Matrices that the fused layers take in one product adjoin, as `join` would have them. Buffers are float32: what a
+    router adds to its scores is small beside them.
+    """
+    buffers = {name for name, _ in model.named_buffers()}
+    needed = {
+        name: value
+        for name, value in _needed(model, names).items()
+        if without.isdisjoint(by_source_name({name: value}, names))
+    }
+    groups: dict[str, list[str]] = {}
+    for name in needed:
+        groups.setdefault(_SIDE_BY_SIDE.sub(r"\1\3", name), []).append(name)
+    tensors = {}
+    for group in groups.values():
+        rows, first = [len(needed[name]) for name in group], needed[group[0]]
+        kind = torch.float32 if group[0] in buffers else dtype
+        memory = torch.empty(sum(rows), *first.shape[1:], dtype=kind, device=device)
+        tensors |= zip(group, memory.split(rows), strict=True)
+    return tensors
 
 
 def version_of(weight: Tensor) -> int:

@@ -17,7 +17,7 @@ import torch
 
 from simsd.config import EngineConfig
 from simsd.errors import SimsdError
-from simsd.models.checkpoint import find
+from simsd.models.folders import find
 from simsd.ray.cluster import EXTRA, check_room, connect, worker_device
 
 try:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from simsd.errors import SimsdError, one_line
-from simsd.models import checkpoint
+from simsd.models import folders
 
 # Readers of a folder of Parquet files skip names that begin so.
 MANIFEST, LOCK = "_manifest.json", "_lock"
@@ -116,7 +116,7 @@ class Output:
 
 def fingerprint(model: str) -> str:
     """Tells a checkpoint from others: of its configuration and, of each weight file, its size and some bytes."""
-    folder, digest = checkpoint.find(model), hashlib.blake2b(digest_size=8)
+    folder, digest = folders.find(model), hashlib.blake2b(digest_size=8)
     digest.update((folder / "config.json").read_bytes() if (folder / "config.json").exists() else b"")
     for path in sorted(folder.glob(WEIGHTS)):
         size = path.stat().st_size
