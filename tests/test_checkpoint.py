@@ -122,11 +122,6 @@ def test_a_bad_index_is_refused_in_one_line(folder, case):
     assert message in refusal(folder)
 
 
-def test_an_adapter_beside_the_weights_is_not_left_out_silently(folder):
-    (folder / "adapter_config.json").write_text("{}")
-    assert "holds an adapter (adapter_config.json): merge it into its model first" in refusal(folder)
-
-
 def test_a_download_fetches_what_the_published_tokenizer_and_weights_are_made_of(monkeypatch, tmp_path):
     asked = {}
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda _, **given: asked.update(given) or str(tmp_path))

@@ -80,8 +80,9 @@ def test_an_adapter_is_merged_as_peft_merges_it(tmp_path, case):
     config, changes, dtype = CASES[case]
     folder = write_adapter(tmp_path, config(), **changes)
     state = torch.random.get_rng_state()
-    loaded, expected = simsd.load(folder, dtype=dtype), merged_by_peft(folder, dtype, **changes)
-    assert torch.equal(torch.random.get_rng_state(), state) or case == "pissa"
+    loaded = simsd.load(folder, dtype=dtype)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    expected = merged_by_peft(folder, dtype, **changes)
     weights = dict(loaded.model.named_parameters())
     assert weights.keys() == dict(expected.named_parameters()).keys()
     assert all(torch.equal(weights[name], weight) for name, weight in expected.named_parameters())
@@ -93,7 +94,8 @@ def test_an_adapter_is_merged_as_peft_merges_it(tmp_path, case):
     if dtype == "float32":
         with torch.no_grad():
             logits = loaded.model(tokens).logits
-        torch.testing.assert_close(logits, stock_block_causal_logits(expected, tokens, 8), atol=1e-5, rtol=1e-5)
+        theirs = stock_block_causal_logits(expected, tokens, 8)
+        torch.testing.assert_close(logits, theirs, atol=1e-5 * theirs.abs().max().item(), rtol=0)
 
 
 def test_a_merged_model_decodes_and_is_saved_like_any_other(tmp_path):
@@ -106,7 +108,7 @@ def test_a_merged_model_decodes_and_is_saved_like_any_other(tmp_path):
     ]
     assert decoded[0] == decoded[1]
     loaded.model.save_pretrained(tmp_path / "merged")
-    again = simsd.load(tmp_path / "merged")
+    again = simsd.load(tmp_path / "merged", tokenizer=tmp_path / "base")
     assert simsd.generate(again, [[5, 6, 7]], max_new_tokens=24)[0].tokens == decoded[0]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from simsd import SimsdError
@@ -68,3 +70,14 @@ def test_checkpoints_that_differ_in_a_weight_are_told_apart(tmp_path):
         weights.write_bytes(bytes(300_000) + last)
         seen.add(fingerprint(str(tmp_path)))
     assert len(seen) == 2
+
+
+def test_an_adapter_is_told_from_another_and_from_that_of_another_model(tmp_path):
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"a")
+    seen = {fingerprint("tiny-target")}
+    for base in ("tiny-target", "tiny-draft"):
+        config = {"peft_type": "LORA", "base_model_name_or_path": base}
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+        seen.add(fingerprint(str(tmp_path)))
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"b")
+    assert len({*seen, fingerprint(str(tmp_path))}) == 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 TARGET, DRAFT = "tiny-target", "tiny-draft"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULTS = GenerationConfig()
+LONG_LOAD_SECONDS = 3.0  # that loading may take and say nothing
 
 
 def _option(name: str, help: str, panel: str, values=(), **more):
@@ -144,4 +146,13 @@ def load_models(
     if models[0].tokenizer is None:
         raise SimsdError(f"target {target} has no tokenizer: put its tokenizer.json and tokenizer_config.json there")
     threads.choose(models[0], batch)
+    _tell_of_long_loads(models)
     return models[0], models[1]
+
+
+def _tell_of_long_loads(models: list[LoadedModel | None]) -> None:
+    """One line on standard error: GiB and seconds of each."""
+    loaded = [model for model in models if model is not None]
+    if sum(model.load_seconds for model in loaded) > LONG_LOAD_SECONDS:
+        told = (f"{one.name}: {one.weight_bytes / 2**30:.2f} GiB in {one.load_seconds:.1f} s" for one in loaded)
+        print(f"loaded {', '.join(told)}", file=sys.stderr)

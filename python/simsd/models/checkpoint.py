@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -55,8 +55,8 @@ def load_model(
 ) -> PreTrainedModel:
     """Reads the checkpoint into `dtype`, whatever its tensors are stored in, on `device`. Nothing is left random.
 
-    Besides the model it takes a few MiB: each part of a tensor goes from the file to where it stays. A matrix to
-    `quantize` takes its own memory until it is whole.
+    Besides the model it takes a few MiB: each part of a tensor goes from the file to where it stays. Other matrices to
+    `quantize` than in int8 have to be whole before they are.
     """
     source, generation_config = str(folder), _generation_config(folder)
     files = weight_files.find_files(folder, config)
@@ -71,22 +71,36 @@ def load_model(
     parts = {name: weights.parts(source, config, name, tensor) for name, tensor in joined(empty.items())}
     ours = dict(itertools.chain(*parts.values()))
     weights.check_shapes(source, model, {name: list(tensor.shape) for name, tensor in ours.items()})
-    # What has to be whole before the model can hold it: matrices to quantize, and parts of quantized ones.
     quantized = {name for name, part in ours.items() if is_quantized(part)}
-    matrices = [name for name in ours if quantize is not None and is_matrix(name) and name not in quantized]
-    whole = {name: ours[name].to(dtype) for name in matrices}
-    tensors = weights.allocate(model, ours, dtype, device, without=quantized | whole.keys())
-    places = weights.by_source_name(tensors, ours)
+    matrices = {name for name in ours if quantize is not None and is_matrix(name)} - quantized
+    int8 = matrices if quantize == "int8" else set()
+    # What has to be whole before the model can hold it: other matrices to quantize, and parts of quantized ones.
+    whole = {name: ours[name].to(dtype) for name in matrices - int8}
+    tensors = weights.allocate(model, ours, dtype, device, without=quantized | whole.keys(), int8=int8)
+    scales = {
+        name: torch.empty(*x.shape[:-1], 1, device=device) for name, x in tensors.items() if x.dtype == torch.int8
+    }
+    places, scale_places = (weights.by_source_name(values, ours) for values in (tensors, scales))
     whole |= {name: tensor for name, tensor in empty.items() if name not in parts}
     contents = {
         name: [(mine, len(part)) for mine, part in parts.get(name, [(name, tensor)])] for name, tensor in empty.items()
     }
     known = places.keys() | whole.keys()
     contents = {name: found for name, found in contents.items() if known.issuperset(mine for mine, _ in found)}
+
+    def put(name: str, first: int, rows: Tensor) -> None:
+        place = places[name].narrow(0, first, len(rows))
+        if name not in scale_places:
+            place.copy_(rows)  # casts, and moves to the device
+        else:
+            scales_of_rows = scale_places[name].narrow(0, first, len(rows))
+            quantization().quantize_rows(rows.to(device, dtype), place, scales_of_rows)
+
     convert = converter(source, quantize, dtype, device)
-    for name, tensor in joined(_read(stored, contents, places, whole, device)):
+    for name, tensor in joined(_read(weight_files.read(stored, contents), put, whole, device)):
         found = weights.parts(source, config, name, tensor) if is_quantized(tensor) else [(name, tensor)]
         tensors |= {mine: convert(mine, part) for mine, part in found}
+    tensors |= {name: quantization().with_row_scales(tensors[name], scales[name], dtype) for name in scales}
     model = weights.assemble(model, tensors)
     if generation_config is not None:
         model.generation_config = generation_config
@@ -94,20 +108,21 @@ def load_model(
 
 
 def _read(
-    stored: Mapping[str, weight_files.Stored],
-    contents: Mapping[str, list[tuple[str, int]]],
-    places: Mapping[str, Tensor],
+    parts: Iterable[tuple[str, int, Tensor]],
+    put: Callable[[str, int, Tensor], None],
     whole: Mapping[str, Tensor],
     device: torch.device,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Reads tensors into their `places`, and yields those that are like the ones in `whole` when they are complete."""
+    """Yields the tensors that are like those in `whole` when all their rows are there; `put` takes those of others."""
     memory: dict[str, Tensor] = {}
-    for name, first, rows in weight_files.read(stored, contents):
-        if name in whole and not first:
+    for name, first, rows in parts:
+        if name not in whole:
+            put(name, first, rows)
+            continue
+        if first == 0:
             memory[name] = torch.empty_like(whole[name], device=device)
-        place = memory[name] if name in whole else places[name]
-        place.narrow(0, first, len(rows)).copy_(rows)  # casts, and moves to the device
-        if name in whole and first + len(rows) == len(place):
+        memory[name].narrow(0, first, len(rows)).copy_(rows)
+        if first + len(rows) == len(whole[name]):
             yield name, memory.pop(name)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from simsd.ambient import undisturbed
 from simsd.config import MAX_BLOCK_LENGTH
-from simsd.errors import SimsdError
+from simsd.errors import OutOfMemoryError, SimsdError, one_line
 from simsd.models import adapters, checkpoint, families, folders, weights
 from simsd.models.configuration import DEFAULT_BLOCK_LENGTH, named_block_length
 from simsd.models.deterministic import (
@@ -30,6 +32,8 @@ from simsd.models.fused import layers_of
 from simsd.models.quantized import check_method, check_products, data_of, is_quantized, method_of, quantization
 from simsd.models.tokenizer import MASK, Prompt, Tokenizer, check_ids, known_ids, read_tokenizer
 
+# Names in transformers of ways to spread a model's layers.
+_SPREADING = ("auto", "balanced", "balanced_low_0", "sequential")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -113,6 +117,7 @@ def load(
     *,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
+    device_map: dict[str, int | str | torch.device] | str | None = None,
     quantize: str | None = None,
     family: str | None = None,
     block_length: int | None = None,
@@ -143,6 +148,8 @@ def load(
         dtype: "float32", "bfloat16", "float16" or the torch dtype, to which every weight is cast; None or "auto": as
             transformers has it, the configuration's dtype, else that of the first tensor in the file.
         device: of the model; None: CPU, or the module's.
+        device_map: as transformers has it, where it puts the whole model on one device ("cuda:1", {"": 1}); layers are
+            not spread over several.
         quantize: "int8", "int4" or "float8": weights of the decoder's layers are stored so, by torchao; activations,
             embeddings, norms, routers and the head stay in `dtype`. None: as the source has them, checkpoints that
             transformers and torchao stored so included. See docs/quantization.md for what each keeps and costs.
@@ -175,7 +182,7 @@ def load(
         SimsdError: one line that says what is wrong with which argument or file; nothing is left half loaded.
     """
     begin = time.perf_counter()
-    wanted_dtype, wanted_device = _dtype(dtype), _device(device)
+    wanted_dtype, wanted_device = _dtype(dtype), _device(_one_device(device, device_map))
     kind = None if family is None else families.by_name(family)
     if deterministic and thin_linear is False:
         raise SimsdError(
@@ -244,7 +251,8 @@ def load(
             model = weights.from_module(source, config, quantize, wanted_dtype, device)
             _move(model, wanted_dtype, wanted_device)
     else:
-        model = checkpoint.load_model(folder, config, None if adapter else quantize, wanted_dtype, device)
+        with _memory_for(name, device):
+            model = checkpoint.load_model(folder, config, None if adapter else quantize, wanted_dtype, device)
         if adapter is not None:
             adapters.merge(model, adapter)
             if quantize is not None:
@@ -282,6 +290,28 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return chosen
 
 
+def _one_device(device: torch.device | str | None, device_map: object) -> object:
+    """The device that both name. Raises SimsdError for a map of several."""
+    if device_map is None:
+        return device
+    if device is not None:
+        raise SimsdError(f"device={str(device)!r} and device_map={device_map!r} say the same: give one of them")
+    places = list(device_map.values()) if isinstance(device_map, dict) else [device_map]
+    named = {str(place) for place in places}
+    if not named:
+        raise SimsdError(f"device_map must name a device, got {device_map!r}")
+    if len(named) == 1 and named.isdisjoint((*_SPREADING, "disk")):
+        return places[0]
+    if not named.isdisjoint(("cpu", "disk", "meta")):
+        raise SimsdError(
+            f"device_map={device_map!r} would offload weights, all of which every forward reads: use device="
+        )
+    raise SimsdError(
+        f"device_map={device_map!r} would spread a model's layers over devices, which is not supported: load it on one"
+        " (device=), quantized if it must be smaller, its draft on another (draft_device=); more GPUs serve by replicas"
+    )
+
+
 def _device(device: torch.device | str | None) -> torch.device | None:
     if device is None:
         return None
@@ -299,6 +329,17 @@ def _move(model: PreTrainedModel, dtype: torch.dtype | None, device: torch.devic
         if not is_quantized(parameter):
             parameter.data = parameter.data.to(dtype)  # not the RoPE frequencies, which stay float32
     model.config.dtype = dtype or model.config.dtype
+
+
+@contextlib.contextmanager
+def _memory_for(name: str, device: torch.device) -> Iterator[None]:
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise OutOfMemoryError(
+            f"{name}: the memory of {device} does not hold its weights: take dtype='bfloat16', quantize= or another"
+            f" device ({one_line(error)})"
+        ) from error
 
 
 def _fuse(model: PreTrainedModel, source: object) -> None:

@@ -16,7 +16,9 @@ from torchao.prototype.safetensors.safetensors_utils import is_metadata_torchao
 from torchao.quantization import (
     Float8WeightOnlyConfig,
     Int4WeightOnlyConfig,
+    Int8Tensor,
     Int8WeightOnlyConfig,
+    PerRow,
     quantize_,
 )
 from torchao.quantization.quantize_.workflows import Int4PackingFormat
@@ -27,6 +29,7 @@ from simsd.errors import SimsdError, one_line
 from simsd.models.quantized import CLASSES, has_row_scales, is_quantized, method_of, rebuilt
 
 GROUPS = (128, 64, 32)  # columns that share a scale in int4; the largest that divides a matrix's
+_AT_A_TIME = 1 << 19  # elements that int8 takes at a time: torchao makes several copies in float32
 FLOAT8_CAPABILITY = (8, 9)  # of the first GPUs with float8
 
 
@@ -56,10 +59,31 @@ def _check_float8(device: torch.device) -> None:
 def quantize(source: str, name: str, weight: Tensor, method: str) -> Tensor:
     """A matrix, on its device and in its dtype, quantized. Raises SimsdError, one line that begins with `source`, for
     one that the method cannot hold."""
+    if method == "int8":
+        values = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+        scales = torch.empty(*weight.shape[:-1], 1, device=weight.device)
+        quantize_rows(weight, values, scales)
+        return with_row_scales(values, scales, weight.dtype)
     holder = nn.Linear(1, 1, bias=False, device="meta")
     holder.weight = nn.Parameter(weight, requires_grad=False)
     quantize_(holder, _config(f"{source}: {name}", method, weight))
+    del holder.extra_repr  # torchao's, which refers to the holder: it would keep the weight
     return holder.weight.detach()
+
+
+def quantize_rows(rows: Tensor, values: Tensor, scales: Tensor) -> None:
+    """Puts rows [.., N, K] in int8 into `values` [.., N, K] and `scales` [.., N, 1], a MiB or so at a time."""
+    at_a_time = max(1, _AT_A_TIME // max(1, rows.shape[-1]))
+    views = (x.flatten(0, -2).split(at_a_time) for x in (rows, values, scales))
+    for some, their_values, their_scales in zip(*views, strict=True):
+        made = Int8Tensor.from_hp(some, PerRow())
+        their_values.copy_(made.qdata)
+        their_scales.copy_(made.scale)
+
+
+def with_row_scales(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight of int8 values [.., N, K] and scales [.., N, 1], for activations in `dtype`."""
+    return Int8Tensor(values, scales, [1] * (values.dim() - 1) + [values.shape[-1]], dtype)
 
 
 def _config(place: str, method: str, weight: Tensor) -> AOBaseConfig:

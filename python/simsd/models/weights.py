@@ -107,19 +107,18 @@ def allocate(
     dtype: torch.dtype,
     device: torch.device,
     without: Set[str] = frozenset(),
+    int8: Set[str] = frozenset(),
 ) -> dict[str, Tensor]:
     """Memory for the tensors of the skeleton `model` whose source has tensors of these `names`; not for those that it
-    has by the names `without`.
+    has by the names `without`, and bytes for those in `int8`.
 
     Matrices that the fused layers take in one product adjoin, as `join` would have them. Buffers are float32: what a
     router adds to its scores is small beside them.
     """
     buffers = {name for name, _ in model.named_buffers()}
-    needed = {
-        name: value
-        for name, value in _needed(model, names).items()
-        if without.isdisjoint(by_source_name({name: value}, names))
-    }
+    needed = _needed(model, names)
+    sources = {name: by_source_name({name: value}, names) for name, value in needed.items()}
+    needed = {name: value for name, value in needed.items() if without.isdisjoint(sources[name])}
     groups: dict[str, list[str]] = {}
     for name in needed:
         groups.setdefault(_SIDE_BY_SIDE.sub(r"\1\3", name), []).append(name)
@@ -127,6 +126,7 @@ def allocate(
     for group in groups.values():
         rows, first = [len(needed[name]) for name in group], needed[group[0]]
         kind = torch.float32 if group[0] in buffers else dtype
+        kind = torch.int8 if not int8.isdisjoint(sources[group[0]]) else kind
         memory = torch.empty(sum(rows), *first.shape[1:], dtype=kind, device=device)
         tensors |= zip(group, memory.split(rows), strict=True)
     return tensors

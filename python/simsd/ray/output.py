@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from simsd.errors import SimsdError, one_line
-from simsd.models import folders
+from simsd.models import adapters, folders
 
 # Readers of a folder of Parquet files skip names that begin so.
 MANIFEST, LOCK = "_manifest.json", "_lock"
@@ -115,10 +115,14 @@ class Output:
 
 
 def fingerprint(model: str) -> str:
-    """Tells a checkpoint from others: of its configuration and, of each weight file, its size and some bytes."""
-    folder, digest = folders.find(model), hashlib.blake2b(digest_size=8)
-    digest.update((folder / "config.json").read_bytes() if (folder / "config.json").exists() else b"")
-    for path in sorted(folder.glob(WEIGHTS)):
+    """Tells a checkpoint from others: of its configuration and, of each weight file, its size and some bytes; an
+    adapter by its model's, too."""
+    digest, found = hashlib.blake2b(digest_size=8), [folders.find(model)]
+    if adapters.is_adapter(found[0]):
+        found.append(adapters.find_base(found[0]))
+    for config in (folder / name for folder in found for name in ("config.json", adapters.CONFIG)):
+        digest.update(config.read_bytes() if config.exists() else b"")
+    for path in (path for folder in found for path in sorted(folder.glob(WEIGHTS))):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:
