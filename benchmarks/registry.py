@@ -157,7 +157,7 @@ BENCHMARKS = {
         {
             "threads": 1,
             "items": 200,
-            "batch": 8,
+            "batch": 32,
             "cases": ["float32", "bfloat16", "int8 float32", "int8 bfloat16", "int4 float32", "int4 bfloat16"],
             "max_new_tokens": 96,
         },
