@@ -23,7 +23,9 @@ from torchao.quantization import (
 from transformers import AutoModelForCausalLM
 
 import simsd
+from benchmarks.cpu import load_memory
 from simsd import SimsdError, tasks
+from simsd.models import fused
 from simsd.models.fused import FusedLayers, layers_of
 from simsd.models.loading import LoadedModel
 from simsd.models.quantized import data_of, is_quantized, quantization
@@ -32,6 +34,7 @@ from simsd.models.stock import StockLayers
 from simsd_kernels import INF
 from small_checkpoints import MASK_ID, VOCABULARY, edit_json, stock_model, write_checkpoint
 from test_families import NAMES, write
+from test_loading_lora import lora, write_adapter
 
 KINDS = pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
 WEIGHTS = "model.safetensors"
@@ -207,6 +210,46 @@ def test_weights_that_are_not_finite_are_named():
         source.model.layers[1].mlp.up_proj.weight[3, 4] = torch.nan
     assert "not finite" in (message := refusal(source, quantize="int8"))
     assert "model.layers.1.mlp.up_proj.weight" in message
+
+
+# Memory
+
+
+@pytest.mark.parametrize("case", ["dense", "experts stored one by one"])
+def test_a_model_that_is_quantized_to_int8_is_never_whole_in_memory(tmp_path, case):
+    """`python -m benchmarks load_memory` has the same of weights that stay as they are."""
+    for name, mib in {"large": 180, "small": 8}.items():
+        load_memory.write(tmp_path / name, mib, case)
+    found = load_memory.measured(tmp_path / "large", tmp_path / "small", "simsd", "int8")
+    assert 80 < found["bytes"] / 2**20 < 110
+    assert 0.9 < found["peak"] < 1.5  # 36 MiB of buffers and of torchao's copies are much here
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_int8_comes_to_lie_as_the_fused_layers_take_it(tmp_path, monkeypatch, dtype):
+    write_checkpoint(tmp_path, shard="20KB", extra={"mask_token_id": MASK_ID})
+    copied, join = [], fused.join
+
+    def watched(parameters):
+        before = parameters[0].data_ptr()
+        joined = join(parameters)
+        copied.append(joined.dtype == torch.int8 and joined.data_ptr() != before)
+        return joined
+
+    monkeypatch.setattr(fused, "join", watched)
+    assert simsd.load(tmp_path, dtype=dtype, quantize="int8").quantize == "int8"
+    assert len(copied) == 8 and not any(copied)
+
+
+def test_an_adapter_is_merged_before_its_model_is_quantized(tmp_path):
+    folder = write_adapter(tmp_path, lora("q_proj", "v_proj"))
+    merged, tokens = simsd.load(folder).model, random_tokens(12)
+    expected = simsd.load(merged, quantize="int8", deterministic=True)
+    model = simsd.load(folder, quantize="int8", deterministic=True)
+    assert model.quantize == "int8" and torch.equal(causal(model.model, tokens), causal(expected.model, tokens))
+    simsd.load(tmp_path / "base", quantize="int8").model.save_pretrained(tmp_path / "base")
+    message = refusal(folder)
+    assert "base is quantized (int8): merge" in message and "then quantize=" in message
 
 
 # Modules in memory
