@@ -24,7 +24,7 @@ CASES = [
     for number, variant in enumerate(triton_resources.variants())
     if "bf16" in variant.label
     or variant.label in ("int32, tile 64", "int32, tile 64, pages of 16", "fp16, D 128", "fp32, D 128")
-    or variant.label in ("fp32, linear", "experts")
+    or variant.label in ("fp32, linear", "fp32, linear, int8", "experts")
     or re.match("(entropy|low_confidence_dynamic).* L (16|64), graph", variant.label)
 ]
 
@@ -82,5 +82,10 @@ def test_products_of_any_number_of_rows_are_made_by_one_instruction(resources, c
         for number, variant in CASES
         if variant.kernel in ("multiply", "multiply_groups") and variant.label.startswith("bf16")
     }
-    labels = ["bf16, linear", "bf16, linear, many rows", "bf16, experts", "bf16, experts, many rows"]
+    labels = [
+        f"bf16, {op}{weight}{rows}"
+        for op in ("linear", "experts")
+        for weight in ("", ", int8")
+        for rows in ("", ", many rows")
+    ]
     assert found == dict.fromkeys(labels, ["mma.sync"])

@@ -25,7 +25,8 @@ class Loop:
         through: an opcode, as a regular expression, that each turn comes by once; counts: see `sass.shortest_loop`.
         ceilings: compute capability to the most instructions of a turn.
         before: what sm_90 took for the same work as of commit 7cdc1e3, of attention as of 4759be4, counted the same
-            way; of `scan`, whose warps took one turn each, from the first instruction to the last.
+            way; of `scan`, whose warps took one turn each, from the first instruction to the last. None
+            where there was no such kernel.
     """
 
     kernel: str
@@ -33,7 +34,7 @@ class Loop:
     through: str
     counts: dict[str, range]
     ceilings: dict[int, int]
-    before: int
+    before: int | None
 
 
 def scan(dtype: str, loads: int, before: tuple[int, int], greedy: dict[int, int], noise: dict[int, int]) -> list[Loop]:
@@ -48,7 +49,7 @@ def scan(dtype: str, loads: int, before: tuple[int, int], greedy: dict[int, int]
     ]
 
 
-def product(tile: str, work: str, matrices: int, copies: int, before: int, most: dict[int, int]) -> Loop:
+def product(tile: str, work: str, matrices: int, copies: int, before: int | None, most: dict[int, int]) -> Loop:
     """`thin_linear`, with so many products on tensor cores and 16-byte copies of a lane in the work."""
     counts = {"HMMA": range(matrices, matrices + 1), "LDGSTS": range(copies, copies + 1)}
     return Loop(f"linear::{tile}, linear::Params>", work, "LDGDEPBAR", counts, most, before)
@@ -72,6 +73,7 @@ def alike(most: int) -> dict[int, int]:
     return dict.fromkeys(cuda_resources.TARGETS, most)
 
 
+INT8 = "linear::Int8Weight<Bfloat16>"  # 16 operations of a lane for every 8 bytes that become bfloat16
 GREEDY, NOISE = alike(450), alike(900)
 LOOPS = [
     *attention("Bfloat16", (552, 448, 396)),
@@ -98,6 +100,20 @@ LOOPS = [
         32,
         2520,
         alike(800),
+    ),
+    product(f"multiply<{INT8}, 1, 1, true", "K 128: 8 rows x 16 columns", 8, 8, None, alike(360)),
+    product(f"multiply<{INT8}, 2, 2, true", "K 128: 16 x 32", 32, 16, None, alike(680)),
+    product(f"multiply<{INT8}, 8, 2, true", "K 128: 64 x 32", 128, 40, None, alike(850)),
+    product(
+        f"multiply_wide<{INT8}, linear::WideTile<2, 2, 4, 4>", "K 256: a fourth of 64 x 128", 256, 32, None, alike(2100)
+    ),
+    product(
+        f"multiply_wide<{INT8}, linear::WideTile<4, 2, 4, 4>",
+        "K 256: an eighth of 128 x 128",
+        256,
+        24,
+        None,
+        alike(2100),
     ),
 ]
 
@@ -166,7 +182,7 @@ def tabulate(
     table = Table([("kernel", "`{kernel}`"), ("a turn", "{what}"), *of_targets, ("sm_90 before", "{before}")])
     for number, loop in enumerate(LOOPS):
         cells = {f"sm_{cc}": (found[number], loop.ceilings[cc]) for cc, found in counted.items()}
-        bench.row(table, kernel=loop.kernel, what=loop.what, before=loop.before, **cells)
+        bench.row(table, kernel=loop.kernel, what=loop.what, before=loop.before or "-", **cells)
     columns = [("kernel", "`{kernel}`"), ("16-byte loads of a thread", "{loads}"), ("before", "{before}")]
     table = Table([*columns, ("KiB per multiprocessor", "{kib:.0f}")], "In flight on an sm_90, before one is used")
     for flight, (loads, size) in zip(FLIGHTS, in_flight, strict=True):

@@ -49,13 +49,18 @@ def calls() -> Iterator[tuple]:
                 yield kernels.add_rms_norm, add_norm(dtype, dim - odd)
         for rows in (1, 2, 4, 8, 16, 32, 64, 256):
             for columns in (256, 4096, 12288):
-                weight = torch.zeros(columns, 4096, dtype=dtype)
-                yield kernels.thin_linear, {"x": torch.zeros(rows, 4096, dtype=dtype), "weight": weight}
-                yield kernels.thin_linear, {"x": torch.zeros(rows, 4095, dtype=dtype), "weight": weight[:, 1:]}
+                x, scale = torch.zeros(rows, 4096, dtype=dtype), torch.zeros(columns)
+                for scaled in ({}, {"scale": scale}):
+                    weight = torch.zeros(columns, 4096, dtype=torch.int8 if scaled else dtype)
+                    yield kernels.thin_linear, {"x": x, "weight": weight, **scaled}
+                    yield kernels.thin_linear, {"x": x[:, 1:], "weight": weight[:, 1:], **scaled}
         for rows in (2, 4, 8, 16, 32, 64, 128, 256):
             for columns in (256, 1024, 2048):
-                yield kernels.grouped_linear, grouped(dtype, rows, columns, 768)
-                yield kernels.grouped_linear, grouped(dtype, rows, columns, 767)
+                for size in (768, 767):
+                    given = grouped(dtype, rows, columns, size)
+                    yield kernels.grouped_linear, given
+                    int8 = {"weight": given["weight"].to(torch.int8), "scale": torch.zeros(4, columns)}
+                    yield kernels.grouped_linear, given | int8
     for length, states in ((4, 31), (16, 9), (16, 31), (64, 63)):
         for sampled in (False, True):
             yield kernels.plan_block, plan(length, states, sampled)

@@ -84,18 +84,25 @@ def variants() -> Iterator[Variant]:
             yield from cache_variants(name, dim)
         yield from sample_variants(name)
         yield from verify_variants(name)
-        pointers = dict.fromkeys(("p_x", "p_weight", "p_out"), name)
         yield from layer_variants(name)
-        for case, configuration in products(dtype).items():
-            yield Variant(f"{name}, linear{case}", thin, "multiply", pointers, *configuration)
+        for weight, pointers in weights(name).items():
+            for case, configuration in products(dtype, weight).items():
+                yield Variant(f"{name}, linear{weight}{case}", thin, "multiply", pointers, *configuration)
         yield from expert_variants(dtype, name)
     pointers = {"p_experts": "i64", **dict.fromkeys(("p_offsets", "p_rows", "p_places"), "i32")}
     yield Variant("experts", sort, "place_choices", pointers, {"BLOCK": sort.BLOCK}, sort.OPTIONS)
 
 
-def products(dtype: torch.dtype) -> dict[str, tuple[dict[str, int], dict[str, int]]]:
+def weights(name: str) -> dict[str, dict[str, str | None]]:
+    """What follows in a label to the pointers of a product."""
+    pointers = dict.fromkeys(("p_x", "p_weight", "p_out"), name)
+    return {"": pointers | {"p_scale": None}, ", int8": pointers | {"p_weight": "i8", "p_scale": "fp32"}}
+
+
+def products(dtype: torch.dtype, weight: str) -> dict[str, tuple[dict[str, int], dict[str, int]]]:
     """What follows in a label to the configuration of a product."""
-    few, many = (thin.configuration(dtype, rows, 4096) for rows in (16, 2048))
+    of_weight = torch.int8 if weight else dtype
+    few, many = (thin.configuration(dtype, rows, 4096, of_weight) for rows in (16, 2048))
     return {"": few} if few == many else {"": few, ", many rows": many}
 
 
@@ -144,10 +151,12 @@ def layer_variants(name: str) -> Iterator[Variant]:
 
 
 def expert_variants(dtype: torch.dtype, name: str) -> Iterator[Variant]:
-    pointers = {**dict.fromkeys(("p_x", "p_weight", "p_out"), name), "p_offsets": "i32"}
-    for case, (tiles, options) in products(dtype).items():
-        constants = {**tiles, "EXPERTS": EXPERTS}
-        yield Variant(f"{name}, experts{case}", grouped, "multiply_groups", pointers, constants, options)
+    for weight, pointers in weights(name).items():
+        pointers = {**pointers, "p_offsets": "i32"}
+        for case, (tiles, options) in products(dtype, weight).items():
+            constants = {**tiles, "EXPERTS": EXPERTS}
+            label = f"{name}, experts{weight}{case}"
+            yield Variant(label, grouped, "multiply_groups", pointers, constants, options)
     pointers = {**dict.fromkeys(("p_y", "p_weights", "p_out"), name), "p_places": "i32"}
     yield Variant(f"{name}, experts", combine, "add_choices", pointers, {"BLOCK": combine.BLOCK}, combine.OPTIONS)
 
@@ -192,7 +201,7 @@ def source(variant: Variant) -> ASTSource:
     signature, constants, attributes = {}, {}, {}
     sizes = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
     inner = re.compile(
-        r"stride_(\w+_d|\w+_v|clock_q|birth_k|death_k|kv_len|weight_k|offsets_e|experts_c|y_n|weights_c|places_c)$"
+        r"stride_(\w+_d|\w+_v|clock_q|birth_k|death_k|kv_len|weight_k|scale_n|offsets_e|experts_c|y_n|weights_c|places_c)$"
     )
     for i, name in enumerate(kernel.arg_names):
         if name in variant.constants or name.startswith("p_") and variant.pointers[name] is None:

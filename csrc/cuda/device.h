@@ -218,6 +218,36 @@ SIMSD_DEVICE void multiply_add<Float16>(float (&c)[4], const uint32_t (&a)[4], u
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// The four int8 of a word, from its lowest byte on, as elements of type T: two in `low`, two in `high`.
+template <typename T>
+SIMSD_DEVICE void widen(uint32_t& low, uint32_t& high, uint32_t bytes);
+// 128 + b % 128 less 128, or 256 of a negative b: all of these are exact. Each `lop3` is (spread & mask) | base, of
+// which the compiler would make two.
+template <>
+SIMSD_DEVICE void widen<Bfloat16>(uint32_t& low, uint32_t& high, uint32_t bytes) {
+    const auto two = [](uint32_t spread) {
+        uint32_t plus, minus, out;
+        asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(plus) : "r"(spread), "r"(0x007f007fu), "r"(0x43004300u));
+        asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(minus) : "r"(spread), "r"(0x00800080u), "r"(0xc300c300u));
+        asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(plus), "r"(0x3f803f80u), "r"(minus));
+        return out;
+    };
+    low = two(__byte_perm(bytes, 0, 0x4140));
+    high = two(__byte_perm(bytes, 0, 0x4342));
+}
+// 1024 + (b + 128) less 1152, exact too.
+template <>
+SIMSD_DEVICE void widen<Float16>(uint32_t& low, uint32_t& high, uint32_t bytes) {
+    const uint32_t unsigned_bytes = bytes ^ 0x80808080u;
+    const auto two = [](uint32_t shifted) {
+        uint32_t out;
+        asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(out) : "r"(shifted), "r"(0x64806480u));
+        return out;
+    };
+    low = two(__byte_perm(unsigned_bytes, 0x64646464u, 0x4140));
+    high = two(__byte_perm(unsigned_bytes, 0x64646464u, 0x4342));
+}
+
 // Arithmetic. The first two are the special function unit's, good to about 2 units in the last place; the others are
 // libdevice's.
 SIMSD_DEVICE float exp2_fast(float x) {

@@ -15,6 +15,11 @@
 // MB, 24 us) and for 256 rows of 64 x 128 (201 MB, 37 us). Row tiles of one weight tile are neighbours, so that all but
 // the first find it in L2, and HBM gives it once.
 //
+// An int8 weight is half the bytes: for few rows that is the time. Its conversion to 16 bits (int8.h) is the issue
+// slots' work: a warp's turn of 8 rows x 16 columns x 128 k, 2 KB of int8, is some 285 instructions on sm_90 (16 bits:
+// 173 for 4 KB; cuda_counts), where a multiprocessor's share of 3.35 TB/s leaves room for some 560. Many rows are no
+// faster than of a 16-bit weight, and slower where products bound them: a wide tile takes 2.7 times the instructions.
+//
 // float32, 8 rows of 4096 x 4096: 67 MB, 20 us; 0.27 GFLOP, 4 us. Its tiles stay 8 rows high: 256 rows read the weight
 // 32 times from L2, 2.1 GB, 390 us for the 145 us that the FMAs take.
 #include "cuda/linear/launch.h"

@@ -18,9 +18,9 @@ def grouped_linear(
 ) -> Tensor:
     """y[r] = weight[e] x[r] for offsets[e] <= r < offsets[e + 1]: rows sorted by expert, each times its own weight.
 
-    A row's bits are those of `thin_linear(x[r], weight[e], scale[e])` on the same backend: they depend on nothing but the
-    row and its expert's weight, not on the number of rows, the size of the group or the row's place. The weight of an
-    expert without rows is not read. The host reads no offsets, whose values fix no shape.
+    A row's bits are those of `thin_linear(x[r], weight[e], scale[e])` on the same backend: they depend on nothing but
+    the row and its expert's weight, not on the number of rows, the size of the group or the row's place. The weight of
+    an expert without rows is not read. The host reads no offsets, whose values fix no shape.
 
     Args:
         x: [M, K], float32, bfloat16 or float16 (`reference` also takes float64); any strides.

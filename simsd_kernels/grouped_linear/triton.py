@@ -20,6 +20,7 @@ from simsd_kernels.thin_linear.triton import SIZES, configuration, multiply_tile
 def multiply_groups(
     p_x,  # [M, K], contiguous
     p_weight,  # [E, N, K]
+    p_scale,  # [E, N], or None
     p_offsets,  # [E + 1]
     p_out,  # out: [M, N], contiguous
     n_row_tiles,
@@ -30,6 +31,8 @@ def multiply_groups(
     stride_weight_e,
     stride_weight_n,
     stride_weight_k,
+    stride_scale_e,
+    stride_scale_n,
     EXPERTS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -53,14 +56,16 @@ def multiply_groups(
     o_r = row + tl.arange(0, ROWS)
     o_c = (tl.program_id(0) // n_row_tiles) * COLUMNS + tl.arange(0, COLUMNS)
     p_weight += i_expert.to(tl.int64) * stride_weight_e
+    if p_scale is not None:
+        p_scale += i_expert.to(tl.int64) * stride_scale_e
     if row < row_end:
         multiply_tile(
-            p_x, p_weight, p_out, o_r, row_end, o_c, n_columns, n_k, stride_weight_n, stride_weight_k,
-            ROWS, COLUMNS, STEP,
+            p_x, p_weight, p_scale, p_out, o_r, row_end, o_c, n_columns, n_k, stride_weight_n, stride_weight_k,
+            stride_scale_n, ROWS, COLUMNS, STEP,
         )  # fmt: skip
 
 
-def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor, scale: Tensor | None = None) -> Tensor:
     """See `api.grouped_linear`, which has checked the arguments."""
     experts, columns, k = weight.shape
     rows = x.shape[0]
@@ -69,13 +74,14 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
         return out
     groups = min(rows, experts)
     # Twice the rows that an expert has on average fit a tile: few experts need a second.
-    tiles, options = configuration(x.dtype, triton.cdiv(2 * rows, experts), columns * groups)
+    tiles, options = configuration(x.dtype, triton.cdiv(2 * rows, experts), columns * groups, weight.dtype)
     row_tiles = groups + (rows - groups) // tiles["ROWS"]  # every expert may have one that is not full
     grid = row_tiles * triton.cdiv(columns, tiles["COLUMNS"])
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
         multiply_groups[(grid,)](
-            *(x.contiguous(), weight, offsets, out, row_tiles, experts, columns, k, offsets.stride(0)),
+            *(x.contiguous(), weight, scale, offsets, out, row_tiles, experts, columns, k, offsets.stride(0)),
             *weight.stride(),
+            *((1, 1) if scale is None else scale.stride()),
             EXPERTS=triton.next_power_of_2(experts),
             **tiles,
             **options,

@@ -19,7 +19,7 @@ namespace {
 
 struct Avx2 {
     using F = __m256;
-    static constexpr int LANES = 8, ROWS = 3;
+    static constexpr int LANES = 8, ROWS = 3, INT8_ROWS = 6;
 
     static F zero() { return _mm256_setzero_ps(); }
     static F load(const float* from) { return _mm256_loadu_ps(from); }

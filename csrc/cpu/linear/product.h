@@ -142,8 +142,8 @@ void store_tile(const Problem& p, int64_t row, int64_t count, int64_t column, in
 void multiply_panel(const Problem& p, const Group& group, int64_t first, int64_t width, float* memory) {
     const int64_t k = p.weight.k, step = p.kernels.columns;
     const int64_t offset = group.offset + first * p.weight.row_stride;
-    // Rows that one product takes all need no copy: int8 becomes float32 in its registers.
-    const bool in_registers = p.weight.is_int8() && group.rows <= p.kernels.rows;
+    // The same bits, with int8 read from memory and no copy of it.
+    const bool in_registers = p.weight.is_int8() && group.rows <= p.kernels.int8_rows;
     const float* weight[MAX_PANEL];
     const int8_t* weight_int8[MAX_PANEL];
     if (in_registers) {

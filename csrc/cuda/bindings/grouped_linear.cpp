@@ -6,8 +6,8 @@
 namespace simsd {
 namespace {
 
-Tensor grouped_linear(const Tensor x, const Tensor weight, const Tensor offsets) {
-    check_grouped_linear(check_same_device, x, weight, offsets);
+Tensor grouped_linear(const Tensor x, const Tensor weight, const Tensor offsets, const std::optional<Tensor> scale) {
+    check_grouped_linear(check_same_device, x, weight, offsets, scale);
     const OnDevice device(x);
     const Tensor out = allocate_like(x, {x.size(0), weight.size(1)}, x.scalar_type());
     if (out.numel() == 0 || weight.size(0) == 0) return out;
@@ -22,6 +22,12 @@ Tensor grouped_linear(const Tensor x, const Tensor weight, const Tensor offsets)
     params.multiprocessors = multiprocessors(x);
     params.weight_stride = weight.stride(1);
     params.k_stride = weight.stride(2);
+    if (scale) {
+        params.scale = scale->const_data_ptr();
+        params.scale_expert_stride = scale->stride(0);
+        params.scale_stride = scale->stride(1);
+        params.scale_is_float = scale->scalar_type() == ScalarType::Float;
+    }
     params.offsets = static_cast<const int32_t*>(offsets.const_data_ptr());
     params.offsets_stride = offsets.stride(0);
     params.expert_stride = weight.stride(0);

@@ -2,7 +2,7 @@
 
 #include <vector>
 
-#include "common/element.h"
+#include "common/arguments/quantization.h"
 #include "cuda/bindings/runtime.h"
 
 namespace simsd {
@@ -10,12 +10,12 @@ namespace {
 
 constexpr const char* OP = "thin_linear";
 
-Tensor thin_linear(const Tensor x, const Tensor weight) {
+Tensor thin_linear(const Tensor x, const Tensor weight, const std::optional<Tensor> scale) {
     check(x.dim() >= 1, OP, ": x must be [..., K], got ", shape_text(x));
     check_shape(OP, "weight", weight, {-1, x.size(x.dim() - 1)}, "[N, K]");
     check_dtype(OP, "x", x, FLOATS);
-    check_dtype(OP, "weight", weight, {x.scalar_type()});
     check_same_device(OP, "weight", weight, x);
+    check_quantization(OP, check_same_device, x, weight, scale, {weight.size(0)}, "[N]");
     int64_t rows = 1;
     std::vector<int64_t> shape;
     for (int64_t axis = 0; axis + 1 < x.dim(); ++axis) {
@@ -37,6 +37,11 @@ Tensor thin_linear(const Tensor x, const Tensor weight) {
         params.multiprocessors = multiprocessors(x);
         params.weight_stride = weight.stride(0);
         params.k_stride = weight.stride(1);
+        if (scale) {
+            params.scale = scale->const_data_ptr();
+            params.scale_stride = scale->stride(0);
+            params.scale_is_float = scale->scalar_type() == ScalarType::Float;
+        }
         linear::launch_thin_linear(params, element_of<linear::Element>(x), device.stream());
     }
     return torch::stable::view(flat, shape);

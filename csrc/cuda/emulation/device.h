@@ -313,6 +313,13 @@ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uin
     emulation::warp_collective("multiply_add", &mine, emulation::multiply_add<T>);
 }
 
+template <typename T>
+inline void widen(uint32_t& low, uint32_t& high, uint32_t bytes) {
+    const auto byte = [bytes](int i) { return from_float<T>(static_cast<float>(static_cast<int8_t>(bytes >> 8 * i))); };
+    low = pack(byte(0), byte(1));
+    high = pack(byte(2), byte(3));
+}
+
 inline float exp2_fast(float x) {
     const float y = std::exp2(x);
     return y < 0x1p-126f ? 0.0f : y;

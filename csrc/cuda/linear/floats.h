@@ -4,11 +4,11 @@
 // the lanes as a tree. Past K both operands are zeros. All of these are constants.
 //
 // Data path. A warp takes 4 columns and up to 8 rows, registers only; x from L1 after the first warp of a block has
-// read it.
+// read it. An int8 weight comes 4 bytes at a time.
 #pragma once
 
 #include "cuda/device.h"
-#include "cuda/linear/place.h"
+#include "cuda/linear/int8.h"
 #include "cuda/warp.h"
 
 namespace simsd::linear {
@@ -31,12 +31,26 @@ SIMSD_DEVICE void read(float (&to)[FLOATS], const float* row, int64_t k, int64_t
     }
 }
 
-template <int ROWS, bool Vector, typename P>
+// Of an int8 weight.
+template <bool Vector, bool Again>
+SIMSD_DEVICE void read(float (&to)[FLOATS], const int8_t* row, int64_t k, int64_t end, int64_t stride, bool exists) {
+    if constexpr (Vector) {
+        const uint32_t piece = exists && k < end ? *reinterpret_cast<const uint32_t*>(row + k) : 0;
+#pragma unroll
+        for (int i = 0; i < FLOATS; ++i) to[i] = static_cast<int8_t>(piece >> 8 * i);
+    } else {
+#pragma unroll
+        for (int i = 0; i < FLOATS; ++i) to[i] = exists && k + i < end ? row[(k + i) * stride] : 0;
+    }
+}
+
+// `W`: of the weight, float or int8_t.
+template <typename W, int ROWS, bool Vector, typename P>
 __global__ void __launch_bounds__(WARPS* WARP) multiply_float32(const P p) {
     const Place place = place_of<ROWS>(p);
     if (place.row >= place.end) return;
     const int64_t row = place.row, column = (place.column_tile * WARPS + warp_index()) * WARP_COLUMNS;
-    const float* weight = static_cast<const float*>(p.weight) + place.weight_offset + column * p.weight_stride;
+    const W* weight = static_cast<const W*>(p.weight) + place.weight_offset + column * p.weight_stride;
     const float* x = static_cast<const float*>(p.x) + row * p.k;
     float sums[ROWS * WARP_COLUMNS] = {};
 #pragma unroll 2
@@ -67,6 +81,7 @@ __global__ void __launch_bounds__(WARPS* WARP) multiply_float32(const P p) {
     }
     const int64_t r = row + lane_index() / WARP_COLUMNS, c = column + lane_index() % WARP_COLUMNS;
     if (lane_index() < ROWS * WARP_COLUMNS && r < place.end && c < p.columns) {
+        if constexpr (sizeof(W) == 1) mine = product(mine, scale_of<float>(p, place, c));
         static_cast<float*>(p.out)[r * p.columns + c] = mine;
     }
 }

@@ -40,7 +40,7 @@ void launch_cut(const char* op, void (*kernel)(P), P p, int rows, int columns, i
 template <typename T, int ROWS, int COLUMNS, bool Vector, typename P>
 void launch_tile(const char* op, const P& p, Stream stream) {
     launch_cut(op, multiply<T, ROWS, COLUMNS, Vector, P>, p, ROWS * 8, COLUMNS * 16, WARPS * WARP,
-               Tile<ROWS, COLUMNS>::BYTES, stream);
+               Tile<T, ROWS, COLUMNS>::BYTES, stream);
 }
 
 template <typename T, int ROWS, typename P>
@@ -56,7 +56,7 @@ void launch_thin(const char* op, const P& p, Work work, Stream stream) {
 
 template <typename T, typename W, typename P>
 void launch_wide(const char* op, const P& p, Stream stream) {
-    launch_cut(op, multiply_wide<T, W, P>, p, W::HEIGHT, W::WIDTH, W::THREADS, W::BYTES, stream);
+    launch_cut(op, multiply_wide<T, W, P>, p, W::HEIGHT, W::WIDTH, W::THREADS, Stages<T, W>::BYTES, stream);
 }
 
 // Whether two thirds of the multiprocessors or more get a block of their own.
@@ -78,10 +78,12 @@ void launch_aligned(const char* op, const P& p, Work work, Stream stream) {
     launch_thin<T, 1>(op, p, work, stream);
 }
 
-template <int ROWS, bool Vector, typename P>
+template <typename W, int ROWS, bool Vector, typename P>
 void launch_float32(const char* op, const P& p, Work work, Stream stream) {
-    if (Vector && ROWS < 8 && work.rows > ROWS) return launch_float32<least(2 * ROWS, 8), Vector>(op, p, work, stream);
-    launch_cut(op, multiply_float32<ROWS, Vector, P>, p, ROWS, WARPS * WARP_COLUMNS, WARPS * WARP, 0, stream);
+    if (Vector && ROWS < 8 && work.rows > ROWS) {
+        return launch_float32<W, least(2 * ROWS, 8), Vector>(op, p, work, stream);
+    }
+    launch_cut(op, multiply_float32<W, ROWS, Vector, P>, p, ROWS, WARPS * WARP_COLUMNS, WARPS * WARP, 0, stream);
 }
 
 inline bool experts_aligned(const Params&, int) { return true; }
@@ -90,30 +92,41 @@ inline bool experts_aligned(const GroupedParams& p, int element_bytes) {
 }
 
 // Whether every 16 bytes that a lane takes are aligned and lie within one row.
-template <typename P>
-bool aligned(const P& p, int element_bytes) {
+template <typename X, typename W, typename P>
+bool aligned(const P& p) {
+    constexpr int element_bytes = sizeof(W);
     const auto fits = [](const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; };
     const bool rows_fit = p.weight_stride * element_bytes % 16 == 0 || p.columns == 1;
     return fits(p.x) && fits(p.weight) && rows_fit && experts_aligned(p, element_bytes) && p.k_stride == 1 &&
-           p.k * element_bytes % 16 == 0;
+           p.k * element_bytes % 16 == 0 && p.k * sizeof(X) % 16 == 0;
+}
+
+template <typename W, typename P>
+void launch_float32(const char* op, const P& p, Work work, Stream stream) {
+    aligned<float, W>(p) ? launch_float32<W, 1, true>(op, p, work, stream)
+                         : launch_float32<W, 8, false>(op, p, work, stream);
 }
 
 template <typename T, typename P>
 void launch_16_bit(const char* op, const P& p, Work work, Stream stream) {
     // Strided and unaligned weights come through the same steps, an element at a time.
-    aligned(p, 2) ? launch_aligned<T>(op, p, work, stream) : launch_tile<T, MOST_ROW_TILES, 1, false>(op, p, stream);
+    aligned<typename Elements<T>::X, typename Elements<T>::W>(p)
+        ? launch_aligned<T>(op, p, work, stream)
+        : launch_tile<T, MOST_ROW_TILES, 1, false>(op, p, stream);
 }
 
 template <typename P>
 void launch_product(const char* op, const P& p, Element element, Work work, Stream stream) {
+    const bool int8 = p.scale != nullptr;
     switch (element) {
         case Element::float32:
-            return aligned(p, 4) ? launch_float32<1, true>(op, p, work, stream)
-                                 : launch_float32<8, false>(op, p, work, stream);
+            return int8 ? launch_float32<int8_t>(op, p, work, stream) : launch_float32<float>(op, p, work, stream);
         case Element::bfloat16:
-            return launch_16_bit<Bfloat16>(op, p, work, stream);
+            return int8 ? launch_16_bit<Int8Weight<Bfloat16>>(op, p, work, stream)
+                        : launch_16_bit<Bfloat16>(op, p, work, stream);
         case Element::float16:
-            return launch_16_bit<Float16>(op, p, work, stream);
+            return int8 ? launch_16_bit<Int8Weight<Float16>>(op, p, work, stream)
+                        : launch_16_bit<Float16>(op, p, work, stream);
     }
 }
 

@@ -16,12 +16,15 @@ struct Params {
     int64_t weight_stride, k_stride;  // of the weight
     int32_t multiprocessors;          // of the device
     int32_t row_tiles;                // as the launch cuts M
+    const void* scale;                // [N], of an int8 weight; null where the weight has the dtype of x
+    int64_t scale_stride;
+    bool scale_is_float;  // else it has the dtype of x
 };
 
 // Rows offsets[e] .. offsets[e + 1] of x times the weight of expert e, whose [N, K] is `expert_stride` from the last's.
 struct GroupedParams : Params {
     const int32_t* offsets;  // [experts + 1]
-    int64_t offsets_stride, expert_stride;
+    int64_t offsets_stride, expert_stride, scale_expert_stride;
     int32_t experts;
 };
 

@@ -11,15 +11,15 @@ constexpr int WARPS = 8;  // of a block
 
 // The rows of x and the weight that a block multiplies.
 struct Place {
-    int64_t row, end;       // its first row; rows from `end` on are another's
-    int64_t column_tile;    // which of the columns' tiles
-    int64_t weight_offset;  // in elements
+    int64_t row, end;                     // its first row; rows from `end` on are another's
+    int64_t column_tile;                  // which of the columns' tiles
+    int64_t weight_offset, scale_offset;  // in elements
 };
 
 // Row tiles of one weight tile are neighbours.
 template <int TILE>
 SIMSD_DEVICE Place place_of(const Params& p) {
-    return {static_cast<int64_t>(block_x() % p.row_tiles) * TILE, p.rows, block_x() / p.row_tiles, 0};
+    return {static_cast<int64_t>(block_x() % p.row_tiles) * TILE, p.rows, block_x() / p.row_tiles, 0, 0};
 }
 
 // As above, over the row tiles of all experts in turn; without rows where there are fewer tiles than the grid has room
@@ -49,8 +49,9 @@ SIMSD_DEVICE Place place_of(const GroupedParams& p) {
         end = offset(expert + 1);
         expect(row >= 0 && end <= p.rows, "grouped_linear: offsets must run from 0 to M and not decrease");
     }
-    return {shuffle(row, owner), shuffle(end, owner), block_x() / p.row_tiles,
-            shuffle(expert, owner) * p.expert_stride};
+    expert = shuffle(expert, owner);
+    return {shuffle(row, owner), shuffle(end, owner), block_x() / p.row_tiles, expert * p.expert_stride,
+            expert * p.scale_expert_stride};
 }
 
 }  // namespace

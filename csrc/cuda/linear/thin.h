@@ -15,10 +15,11 @@ namespace {
 constexpr int MOST_ROW_TILES = 8;  // of 8 rows, per block
 
 // A block of `ROWS` tiles of 8 rows by `COLUMNS` tiles of 16 columns.
-template <int ROWS, int COLUMNS>
+template <typename T, int ROWS, int COLUMNS>
 struct Tile {
-    static constexpr int UNITS = 2 * COLUMNS + ROWS;  // per stage: the weight's, then x's
-    static constexpr int STAGE = UNITS * UNIT;        // pieces
+    static constexpr int WEIGHTS = COLUMNS * 16 / Elements<T>::UNIT_COLUMNS;
+    static constexpr int UNITS = WEIGHTS + ROWS;  // per stage: the weight's, then x's
+    static constexpr int STAGE = UNITS * UNIT;    // pieces
     static constexpr int STAGES = least(MOST_STAGES, RING / (WARPS * STAGE * 16));
     static constexpr int BYTES = WARPS * STAGES * STAGE * 16;
     static constexpr int OUTPUTS = ROWS * 8 * COLUMNS * 16;
@@ -30,6 +31,14 @@ template <bool Vector, typename T>
 SIMSD_DEVICE void fetch(Bytes16* to, const T* from, int64_t count, int64_t stride) {
     if constexpr (Vector) {
         copy_async_16(to, from, count > 0);
+    } else if constexpr (sizeof(T) == 1) {
+        Bytes16 piece = {};
+#pragma unroll
+        for (int i = 0; i < 16; ++i) {
+            const uint32_t byte = i < count ? static_cast<uint8_t>(from[i * stride]) : 0;
+            piece.words[i / 4] |= byte << i % 4 * 8;
+        }
+        *to = piece;
     } else {
         Bytes16 piece;
 #pragma unroll
@@ -44,7 +53,10 @@ SIMSD_DEVICE void fetch(Bytes16* to, const T* from, int64_t count, int64_t strid
 
 template <typename T, int ROWS, int COLUMNS, bool Vector, typename P>
 __global__ void __launch_bounds__(WARPS* WARP, ROWS < MOST_ROW_TILES ? 2 : 1) multiply(const P p) {
-    using Sizes = Tile<ROWS, COLUMNS>;
+    using Sizes = Tile<T, ROWS, COLUMNS>;
+    using X = typename Elements<T>::X;
+    using W = typename Elements<T>::W;
+    constexpr int WEIGHTS = Sizes::WEIGHTS;
     Shared shared;
     Bytes16* memory = shared.take<Bytes16>(Sizes::BYTES / 16);
     const int warp = warp_index(), lane = lane_index(), g = lane / 4, t = lane % 4;
@@ -56,28 +68,32 @@ __global__ void __launch_bounds__(WARPS* WARP, ROWS < MOST_ROW_TILES ? 2 : 1) mu
 
     // What this lane copies next.
     int64_t k = static_cast<int64_t>(first) * CHUNK + t * PIECE;
-    const T *weight[2 * COLUMNS], *x[ROWS];
+    const int ahead = k_of<T>(lane) - t * PIECE;  // of it, the weight's k
+    const W* weight[WEIGHTS];
+    const X* x[ROWS];
 #pragma unroll
-    for (int i = 0; i < 2 * COLUMNS; ++i) {
-        const int64_t c = column + 8 * i + g < p.columns ? column + 8 * i + g : p.columns - 1;
-        weight[i] = static_cast<const T*>(p.weight) + place.weight_offset + c * p.weight_stride + k * p.k_stride;
+    for (int i = 0; i < WEIGHTS; ++i) {
+        int64_t c = column + Elements<T>::UNIT_COLUMNS * i + column_of<T>(lane);
+        if (c >= p.columns) c = p.columns - 1;
+        weight[i] =
+            static_cast<const W*>(p.weight) + place.weight_offset + c * p.weight_stride + (k + ahead) * p.k_stride;
     }
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
         const int64_t r = row + 8 * i + g < place.end ? row + 8 * i + g : place.end - 1;
-        x[i] = static_cast<const T*>(p.x) + r * p.k + k;
+        x[i] = static_cast<const X*>(p.x) + r * p.k + k;
     }
     // [stage][unit][piece]
-    Ring<Sizes::STAGES, Sizes::STAGE> ring(memory + warp * Sizes::STAGES * Sizes::STAGE, 0, 2 * COLUMNS, 0);
+    Ring<T, Sizes::STAGES, Sizes::STAGE> ring(memory + warp * Sizes::STAGES * Sizes::STAGE, 0, WEIGHTS, 0);
     const auto copy = [&](Bytes16* to) {
 #pragma unroll
-        for (int i = 0; i < 2 * COLUMNS; ++i) {
-            fetch<Vector>(to + i * UNIT, weight[i], p.k - k, p.k_stride);
+        for (int i = 0; i < WEIGHTS; ++i) {
+            fetch<Vector>(to + i * UNIT, weight[i], p.k - k - ahead, p.k_stride);
             weight[i] += Vector ? STEP : STEP * p.k_stride;
         }
 #pragma unroll
         for (int i = 0; i < ROWS; ++i) {
-            fetch<Vector>(to + (2 * COLUMNS + i) * UNIT, x[i], p.k - k, 1);
+            fetch<Vector>(to + (WEIGHTS + i) * UNIT, x[i], p.k - k, 1);
             x[i] += STEP;
         }
         k += STEP;
@@ -89,13 +105,19 @@ __global__ void __launch_bounds__(WARPS* WARP, ROWS < MOST_ROW_TILES ? 2 : 1) mu
         if (step < steps) copy(ring.own(step));
         copy_commit();
     }
-    for (int step = 0; step < steps; ++step) {
+    const auto turn = [&](int step) {
         copy_wait<Sizes::STAGES - 2>();
         warp_barrier();
         if (step + Sizes::STAGES - 1 < steps) copy(ring.own());
         copy_commit();
         multiply_step<T>(sums, ring, 0);
         ring.advance();
+    };
+    if constexpr (Elements<T>::INT8) {  // too long a turn for the compiler to unroll by itself
+#pragma unroll 4
+        for (int step = 0; step < steps; ++step) turn(step);
+    } else {
+        for (int step = 0; step < steps; ++step) turn(step);
     }
     copy_wait<0>();
     block_barrier();
@@ -120,7 +142,10 @@ __global__ void __launch_bounds__(WARPS* WARP, ROWS < MOST_ROW_TILES ? 2 : 1) mu
 #pragma unroll
         for (int other = 0; other < WARPS; ++other) total = sum(total, partial[other * Sizes::OUTPUTS + i]);
         const int64_t r = row + i / WIDTH, c = column + i % WIDTH;
-        if (r < place.end && c < p.columns) static_cast<T*>(p.out)[r * p.columns + c] = from_float<T>(total);
+        if (r < place.end && c < p.columns) {
+            if constexpr (Elements<T>::INT8) total = product(total, scale_of<X>(p, place, c));
+            static_cast<X*>(p.out)[r * p.columns + c] = from_float<X>(total);
+        }
     }
 }
 

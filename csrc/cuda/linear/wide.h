@@ -18,13 +18,20 @@ struct WideTile {
     static constexpr int DOWN = Down, ACROSS = Across, ROWS = Rows, COLUMNS = Columns;
     static constexpr int WARPS = DOWN * ACROSS, THREADS = WARPS * WARP;
     static constexpr int HEIGHT = DOWN * ROWS * 8, WIDTH = ACROSS * COLUMNS * 16;
-    static constexpr int WEIGHT_UNITS = WIDTH / 8, UNITS = WEIGHT_UNITS + HEIGHT / 8;  // per step
-    static constexpr int STAGE = CHUNK / STEP * UNITS * UNIT;                          // pieces
-    static constexpr int STAGES = least(MOST_STAGES, RING / (STAGE * 16));
-    static constexpr int BYTES = STAGES * STAGE * 16;
     static constexpr int PITCH = WIDTH + 8;               // elements between rows of the results: banks again
     static constexpr int BLOCKS = THREADS > 128 ? 1 : 2;  // that a multiprocessor has registers for
-    static_assert(WEIGHT_UNITS % WARPS == 0 && HEIGHT / 8 % WARPS == 0 && STAGES >= 3 && HEIGHT * PITCH * 2 <= BYTES);
+};
+
+// The stages of a block.
+template <typename T, typename W>
+struct Stages {
+    static constexpr int WEIGHT_UNITS = W::WIDTH / Elements<T>::UNIT_COLUMNS;
+    static constexpr int UNITS = WEIGHT_UNITS + W::HEIGHT / 8;  // per step
+    static constexpr int SIZE = CHUNK / STEP * UNITS * UNIT;    // pieces
+    static constexpr int COUNT = least(MOST_STAGES, RING / (SIZE * 16));
+    static constexpr int BYTES = COUNT * SIZE * 16;
+    static_assert(WEIGHT_UNITS % W::WARPS == 0 && W::HEIGHT / 8 % W::WARPS == 0 && COUNT >= 3 &&
+                  W::HEIGHT * W::PITCH * 2 <= BYTES);
 };
 
 using Wide128x128 = WideTile<4, 2, 4, 4>;  // rows, columns
@@ -34,8 +41,11 @@ using Wide32x128 = WideTile<1, 4, 4, 2>;
 
 template <typename T, typename W, typename P>
 __global__ void __launch_bounds__(W::THREADS, W::BLOCKS) multiply_wide(const P p) {
+    using Sizes = Stages<T, W>;
+    using X = typename Elements<T>::X;
+    using Weight = typename Elements<T>::W;
     Shared shared;
-    Bytes16* memory = shared.take<Bytes16>(W::BYTES / 16);
+    Bytes16* memory = shared.take<Bytes16>(Sizes::BYTES / 16);
     const int warp = warp_index(), lane = lane_index(), g = lane / 4, t = lane % 4;
     const Place place = place_of<W::HEIGHT>(p);
     if (place.row >= place.end) return;
@@ -43,36 +53,39 @@ __global__ void __launch_bounds__(W::THREADS, W::BLOCKS) multiply_wide(const P p
     const int chunks = chunks_of(p.k), segment = segment_of(chunks);
 
     // What this lane copies next: some units of the weight and of x.
-    constexpr int WEIGHTS = W::WEIGHT_UNITS / W::WARPS, XS = W::UNITS / W::WARPS - WEIGHTS;
-    const T *weight[WEIGHTS], *x[XS];
+    constexpr int WEIGHTS = Sizes::WEIGHT_UNITS / W::WARPS, XS = Sizes::UNITS / W::WARPS - WEIGHTS;
+    const Weight* weight[WEIGHTS];
+    const X* x[XS];
     int64_t k = t * PIECE;
+    const int ahead = k_of<T>(lane) - t * PIECE;  // of it, the weight's k
 #pragma unroll
     for (int i = 0; i < WEIGHTS; ++i) {
-        int64_t c = column + (i * W::WARPS + warp) * 8 + g;
+        int64_t c = column + (i * W::WARPS + warp) * Elements<T>::UNIT_COLUMNS + column_of<T>(lane);
         if (c >= p.columns) c = p.columns - 1;
-        weight[i] = static_cast<const T*>(p.weight) + place.weight_offset + c * p.weight_stride + k;
+        weight[i] = static_cast<const Weight*>(p.weight) + place.weight_offset + c * p.weight_stride + k + ahead;
     }
 #pragma unroll
     for (int i = 0; i < XS; ++i) {
         int64_t r = place.row + (i * W::WARPS + warp) * 8 + g;
         if (r >= place.end) r = place.end - 1;
-        x[i] = static_cast<const T*>(p.x) + r * p.k + k;
+        x[i] = static_cast<const X*>(p.x) + r * p.k + k;
     }
     // [stage][step][unit][piece]
     const int down = warp / W::ACROSS, across = warp % W::ACROSS;
-    Ring<W::STAGES, W::STAGE> ring(memory, across * W::COLUMNS * 2, W::WEIGHT_UNITS + down * W::ROWS, warp);
+    constexpr int OWN = W::COLUMNS * 16 / Elements<T>::UNIT_COLUMNS;  // the weight's units that a warp multiplies
+    Ring<T, Sizes::COUNT, Sizes::SIZE> ring(memory, across * OWN, Sizes::WEIGHT_UNITS + down * W::ROWS, warp);
     const auto copy = [&](Bytes16* to) {
 #pragma unroll
         for (int step = 0; step < CHUNK / STEP; ++step) {
-            Bytes16* here = to + step * W::UNITS * UNIT;
-            const bool inside = k + step * STEP < p.k;
+            Bytes16* here = to + step * Sizes::UNITS * UNIT;
+            const bool inside = k + step * STEP < p.k, weight_inside = k + ahead + step * STEP < p.k;
 #pragma unroll
             for (int i = 0; i < WEIGHTS; ++i) {
-                copy_async_16(here + i * W::WARPS * UNIT, weight[i] + step * STEP, inside);
+                copy_async_16(here + i * W::WARPS * UNIT, weight[i] + step * STEP, weight_inside);
             }
 #pragma unroll
             for (int i = 0; i < XS; ++i) {
-                copy_async_16(here + (W::WEIGHT_UNITS + i * W::WARPS) * UNIT, x[i] + step * STEP, inside);
+                copy_async_16(here + (Sizes::WEIGHT_UNITS + i * W::WARPS) * UNIT, x[i] + step * STEP, inside);
             }
         }
 #pragma unroll
@@ -83,7 +96,7 @@ __global__ void __launch_bounds__(W::THREADS, W::BLOCKS) multiply_wide(const P p
     };
 
 #pragma unroll
-    for (int stage = 0; stage < W::STAGES - 1; ++stage) {
+    for (int stage = 0; stage < Sizes::COUNT - 1; ++stage) {
         if (stage < chunks) copy(ring.own(stage));
         copy_commit();
     }
@@ -93,14 +106,14 @@ __global__ void __launch_bounds__(W::THREADS, W::BLOCKS) multiply_wide(const P p
         float sums[W::COLUMNS][W::ROWS][4] = {};
         const int end = chunk + segment < chunks ? chunk + segment : chunks;
         for (; chunk < end; ++chunk) {
-            copy_wait<W::STAGES - 2>();
+            copy_wait<Sizes::COUNT - 2>();
             block_barrier();  // all have copied this stage, and none reads the last one any more
-            if (chunk + W::STAGES - 1 < chunks) copy(ring.own());
+            if (chunk + Sizes::COUNT - 1 < chunks) copy(ring.own());
             copy_commit();
             if (has_rows) {
 #pragma unroll
                 for (int step = 0; step < CHUNK / STEP; ++step) {
-                    multiply_step<T>(sums, ring, step * W::UNITS * UNIT);
+                    multiply_step<T>(sums, ring, step * Sizes::UNITS * UNIT);
                 }
             }
             ring.advance();
@@ -118,16 +131,30 @@ __global__ void __launch_bounds__(W::THREADS, W::BLOCKS) multiply_wide(const P p
     block_barrier();
 
     // [row][column], where the ring was, so that rows are written 16 bytes at a time.
-    T* results = reinterpret_cast<T*>(memory);
+    X* results = reinterpret_cast<X*>(memory);
 #pragma unroll
     for (int c = 0; c < W::COLUMNS; ++c) {
+        if constexpr (Elements<T>::INT8) {
+#pragma unroll
+            for (int upper = 0; upper < 2; ++upper) {
+                const int64_t at = column + (across * W::COLUMNS + c) * 16 + 8 * upper + g;
+                const float scale = at < p.columns ? scale_of<X>(p, place, at) : 0.0f;
+#pragma unroll
+                for (int r = 0; r < W::ROWS; ++r) {
+#pragma unroll
+                    for (int i = 0; i < 2; ++i) {
+                        totals[c][r][2 * upper + i] = product(totals[c][r][2 * upper + i], scale);
+                    }
+                }
+            }
+        }
 #pragma unroll
         for (int r = 0; r < W::ROWS; ++r) {
-            T* to = results + ((down * W::ROWS + r) * 8 + 2 * t) * W::PITCH + (across * W::COLUMNS + c) * 16 + g;
-            to[0] = from_float<T>(totals[c][r][0]);
-            to[W::PITCH] = from_float<T>(totals[c][r][1]);
-            to[8] = from_float<T>(totals[c][r][2]);
-            to[W::PITCH + 8] = from_float<T>(totals[c][r][3]);
+            X* to = results + ((down * W::ROWS + r) * 8 + 2 * t) * W::PITCH + (across * W::COLUMNS + c) * 16 + g;
+            to[0] = from_float<X>(totals[c][r][0]);
+            to[W::PITCH] = from_float<X>(totals[c][r][1]);
+            to[8] = from_float<X>(totals[c][r][2]);
+            to[W::PITCH + 8] = from_float<X>(totals[c][r][3]);
         }
     }
     block_barrier();
@@ -135,8 +162,8 @@ __global__ void __launch_bounds__(W::THREADS, W::BLOCKS) multiply_wide(const P p
     for (int i = thread_index(); i < W::HEIGHT * (W::WIDTH / PIECE); i += W::THREADS) {
         const int r = i / (W::WIDTH / PIECE), c = i % (W::WIDTH / PIECE) * PIECE;
         if (place.row + r >= place.end || column + c >= p.columns) continue;
-        const T* from = results + r * W::PITCH + c;
-        T* to = static_cast<T*>(p.out) + (place.row + r) * p.columns + column + c;
+        const X* from = results + r * W::PITCH + c;
+        X* to = static_cast<X*>(p.out) + (place.row + r) * p.columns + column + c;
         if (whole) {
             store_16(to, *reinterpret_cast<const Bytes16*>(from));
         } else {
