@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 RESULTS = sorted(environment.RESULTS.glob("*.json"))
 CPU = [name for name, one in registry.BENCHMARKS.items() if one.device == "cpu"]
-TESTED_ELSEWHERE = ("cuda_resources", "cuda_counts", "soak", "serve", "exactness", "ray_faults")
+TESTED_ELSEWHERE = ("cuda_resources", "cuda_counts", "soak", "serve", "exactness", "ray_faults", "load_memory")
 
 
 def run(*options):

@@ -16,6 +16,7 @@ from simsd import SimsdError
 from small_checkpoints import MASK_ID, write_checkpoint, write_tokenizer
 
 COMMIT, OLDER = "a" * 40, "b" * 40
+COMMITS = {"main": COMMIT, "v1": OLDER}
 PICKLE = b"\x80\x04."
 
 
@@ -81,16 +82,16 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if hub.refusal is not None:
             status, code, message = hub.refusal
             return self.answer(status, X_Error_Code=code, X_Error_Message=message)
-        if path in ("/api/models/people/model", "/api/models/people/model/revision/main"):
-            return self.answer(200, json.dumps({"id": "people/model", "sha": COMMIT}).encode())
-        if path == "/api/models/people/model/revision/v1":
-            return self.answer(200, json.dumps({"id": "people/model", "sha": OLDER}).encode())
-        if "/revision/" in path:
-            return self.answer(404, X_Error_Code="RevisionNotFound", X_Error_Message="Invalid rev id")
+        files = [file for file in hub.folder.iterdir() if file.is_file()]
         if path.startswith("/api/models/people/model/tree/"):
-            files = [file for file in hub.folder.iterdir() if file.is_file()]
             listed = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": digest(f)} for f in files]
             return self.answer(200, json.dumps(listed).encode())
+        if path.startswith("/api/models/"):
+            revision = path.removeprefix("/api/models/people/model").removeprefix("/revision/") or "main"
+            if revision not in COMMITS:
+                return self.answer(404, X_Error_Code="RevisionNotFound", X_Error_Message="Invalid rev id")
+            told = {"id": "people/model", "sha": COMMITS[revision], "siblings": [{"rfilename": f.name} for f in files]}
+            return self.answer(200, json.dumps(told).encode())
         commit, _, name = path.removeprefix("/people/model/resolve/").partition("/")
         file = hub.folder / name
         return self.answer(200, file.read_bytes(), ETag=f'"{digest(file)}"', X_Repo_Commit=commit)

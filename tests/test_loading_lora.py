@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
+import warnings
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import simsd
 from simsd import SimsdError
+from simsd.models import adapters, folders
 from small_checkpoints import (
     MASK_ID,
     VOCABULARY,
@@ -112,6 +114,13 @@ def test_a_merged_model_decodes_and_is_saved_like_any_other(tmp_path):
     assert simsd.generate(again, [[5, 6, 7]], max_new_tokens=24)[0].tokens == decoded[0]
 
 
+def test_a_merge_warns_of_nothing_that_a_user_could_not_change(tmp_path):
+    folder = write_adapter(tmp_path, lora("q_proj"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        simsd.load(folder)
+
+
 def test_an_adapters_own_tokenizer_goes_before_its_models(tmp_path):
     folder = write_adapter(tmp_path, lora("q_proj"))
     write_tokenizer(folder, template="{{ 'b' }}")
@@ -132,12 +141,31 @@ def test_a_model_on_the_hub_is_found_with_the_arguments_and_the_adapters_revisio
     assert asked == {"hub_id": "people/model", **given}
 
 
+@pytest.mark.parametrize("revision", [None, "main"])
+def test_a_built_in_model_goes_by_its_name_whatever_the_revision(tmp_path, revision):
+    folder = write_adapter(tmp_path, lora("q_proj"))
+    edit_json(folder / "adapter_config.json", base_model_name_or_path="tiny-target", revision=revision)
+    assert adapters.find_base(folder) == folders.PAIR / "tiny-target"
+
+
 def test_an_adapter_beside_its_model_is_not_left_out_silently(tmp_path):
     folder = write_adapter(tmp_path, lora("q_proj"))
     for file in (tmp_path / "base").iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     name = "model.layers.0.self_attn.q_proj.weight"
     assert torch.equal(simsd.load(folder).model.get_parameter(name), merged_by_peft(folder).get_parameter(name))
+
+
+def test_a_module_in_memory_is_taken_once_it_is_merged(tmp_path):
+    folder = write_adapter(tmp_path, lora("q_proj", "v_proj"))
+    adapted = PeftModel.from_pretrained(simsd.load(tmp_path / "base").model, folder)
+    with pytest.raises(
+        SimsdError, match=r"has an adapter that is not merged: load what its merge_and_unload\(\) returns"
+    ):
+        simsd.load(adapted)
+    merged, expected = simsd.load(adapted.merge_and_unload(), tokenizer=tmp_path / "base"), simsd.load(folder)
+    decoded = [simsd.generate(one, [[5, 6, 7]], max_new_tokens=24)[0].tokens for one in (merged, expected)]
+    assert merged.model.config.block_length == 8 and decoded[0] == decoded[1]
 
 
 # Refusals
@@ -181,6 +209,8 @@ DAMAGES = {
     "lost_model": (edit(base_model_name_or_path="./lost"), "'./lost', which cannot be had: no checkpoint './lost'"),
     "unknown_kind": (edit(peft_type="TELEPATHY"), "peft cannot merge this adapter: .*TELEPATHY"),
     "unknown_modules": (edit(target_modules=["query_key_value"]), "peft cannot merge this adapter: .*query_key_value"),
+    "x_lora": (edit(peft_type="XLORA", hidden_size=32, adapters={}), "a XLORA adapter is no fixed change of weights"),
+    "megatron": (edit(megatron_config={"a": 1}, megatron_core="antigravity"), "has a megatron_config: adapters of Meg"),
     "other_width": (other_width, "peft cannot merge this adapter: .*size mismatch"),
 }
 
@@ -198,7 +228,7 @@ def test_an_adapter_that_does_not_fit_is_refused_in_one_line(tmp_path, case):
 KINDS = {
     "prompt": (
         lambda: PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
-        "a PROMPT_TUNING adapter adds tokens or keys, not to weights, and cannot be merged; LoRA",
+        "a PROMPT_TUNING adapter is no fixed change of weights and cannot be merged; LoRA",
     ),
     "bias_of_its_own": (lambda: lora("q_proj", lora_bias=True), "Impossible to merge LoRA with `lora_bias=True`"),
 }

@@ -19,7 +19,7 @@ from small_checkpoints import MASK_ID, stock_model, write_checkpoint
 MIB = 180  # of weights: large beside what is allocated on the way
 
 
-@pytest.mark.parametrize("case", ["dense, stored in float32", "experts stored one by one"])
+@pytest.mark.parametrize("case", ["cast from float32", "experts one by one"])
 def test_the_peak_of_a_load_is_the_weights_and_little_more(tmp_path, case):
     """`python -m benchmarks load_memory` has the same at 1 GiB."""
     load_memory.write(tmp_path / "large", MIB, case)

@@ -43,9 +43,9 @@ MOE = {
 }
 # Case: the configuration, and the dtype that is stored. All are loaded in bfloat16.
 CASES = {
-    "dense": (DENSE, torch.bfloat16),
-    "dense, stored in float32": (DENSE, torch.float32),
-    "experts stored one by one": (MOE, torch.bfloat16),
+    "as stored": (DENSE, torch.bfloat16),
+    "cast from float32": (DENSE, torch.float32),
+    "experts one by one": (MOE, torch.bfloat16),
 }
 LOADERS = ("simsd", "transformers")
 TABLE = Table(
@@ -126,10 +126,10 @@ def main(folder: Path, small: Path, *loader: str) -> None:
     print(json.dumps({"peak": above / size, "seconds": seconds, "bytes": size}))
 
 
-def run(bench: Bench, mib: int, repeats: int) -> None:
+def run(bench: Bench, cases: list[str], mib: int, repeats: int) -> None:
     """`repeats`: loads of each checkpoint by each loader, in turn; medians."""
     with tempfile.TemporaryDirectory() as place:
-        for case in CASES:
+        for case in cases:
             folder, small = Path(place) / "large", Path(place) / "small"
             write(folder, mib, case)
             write(small, 8, case)

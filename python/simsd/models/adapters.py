@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,8 +35,9 @@ def find_base(folder: Path, **hub) -> Path:
     base, revision = config.base_model_name_or_path, config.revision
     if not base:
         raise SimsdError(f"{place} names no base_model_name_or_path: write the folder or hub id of its model there")
+    is_here = base in folders.BUILT_IN or Path(base).expanduser().is_dir()
     try:
-        found = folders.find(base, revision=None if Path(base).expanduser().is_dir() else revision, **hub)
+        found = folders.find(base, revision=None if is_here else revision, **hub)
     except SimsdError as error:
         raise type(error)(f"{place} has base_model_name_or_path {base!r}, which cannot be had: {error}") from error
     if is_adapter(found):
@@ -55,7 +57,9 @@ def merge(model: PreTrainedModel, folder: Path) -> None:
     # peft compares them, and tells of a difference that there always is: we were given the model.
     config.base_model_name_or_path, config.inference_mode = model.name_or_path, True
     shapes = {name: value.shape for name, value in model.state_dict().items()}
-    with _refusals(folder), torch.random.fork_rng(devices=[]):  # it draws first weights, which are replaced
+    with _refusals(folder), warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore", FutureWarning)  # of peft's calls, about which its user can do nothing
+        # First weights are drawn here, and replaced by the adapter's.
         adapted = peft.get_peft_model(model, config)
         result = adapted.load_adapter(str(folder), "default", torch_device=str(model.device))
         if result.missing_keys or result.unexpected_keys:
@@ -81,11 +85,13 @@ def _config(folder: Path):
     folders.read_json(folder / CONFIG)
     with _refusals(folder):
         config = peft.PeftConfig.from_pretrained(str(folder))
-    if config.is_prompt_learning or config.is_adaption_prompt:
+    if config.is_prompt_learning or config.is_adaption_prompt or config.peft_type == peft.PeftType.XLORA:
         raise SimsdError(
-            f"{folder}: a {config.peft_type.value} adapter adds tokens or keys, not to weights, and cannot be merged;"
-            " LoRA and its relatives can"
+            f"{folder}: a {config.peft_type.value} adapter is no fixed change of weights and cannot be merged; LoRA and"
+            " its relatives can"
         )
+    if getattr(config, "megatron_config", None):  # peft would import the module that the configuration names
+        raise SimsdError(f"{folder / CONFIG} has a megatron_config: adapters of Megatron's layers are not merged")
     if not (folder / _WEIGHTS).exists():
         raise NotFoundError(f"{folder} has no {_WEIGHTS}: save the adapter as safetensors (peft's save_pretrained)")
     return config

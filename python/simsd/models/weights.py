@@ -306,6 +306,8 @@ def from_module(
     tensors: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
     stored = module.state_dict(keep_vars=True)
     tensors |= {name: value for name, value in module.named_buffers() if name in stored}
+    if any(".base_layer." in name for name in tensors):  # peft's
+        raise SimsdError(f"{source} has an adapter that is not merged: load what its merge_and_unload() returns")
     if integers := [f"{name} is {value.dtype}" for name, value in tensors.items() if not value.is_floating_point()]:
         raise SimsdError(f"{source}: quantized or integer weights are not read: {listing(integers)}")
     model = skeleton(source, config)
