@@ -20,7 +20,7 @@ from torchao.quantization import (
     PerRow,
     quantize_,
 )
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TorchAoConfig
 
 import simsd
 from benchmarks.cpu import load_memory
@@ -322,6 +322,22 @@ def test_transformers_reads_what_is_saved(tmp_path):
     assert isinstance(stock.model.layers[0].mlp.up_proj.weight, Int8Tensor)
     torch.testing.assert_close(logits_of(stock, tokens), logits_of(model.model, tokens), rtol=1e-4, atol=1e-4)
     assert torch.equal(causal(small(stock, deterministic=True).model, tokens), causal(model.model, tokens))
+
+
+@KINDS
+def test_what_transformers_quantized_and_saved_is_loaded(moe, tmp_path):
+    write_checkpoint(tmp_path / "plain", moe, extra={"mask_token_id": MASK_ID})
+    how = TorchAoConfig(Int8WeightOnlyConfig())
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=how)
+    stock.save_pretrained(tmp_path / "saved")
+    loaded, tokens = simsd.load(tmp_path / "saved", deterministic=True), random_tokens(12)
+    assert loaded.quantize == "int8" and isinstance(layers_of(loaded.model), FusedLayers)
+    torch.testing.assert_close(
+        causal(loaded.model, tokens), causal(dequantized(loaded).model, tokens), rtol=1e-4, atol=1e-4
+    )
+    if not moe:  # of a mixture transformers leaves the experts
+        expected = simsd.load(tmp_path / "plain", quantize="int8", deterministic=True)
+        assert torch.equal(causal(loaded.model, tokens), causal(expected.model, tokens))
 
 
 @pytest.fixture
