@@ -163,6 +163,21 @@ BENCHMARKS = {
         {"threads": 1, "slots": 8, "tokens": 5000, "prefill_rows": [128, 512, 2048, 8192], "repeats": 5},
         {"slots": 2, "tokens": 200, "prefill_rows": [64], "repeats": 1},
     ),
+    "quantized": Benchmark(
+        "cpu.quantized:run",
+        "tiny-target, the matrices of its layers stored in several ways (embeddings, head and norms are in the dtype"
+        " of activations), greedy, on held-out items: exact answers, tokens that are float32's at the same place, texts"
+        " in which exact decoding (tiny-draft, float32) differs from native, tokens per second (median of batches, in"
+        " turn), and the size of all weights.",
+        {
+            "threads": 1,
+            "items": 200,
+            "batch": 32,
+            "cases": ["float32", "bfloat16", "int8 float32", "int8 bfloat16", "int4 float32", "int4 bfloat16"],
+            "max_new_tokens": 96,
+        },
+        {"items": 2, "cases": ["float32", "int8 float32"], "max_new_tokens": 8},
+    ),
     "load_memory": Benchmark(
         "cpu.load_memory:run",
         "Loading a random sharded checkpoint by `simsd.load` and by transformers' `from_pretrained`, and reading each"

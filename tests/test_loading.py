@@ -261,7 +261,7 @@ def test_a_bad_argument_is_refused_in_one_line(folder, case):
 
 
 def test_weights_that_the_device_has_no_memory_for_are_refused_in_one_line(folder, monkeypatch):
-    def full(*arguments):
+    def full(*arguments, **named):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.16 GiB.\nGPU 0 has ...")
 
     monkeypatch.setattr("simsd.models.weights.allocate", full)

@@ -74,8 +74,8 @@ def test_a_file_that_is_cut_while_it_is_read_is_refused(tmp_path, monkeypatch):
     write_checkpoint(tmp_path, extra={"mask_token_id": MASK_ID})
     file, headers = tmp_path / "model.safetensors", weight_files.headers
 
-    def cut_behind_the_check(files):
-        found = headers(files)
+    def cut_behind_the_check(files, *arguments):
+        found = headers(files, *arguments)
         file.write_bytes(file.read_bytes()[:-100])
         return found
 

@@ -85,20 +85,20 @@ def write(folder: Path, mib: int, case: str) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
 
 
-def load(folder: Path, loader: str) -> torch.nn.Module:
+def load(folder: Path, loader: str, quantize: str | None = None) -> torch.nn.Module:
     if loader == "simsd":
         import simsd
 
-        return simsd.load(folder, dtype="bfloat16").model
+        return simsd.load(folder, dtype="bfloat16", quantize=quantize).model
     from transformers import Qwen3ForCausalLM, Qwen3MoeForCausalLM
 
     is_moe = json.loads((folder / "config.json").read_text())["model_type"] == "sdar_moe"
     return (Qwen3MoeForCausalLM if is_moe else Qwen3ForCausalLM).from_pretrained(folder, dtype=torch.bfloat16)
 
 
-def measured(folder: Path, small: Path, loader: str) -> dict[str, float]:
-    """`peak`: over the bytes of the weights; and `seconds`, of a load in a process of its own."""
-    command = [sys.executable, "-m", __name__, str(folder), str(small), loader]
+def measured(folder: Path, small: Path, loader: str, *quantize: str) -> dict[str, float]:
+    """`peak`: over the bytes of the weights; and `seconds`, of a load in a process of its own. `quantize`: simsd's."""
+    command = [sys.executable, "-m", __name__, str(folder), str(small), loader, *quantize]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{loader} did not load {folder}: {done.stderr.strip().splitlines()[-1:]}")
@@ -111,16 +111,18 @@ def status(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def main(folder: Path, small: Path, loader: str) -> None:
+def main(folder: Path, small: Path, *loader: str) -> None:
     torch.set_num_threads(1)
-    load(small, loader)
+    load(small, *loader)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before, begin = status("VmRSS"), time.perf_counter()
-    model = load(folder, loader)
-    for weight in model.parameters():  # what was mapped and not read yet counts, too
-        weight.detach().aminmax()
+    from simsd.models.quantized import data_of
+
+    tensors = [part.detach() for weight in load(folder, *loader).parameters() for part in data_of(weight)]
+    for tensor in tensors:  # what was mapped and not read yet counts, too
+        tensor.aminmax()
     seconds, above = time.perf_counter() - begin, status("VmHWM") - before
-    size = sum(tensor.nbytes for tensor in model.parameters())
+    size = sum(tensor.nbytes for tensor in tensors)
     print(json.dumps({"peak": above / size, "seconds": seconds, "bytes": size}))
 
 
@@ -152,4 +154,4 @@ def run(bench: Bench, cases: list[str], mib: int, repeats: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+    main(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from simsd.errors import SimsdError
 from simsd.models.loading import LoadedModel
+from simsd.models.quantized import is_quantized
 
 Weights = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 
@@ -42,5 +43,7 @@ def _check(model: LoadedModel, own: Mapping[str, Tensor], name: str, value: Tens
         raise SimsdError(f"{model.name} has no weight {name!r:.120}: names are those of its state_dict()")
     if not isinstance(value, Tensor):
         raise SimsdError(f"weight {name} must be a tensor, got {type(value).__name__}")
+    if is_quantized(own[name]):
+        raise SimsdError(f"weight {name} of {model.name} is quantized, which stays: load the new weights as a model")
     if value.shape != own[name].shape:
         raise SimsdError(f"weight {name} of {model.name} is {list(own[name].shape)}, got {list(value.shape)}")

@@ -18,6 +18,8 @@ over its experts, for which on CUDA the host waits in every layer.
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -31,6 +33,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qw
 
 from simsd.errors import SimsdError
 from simsd.models.attention import unchecked
+from simsd.models.quantized import is_quantized, operands, stored
 from simsd_kernels import dispatch, thin_linear
 
 
@@ -70,6 +73,12 @@ def use_thin_linear(model: PreTrainedModel) -> None:
     _change_classes(model, {nn.Linear: _Linear})
 
 
+def read_quantized_experts(model: PreTrainedModel) -> None:
+    """Makes thin_linear of the products of experts that are quantized with row scales, in place."""
+    model.config._experts_implementation = "eager"
+    _change_classes(model, {kind: _EVERYWHERE[kind] for kind in (Qwen3MoeExperts, Glm4MoeExperts)})
+
+
 def is_deterministic(model: nn.Module) -> bool:
     """Whether `make_deterministic` has been here."""
     return any(isinstance(module, _DeterministicLinear) for module in model.modules())
@@ -95,7 +104,7 @@ def _change_classes(model: nn.Module, classes: dict[type, type]) -> None:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear` by thin_linear."""
-    out = unchecked(thin_linear, x.device, x.dtype)(x, weight)
+    out = unchecked(thin_linear, x.device, x.dtype)(x, *operands(*stored(weight)))
     return out if bias is None else out + bias
 
 
@@ -135,7 +144,12 @@ def _by_thin_linear(kind: type[nn.Module]) -> type[nn.Module]:
     """`kind` with the linear layers of its forward by thin_linear."""
 
     def forward(self, *args, **kwargs):
-        with _ThinLinear():
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_ThinLinear())
+            if torch.is_inference_mode_enabled() and any(map(is_quantized, self._parameters.values())):
+                # There, one expert of torchao's tensor could not be had.
+                stack.enter_context(torch.inference_mode(False))
+                stack.enter_context(torch.no_grad())
             return kind.forward(self, *args, **kwargs)
 
     return type(f"_{kind.__name__}", (kind,), {"forward": forward, "__module__": __name__})

@@ -13,12 +13,13 @@ from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeMoE, Glm4MoeTo
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock, Qwen3MoeTopKRouter
 
 from simsd.models.attention import unchecked
+from simsd.models.quantized import operands, stored
 from simsd_kernels import combine_experts, grouped_linear, silu_mul, sort_by_expert, thin_linear
 
 
 def mixture_of_experts(block: Qwen3MoeSparseMoeBlock | Glm4MoeMoE, x: Tensor) -> Tensor:
-    """What the block's routed experts make of x [M, H], to rounding, in the dtype of the block's weights and with the
-    activation silu; no gradients.
+    """What the block's routed experts make of x [M, H], to rounding, in the dtype of the block's weights, which may be
+    quantized with row scales, and with the activation silu; no gradients.
 
     A row's experts and their weights are those that the block's router finds where its logits are the same (of Qwen3's
     bit for bit); they come from `thin_linear` here. The experts' outputs are rounded and added up as transformers does
@@ -31,8 +32,10 @@ def mixture_of_experts(block: Qwen3MoeSparseMoeBlock | Glm4MoeMoE, x: Tensor) ->
     weights, chosen = (route_in_groups if hasattr(block.gate, "topk_group") else route)(block.gate, x)
     experts = block.experts
     offsets, rows, places = op(sort_by_expert)(chosen, experts.num_experts)
-    gate_up = op(grouped_linear)(x.index_select(0, rows), experts.gate_up_proj, offsets)  # [M * C, 2 * I]
-    out = op(grouped_linear)(op(silu_mul)(gate_up), experts.down_proj, offsets)  # [M * C, H]
+    gate_up, *gate_up_scales = operands(*stored(experts.gate_up_proj))
+    down, *down_scales = operands(*stored(experts.down_proj))
+    hidden = op(grouped_linear)(x.index_select(0, rows), gate_up, offsets, *gate_up_scales)  # [M * C, 2 * I]
+    out = op(grouped_linear)(op(silu_mul)(hidden), down, offsets, *down_scales)  # [M * C, H]
     return op(combine_experts)(out, weights, places)
 
 

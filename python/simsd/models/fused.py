@@ -9,6 +9,7 @@ know are left to the stock modules (`simsd.models.stock`), which define what is 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import operator
 import os
 import weakref
@@ -30,6 +31,7 @@ from simsd.models.attention import unchecked
 from simsd.models.cache import BlockCache
 from simsd.models.deterministic import affordable, is_deterministic, stock_class, uses_thin_linear
 from simsd.models.experts import mixture_of_experts
+from simsd.models.quantized import has_row_scales, is_quantized, operands, stored
 from simsd.models.stock import Attend, StockLayers
 from simsd.models.weights import join
 from simsd_kernels import add_rms_norm, qk_norm_rope_store, silu_mul, thin_linear, validate
@@ -102,13 +104,22 @@ def obstacle(model: PreTrainedModel) -> str | None:
     for i, layer in enumerate(model.model.layers):
         if len({getattr(layer.self_attn, name).bias is None for name in _PROJECTIONS}) > 1:
             return f"attention {i} has biases on some of its queries, keys and values"
+        if len({is_quantized(getattr(layer.self_attn, name).weight) for name in _PROJECTIONS}) > 1:
+            return f"attention {i} has some of its queries, keys and values quantized"
     weights = [w for _, module, _ in _replaced(model) for w in module._parameters.values() if w is not None]
     first = weights[0]
     if first.dtype not in validate.FLOATS or any((w.dtype, w.device) != (first.dtype, first.device) for w in weights):
         return "weights of several dtypes or devices, or of one that the ops do not know"
-    if any(type(w) not in (nn.Parameter, FakeTensor) for w in weights):
+    if any(type(w) not in (nn.Parameter, FakeTensor) and not has_row_scales(w) for w in weights):
         return "weights that are no plain tensors"
+    if any(map(is_quantized, weights)) and not _is_thin(model):
+        return "quantized weights whose products are not thin_linear's"
     return None
+
+
+def _is_thin(model: PreTrainedModel) -> bool:
+    device = model.model.embed_tokens.weight.device
+    return uses_thin_linear(model) or (model.deterministic and affordable(device))
 
 
 def _replaced(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module, tuple[type, ...]]]:
@@ -145,13 +156,13 @@ def _hooks(module: nn.Module) -> tuple[dict, dict]:
 @dataclasses.dataclass(frozen=True)
 class _Layer:
     input_norm: Tensor
-    qkv: Tensor
+    qkv: tuple[Tensor, ...]  # as `linear` takes it: the weight or, quantized, int8 values and scales
     qkv_bias: Tensor | None
     heads: tuple[int, int, int]
     q_norm: Tensor | None
     k_norm: Tensor | None
     scale: float
-    output: Tensor
+    output: tuple[Tensor, ...]
     mlp_norm: Tensor
     mlp: Callable[[Tensor], Tensor]
     epsilons: tuple[float, float, float]  # of input_norm, of q_norm and k_norm, of mlp_norm
@@ -167,7 +178,7 @@ class FusedLayers:
         base = model.model
         self.device, self.dtype = base.embed_tokens.weight.device, base.embed_tokens.weight.dtype
         self._backend = os.environ.get("SIMSD_BACKEND")
-        self._is_thin = uses_thin_linear(model) or (model.deterministic and affordable(self.device))
+        self._is_thin = _is_thin(model)
         self._linear = self._op(thin_linear) if self._is_thin else nn.functional.linear
         self._norm, self._silu_mul = self._op(add_rms_norm), self._op(silu_mul)
         self._rope_store = self._op(qk_norm_rope_store)
@@ -176,7 +187,7 @@ class FusedLayers:
         self._watched = [module for _, module, _ in _replaced(model)]  # by `is_current`
         self._joined: list[Tensor] = []
         self._layers = [self._fuse(layer, is_deterministic(model)) for layer in base.layers]
-        self._embedding, self._head = base.embed_tokens.weight, model.lm_head.weight
+        self._embedding, self._head = base.embed_tokens.weight, operands(*stored(model.lm_head.weight))
         self._last_norm, self._last_epsilon = base.norm.weight, base.norm.variance_epsilon
         self._rotary = base.rotary_emb
 
@@ -189,6 +200,7 @@ class FusedLayers:
         self._owners = children + attributes  # a `forward` of a module's own is one attribute more
         self._counts = [len(owner) for owner in self._owners]
         tensors = [m._parameters for m in self._watched] + [self._rotary._buffers]
+        tensors += [vars(w) for owner in tensors for w in owner.values() if w is not None and is_quantized(w)]
         known = [(owner, name) for owner in children + tensors for name in owner]
         known += [(owner, name) for owner in attributes for name in _SETTINGS if name in owner]
         self._known = [owner for owner, _ in known], [name for _, name in known], [owner[n] for owner, n in known]
@@ -203,22 +215,28 @@ class FusedLayers:
         attention, dim = layer.self_attn, layer.self_attn.head_dim
         projections = [getattr(attention, name).weight for name in _PROJECTIONS]
         biases = [bias for name in _PROJECTIONS if (bias := getattr(attention, name).bias) is not None]
-        self._joined += projections + biases
+        self._joined += biases
         norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
         input_norm, mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
         return _Layer(
             input_norm=input_norm.weight,
-            qkv=join(projections),
+            qkv=self._join(projections),
             qkv_bias=join(biases) if biases else None,
             heads=tuple(len(weight) // dim for weight in projections),
             q_norm=None if norms[0] is None else norms[0].weight,
             k_norm=None if norms[1] is None else norms[1].weight,
             scale=attention.scaling,
-            output=attention.o_proj.weight,
+            output=operands(*stored(attention.o_proj.weight)),
             mlp_norm=mlp_norm.weight,
             mlp=self._mlp(layer.mlp, deterministic),
             epsilons=tuple((norm or input_norm).variance_epsilon for norm in (input_norm, norms[0], mlp_norm)),
         )
+
+    def _join(self, weights: list[nn.Parameter]) -> tuple[Tensor, ...]:
+        """Weights side by side, as `linear` takes them."""
+        parts = list(zip(*map(stored, weights), strict=True))
+        self._joined += itertools.chain(*parts)
+        return operands(*map(join, parts))
 
     def _mlp(self, mlp: nn.Module, deterministic: bool) -> Callable[[Tensor], Tensor]:
         """The MLP half of a layer: [M, H], normed, to [M, H]."""
@@ -231,10 +249,9 @@ class FusedLayers:
                 return lambda x: mixture_of_experts(mlp, x).add_(shared(x))
             self.row_invariant = self.row_invariant and deterministic
             return lambda x: mlp(x[None])[0]
-        self._joined += [mlp.gate_proj.weight, mlp.up_proj.weight]
-        gate_up, down = join([mlp.gate_proj.weight, mlp.up_proj.weight]), mlp.down_proj.weight
+        gate_up, down = self._join([mlp.gate_proj.weight, mlp.up_proj.weight]), operands(*stored(mlp.down_proj.weight))
         linear, silu_mul = self._linear, self._silu_mul
-        return lambda x: linear(silu_mul(linear(x, gate_up)), down)
+        return lambda x: linear(silu_mul(linear(x, *gate_up)), *down)
 
     def is_current(self) -> bool:
         """Whether modules, their classes and forwards, hooks, weights, settings and the choice of a backend are those
@@ -273,22 +290,25 @@ class FusedLayers:
         for i, layer in enumerate(self._layers):
             epsilon, qk_epsilon, mlp_epsilon = layer.epsilons
             heads = layer.heads
-            qkv = linear(norm(x, residual, layer.input_norm, epsilon), layer.qkv)
+            qkv = linear(norm(x, residual, layer.input_norm, epsilon), *layer.qkv)
             if layer.qkv_bias is not None:
                 qkv.add_(layer.qkv_bias)
             q, k, v = qkv.view(*slots.shape, sum(heads), -1).split_with_sizes(heads, 2)
             q = rope_store(q, k, v, layer.q_norm, layer.k_norm, *rope, all_keys[i], all_values[i], slots, qk_epsilon)
-            x = linear(attend(q, seen_keys[i], seen_values[i], layer.scale), layer.output)
+            x = linear(attend(q, seen_keys[i], seen_values[i], layer.scale), *layer.output)
             x = layer.mlp(norm(x, residual, layer.mlp_norm, mlp_epsilon))
         if rows is None:
             return None
         x, residual = x.index_select(0, rows), residual.index_select(0, rows)
-        return linear(norm(x, residual, self._last_norm, self._last_epsilon), self._head)
+        return linear(norm(x, residual, self._last_norm, self._last_epsilon), *self._head)
 
 
 def _is_known_mixture(block: nn.Module) -> bool:
     """Whether `mixture_of_experts` computes what the block does."""
     parts = {block: _MIXTURES, block.gate: _ROUTERS, block.experts: _EXPERTS}
+    weights = block.experts.gate_up_proj, block.experts.down_proj
+    if any(is_quantized(weight) and not has_row_scales(weight) for weight in weights):
+        return False
     return stock_class(block.experts.act_fn) in _SILU and all(
         stock_class(part) in kinds and not any(_hooks(part)) and "forward" not in vars(part)
         for part, kinds in parts.items()

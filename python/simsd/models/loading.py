@@ -23,11 +23,13 @@ from simsd.models.deterministic import (
     is_deterministic,
     make_deterministic,
     preferable,
+    read_quantized_experts,
     use_thin_linear,
     uses_thin_linear,
 )
 from simsd.models.families import Family
 from simsd.models.fused import layers_of
+from simsd.models.quantized import check_method, check_products, data_of, is_quantized, method_of, quantization
 from simsd.models.tokenizer import MASK, Prompt, Tokenizer, check_ids, known_ids, read_tokenizer
 
 # Names in transformers of ways to spread a model's layers.
@@ -67,6 +69,11 @@ class LoadedModel:
         return self.model.config.max_position_embeddings
 
     @property
+    def quantize(self) -> str | None:
+        """How its weights are stored, as `load(quantize=)` calls it; None: in `dtype`."""
+        return method_of(self.model.model.layers.parameters())
+
+    @property
     def banned_ids(self) -> list[int]:
         """Ids never generated: the mask token's, and those without an entry in the tokenizer that are no end tokens."""
         every = set(range(self.vocab_size))
@@ -84,7 +91,8 @@ class LoadedModel:
     @property
     def weight_bytes(self) -> int:
         """Of its parameters and buffers on their device; a tied head counts once."""
-        return sum(tensor.nbytes for tensor in (*self.model.parameters(), *self.model.buffers()))
+        every = (*self.model.parameters(), *self.model.buffers())
+        return sum(part.nbytes for weight in every for part in data_of(weight))
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt, see `Tokenizer.encode_prompt`; without a tokenizer only ids are taken."""
@@ -110,6 +118,7 @@ def load(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     device_map: dict[str, int | str | torch.device] | str | None = None,
+    quantize: str | None = None,
     family: str | None = None,
     block_length: int | None = None,
     mask_token_id: int | None = None,
@@ -141,6 +150,9 @@ def load(
         device: of the model; None: CPU, or the module's.
         device_map: as transformers has it, where it puts the whole model on one device ("cuda:1", {"": 1}); layers are
             not spread over several.
+        quantize: "int8", "int4" or "float8": weights of the decoder's layers are stored so, by torchao; activations,
+            embeddings, norms, routers and the head stay in `dtype`. None: as the source has them, checkpoints that
+            transformers and torchao stored so included. See docs/quantization.md for what each keeps and costs.
         family: None: by what the configuration says of itself, which that of a fine-tune with a plain model_type
             (qwen3, qwen2, llama) does not: name it then, with block_length and mask_token_id.
         block_length: 1 to 64; None: the configuration's `block_length`, `block_size` or `bd_size`, else that in the
@@ -158,8 +170,9 @@ def load(
             exact decoding equals native decoding bit for bit only then. True: nor in the module's own forward, on the
             CPU or on CUDA (see `simsd.models.deterministic`); a module in memory is left as it is, the model only
             shares its weights. None: on every device and in every dtype, where the fused layers know the architecture
-            (else not, see `LoadedModel.deterministic`); in the module's own forward where that costs nothing (float32
-            on a CPU with AVX2 or AVX-512); a module of ours in memory stays what it is. False: products are torch's.
+            (else not, see `LoadedModel.deterministic`; nor with weights in int4 or float8, whose products are
+            torchao's); in the module's own forward where that costs nothing (float32 on a CPU with AVX2 or AVX-512); a
+            module of ours in memory stays what it is. False: products are torch's.
         thin_linear: on any device, `torch.ops.simsd.thin_linear` computes the model's linear layers (`nn.Linear`, with
             the head). On a GPU it is meant for the few rows of decoding. Nothing else changes, so other operations may
             still notice how many rows there are: that is what `deterministic` adds, of which this is a part. None: as
@@ -175,6 +188,7 @@ def load(
         raise SimsdError(
             "deterministic=True computes linear layers by thin_linear, got thin_linear=False: drop one of the two"
         )
+    check_method(quantize)
     # What is small is read and checked first: a mistake should not cost the time of reading the weights.
     folder, adapter, backend = None, None, None
     if isinstance(source, nn.Module):
@@ -202,9 +216,19 @@ def load(
     config.block_length = _block_length(block_length, config, kind)
     config.mask_token_id = _mask_token_id(name, mask_token_id, config, backend, kind)
     config.shift = _shift(shift, config, kind)
-    device = wanted_device or torch.device("cpu")
+    device = wanted_device or (next(source.parameters()).device if folder is None else torch.device("cpu"))
     if deterministic:
         check_supported(config, device)
+    if quantize is not None:
+        quantization().check(quantize, config, wanted_dtype or config.dtype, device)
+    # By which method weights will be quantized, or are.
+    stored = method_of(source.parameters()) if folder is None else checkpoint.method(folder, config)
+    if adapter is not None and stored is not None:
+        raise SimsdError(f"{folder} is quantized ({stored}): merge {adapter} into what it was made of, then quantize=")
+    method = quantize or stored
+    if method not in (None, "int8"):
+        check_products(method, deterministic, thin_linear)
+        deterministic = thin_linear = False
     if deterministic is None and thin_linear is not None:
         deterministic = False
     # What decoding does, and whether the module's own forward does it, too.
@@ -221,20 +245,27 @@ def load(
         is_ready = weights.is_ready(source, config, wanted_dtype, wanted_device) and (
             (source.deterministic, is_deterministic(source), uses_thin_linear(source))
             == (deterministic, by_itself, thin_linear)
+            and quantize in (None, method_of(source.model.layers.parameters()))
         )
         if not is_ready:
-            model = weights.from_module(source, config)
+            model = weights.from_module(source, config, quantize, wanted_dtype, device)
             _move(model, wanted_dtype, wanted_device)
     else:
         with _memory_for(name, device):
-            model = checkpoint.load_model(folder, config, wanted_dtype, device)
+            model = checkpoint.load_model(folder, config, None if adapter else quantize, wanted_dtype, device)
         if adapter is not None:
             adapters.merge(model, adapter)
+            if quantize is not None:
+                model = weights.from_module(model, config, quantize, wanted_dtype, device)
+    if method is not None and not getattr(model, "is_quantized", False):
+        quantization().declare(model)
     model.deterministic = deterministic
     if by_itself and not is_deterministic(model):
         make_deterministic(model)
     elif thin_linear and not uses_thin_linear(model):
         use_thin_linear(model)
+    if method == "int8":
+        read_quantized_experts(model)
     _fuse(model, source)
     weights.check_values(name, model)
     return LoadedModel(
@@ -295,7 +326,8 @@ def _device(device: torch.device | str | None) -> torch.device | None:
 def _move(model: PreTrainedModel, dtype: torch.dtype | None, device: torch.device | None) -> None:
     model.to(device=device)
     for parameter in model.parameters() if dtype is not None else ():
-        parameter.data = parameter.data.to(dtype)  # not the RoPE frequencies, which stay float32
+        if not is_quantized(parameter):
+            parameter.data = parameter.data.to(dtype)  # not the RoPE frequencies, which stay float32
     model.config.dtype = dtype or model.config.dtype
 
 
@@ -314,9 +346,11 @@ def _fuse(model: PreTrainedModel, source: object) -> None:
     """Lays weights side by side, as the fused layers take them. A source that shares them still does afterwards."""
     theirs = dict(source.named_parameters()) if isinstance(source, nn.Module) and source is not model else {}
     shared = [
-        (mine, theirs[name])
-        for name, mine in model.named_parameters()
-        if name in theirs and mine.data_ptr() == theirs[name].data_ptr()
+        (mine, other)
+        for name, weight in model.named_parameters()
+        if name in theirs
+        for mine, other in zip(data_of(weight), data_of(theirs[name]), strict=False)
+        if mine.data_ptr() == other.data_ptr()
     ]
     layers_of(model)
     for mine, other in shared:

@@ -27,8 +27,13 @@ _SIZES = (
 def check_config(source: str, config: PreTrainedConfig) -> None:
     """Raises SimsdError, one line that begins with `source`, for a configuration that our models cannot honour."""
     for name in ("quantization_config", "compression_config"):
-        if getattr(config, name, None):
-            raise SimsdError(f"{source}: quantized checkpoints are not supported, its configuration has {name}")
+        fields = getattr(config, name, None)
+        method = fields.get("quant_method", "a method without a name") if isinstance(fields, dict) else fields
+        if method and method != "torchao":
+            raise SimsdError(
+                f"{source}: weights quantized by {method} are not supported (its configuration has {name}): load the"
+                " model that they were made of, with quantize="
+            )
     for name in _SIZES:
         value = getattr(config, name, 1)
         if value is not None and value < 1:

@@ -22,6 +22,8 @@ from simsd.models.weights import listing
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 # safetensors' names of the dtypes that weights may be stored in.
 STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# And those of quantized values.
+_QUANTIZED = {"I8": torch.int8, "U8": torch.uint8, "I32": torch.int32, "F8_E4M3": torch.float8_e4m3fn}
 _PART_BYTES = 16 << 20  # of a tensor in memory besides the model
 _QUIET_SECONDS = 1.0  # before a progress bar is shown
 
@@ -83,18 +85,29 @@ class Stored:
         return self.dtype.itemsize * math.prod(self.shape)
 
 
-def headers(files: list[Path]) -> dict[str, Stored]:
-    """Every tensor in `files` by its name there. Raises SimsdError for a damaged file and for dtypes of no weights."""
+def metadata(files: list[Path]) -> dict[str, str]:
+    """What the files, which are sound, say besides their tensors."""
+    found = {}
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            found |= opened.metadata() or {}
+    return found
+
+
+def headers(files: list[Path], quantized: bool = False) -> dict[str, Stored]:
+    """Every tensor in `files` by its name there. Raises SimsdError for a damaged file and for dtypes of no weights or,
+    where they may be `quantized`, of no quantized ones."""
+    kinds = STORED | _QUANTIZED if quantized else STORED
     every: dict[str, Stored] = {}
     for file in files:
-        found = _header(file)
+        found = _header(file, kinds)
         if twice := [name for name in found if name in every]:
             raise SimsdError(f"{file} holds tensors that another file also holds: {listing(twice)}")
         every |= found
     return every
 
 
-def _header(file: Path) -> dict[str, Stored]:
+def _header(file: Path, kinds: Mapping[str, torch.dtype]) -> dict[str, Stored]:
     try:
         # It checks that the header is sound and nothing missing behind it; where a tensor begins it does not tell.
         with safe_open(file, framework="pt") as checked:
@@ -104,11 +117,11 @@ def _header(file: Path) -> dict[str, Stored]:
             fields = json.loads(opened.read(size))
     except (SafetensorError, OSError) as error:
         raise SimsdError(f"{file} is truncated or damaged ({one_line(error)}): fetch it again") from error
-    if other := [f"{name} is {kind}" for name in names if (kind := fields[name]["dtype"]) not in STORED]:
+    if other := [f"{name} is {kind}" for name in names if (kind := fields[name]["dtype"]) not in kinds]:
         raise SimsdError(f"{file}: quantized or integer weights are not read: {listing(other)}")
     found = {}
     for name in names:
-        kind, begin = STORED[fields[name]["dtype"]], fields[name]["data_offsets"][0]
+        kind, begin = kinds[fields[name]["dtype"]], fields[name]["data_offsets"][0]
         found[name] = Stored(file, 8 + size + begin, kind, fields[name]["shape"])
     return found
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import math
+import itertools
 import re
 import weakref
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence, Set
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from simsd.models.attention import NAME
 from simsd.models.block_causal import BlockCausalForward
 from simsd.models.configuration import BlockDiffusionConfig
 from simsd.models.families import Family
+from simsd.models.quantized import converter, data_of, is_finite, is_quantized, rebuilt
 from simsd.models.supported import check_config
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -59,7 +60,8 @@ def parts(source: str, config: PreTrainedConfig, name: str, tensor: Tensor) -> l
         return [(names[0], tensor)]
     if len(tensor) != sum(rows):
         raise SimsdError(f"{source}: {name} has {len(tensor)} rows, its configuration {sum(rows)}")
-    return list(zip(names, tensor.split(rows), strict=True))
+    ends = list(itertools.accumulate(rows))
+    return [(ours, tensor[end - count : end]) for ours, count, end in zip(names, rows, ends, strict=True)]
 
 
 def by_source_name(tensors: Mapping[str, Tensor], names: Container[str]) -> dict[str, Tensor]:
@@ -100,15 +102,23 @@ def check_shapes(source: str, model: PreTrainedModel, given: Mapping[str, list[i
 
 
 def allocate(
-    model: PreTrainedModel, names: Container[str], dtype: torch.dtype, device: torch.device
+    model: PreTrainedModel,
+    names: Container[str],
+    dtype: torch.dtype,
+    device: torch.device,
+    without: Set[str] = frozenset(),
+    int8: Set[str] = frozenset(),
 ) -> dict[str, Tensor]:
-    """Memory for the tensors of the skeleton `model` whose source has tensors of these `names`.
+    """Memory for the tensors of the skeleton `model` whose source has tensors of these `names`; not for those that it
+    has by the names `without`, and bytes for those in `int8`.
 
     Matrices that the fused layers take in one product adjoin, as `join` would have them. Buffers are float32: what a
     router adds to its scores is small beside them.
     """
     buffers = {name for name, _ in model.named_buffers()}
     needed = _needed(model, names)
+    sources = {name: by_source_name({name: value}, names) for name, value in needed.items()}
+    needed = {name: value for name, value in needed.items() if without.isdisjoint(sources[name])}
     groups: dict[str, list[str]] = {}
     for name in needed:
         groups.setdefault(_SIDE_BY_SIDE.sub(r"\1\3", name), []).append(name)
@@ -116,6 +126,7 @@ def allocate(
     for group in groups.values():
         rows, first = [len(needed[name]) for name in group], needed[group[0]]
         kind = torch.float32 if group[0] in buffers else dtype
+        kind = torch.int8 if not int8.isdisjoint(sources[group[0]]) else kind
         memory = torch.empty(sum(rows), *first.shape[1:], dtype=kind, device=device)
         tensors |= zip(group, memory.split(rows), strict=True)
     return tensors
@@ -137,18 +148,13 @@ def check_values(source: str, model: PreTrainedModel) -> None:
     were written since.
     """
     values = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    state = [(value.data_ptr(), version_of(value)) for value in values.values()]
+    state = [(part.data_ptr(), version_of(part)) for value in values.values() for part in data_of(value)]
     if _sound.get(model) == state:
         return
     odd = [f"{name} is {p.dtype}, not {model.dtype}" for name, p in model.named_parameters() if p.dtype != model.dtype]
     if odd:
         raise SimsdError(f"{source}: weights of several dtypes, give it one by dtype=: {listing(odd)}")
-    broken = []
-    for name, value in values.items():
-        # One pass, nothing allocated, no overflow; where there is a NaN both extremes are it.
-        if value.numel() and not all(math.isfinite(extreme.item()) for extreme in value.detach().aminmax()):
-            broken.append(name)
-    if broken:
+    if broken := [name for name, value in values.items() if not is_finite(value)]:
         raise SimsdError(f"{source}: not finite (NaN, or too large for {model.dtype}): {listing(broken)}")
     _sound[model] = state
 
@@ -164,12 +170,15 @@ def assemble(model: PreTrainedModel, tensors: dict[str, Tensor]) -> PreTrainedMo
             tensors[name] = pack_experts(tensors, name, experts=len(value))
     if HEAD not in tensors:
         tensors[HEAD] = tensors[EMBEDDING]
-    elif not torch.equal(tensors[HEAD], tensors[EMBEDDING]):
+    elif is_quantized(tensors[HEAD]) or not torch.equal(tensors[HEAD], tensors[EMBEDDING]):
         model.config.tie_word_embeddings = False  # whatever was configured: transformers, too, keeps a head of its own
     # Detached: the same storages, but parameters of our own.
     tensors = {name: tensor.detach() for name, tensor in tensors.items()}
     if any(tensor.is_inference() for tensor in tensors.values()):
         model.requires_grad_(False)  # a module's that was made in inference mode: they never take gradients
+    for name, tensor in tensors.items():
+        if is_quantized(tensor):
+            model.get_parameter(name).requires_grad_(False)
     model.load_state_dict(tensors, strict=True, assign=True)
     model.tie_weights()
     # Its frequencies are no parameters: they were left on the meta device.
@@ -182,22 +191,31 @@ def pack_experts(tensors: dict[str, Tensor], name: str, experts: int) -> Tensor:
     """Takes the experts' matrices out of `tensors` and returns them in one tensor [experts, rows, columns]."""
     prefix, kind = name.rsplit(".", 1)
     parts = ("down_proj",) if kind == "down_proj" else ("gate_proj", "up_proj")
-    rows, columns = tensors[f"{prefix}.0.{parts[0]}.weight"].shape
-    packed = tensors[f"{prefix}.0.{parts[0]}.weight"].new_empty(experts, len(parts) * rows, columns)
-    for expert in range(experts):
-        for i, part in enumerate(parts):
-            source = tensors.pop(f"{prefix}.{expert}.{part}.weight")
-            view = packed[expert, i * rows : (i + 1) * rows]
+    sources = [[tensors.pop(f"{prefix}.{i}.{part}.weight") for part in parts] for i in range(experts)]
+    first = sources[0][0]
+    # A module that parameters belong to keeps its weights, now in the packed storage: no second copy stays.
+    shared = isinstance(first, nn.Parameter)
+    if not is_quantized(first):
+        return _pack(sources, shared)
+    values, scales = ([[getattr(one, part) for one in row] for row in sources] for part in ("qdata", "scale"))
+    return rebuilt(first, _pack(values, shared), _pack(scales, shared), first.dtype)
+
+
+def _pack(sources: Sequence[Sequence[Tensor]], shared: bool) -> Tensor:
+    """[experts, rows, columns] of one or two matrices [rows, columns] for each expert; `shared`: these become views."""
+    rows, columns = sources[0][0].shape
+    packed = sources[0][0].new_empty(len(sources), len(sources[0]) * rows, columns)
+    for expert, matrices in zip(packed, sources, strict=True):
+        for source, view in zip(matrices, expert.split(rows), strict=True):
             with torch.no_grad():
                 view.copy_(source)
-            if isinstance(source, nn.Parameter):
-                # The module that it belongs to keeps its weights, now in the packed storage: no second copy stays.
+            if shared:
                 source.data = view
     return packed
 
 
 @torch.inference_mode(False)
-def join(parameters: list[nn.Parameter]) -> Tensor:
+def join(parameters: Sequence[Tensor]) -> Tensor:
     """One tensor [sum of rows, ..] of parameters [rows, ..], which are views of it from then on.
 
     Copies them only where they do not lie one behind the other in memory already.
@@ -279,8 +297,11 @@ def _family_of(config: object, is_moe: bool) -> Family:
     return families.by_name("sdar_moe" if is_moe else "sdar")
 
 
-def from_module(module: nn.Module, config: PreTrainedConfig) -> PreTrainedModel:
-    """A model that shares the weights of `module`, which must have its family's parameter names."""
+def from_module(
+    module: nn.Module, config: PreTrainedConfig, quantize: str | None, dtype: torch.dtype | None, device: torch.device
+) -> PreTrainedModel:
+    """A model that shares the weights of `module`, which must have its family's parameter names; not those that are
+    quantized for it, in `dtype` (None: their own) on `device`."""
     source = type(module).__name__
     tensors: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
     stored = module.state_dict(keep_vars=True)
@@ -294,7 +315,8 @@ def from_module(module: nn.Module, config: PreTrainedConfig) -> PreTrainedModel:
     check_shapes(source, model, {name: list(tensor.shape) for name, tensor in tensors.items()})
     if empty := [name for name, tensor in tensors.items() if tensor.device.type == "meta"]:
         raise SimsdError(f"{source}: parameters without data (meta device): {listing(empty)}")
-    model = assemble(model, tensors)
+    convert = converter(source, quantize, dtype, device)
+    model = assemble(model, {name: convert(name, tensor) for name, tensor in tensors.items()})
     if isinstance(given := getattr(module, "generation_config", None), GenerationConfig):
         model.generation_config = copy.deepcopy(given)
     return model
