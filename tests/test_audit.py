@@ -330,6 +330,16 @@ def test_plain_texts_follow_the_softmax_of_a_plain_forward(soft_target):
     assert chi_squared.against_law(counts, law).p > 1e-3
 
 
+def test_plain_texts_fill_sub_blocks_from_the_left():
+    whole, parts = random_sdar(0, sharpness=0.5), random_sdar(0, sharpness=0.5)
+    parts.config.sub_block_length = 1
+    scene = distribution.Scene([5, 9, 2, 40], free=4, top_k=3)
+    native, _ = distribution.drawn_texts(subject_of(parts), scene, "low_confidence_static", 1000, verify="none")
+    same, other = (distribution.plain_texts(of, scene, "low_confidence_static", 8000, seed=0) for of in (parts, whole))
+    assert chi_squared.two_samples(*distribution._aligned(native, same)).p > 1e-3
+    assert chi_squared.two_samples(*distribution._aligned(native, other)).p < 1e-6
+
+
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("free", [2, 3])
 def test_contexts_leave_the_free_positions_whatever_the_prompts(length, free):

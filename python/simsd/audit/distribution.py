@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 
 import torch
 from torch import Tensor
@@ -12,7 +13,9 @@ import simsd_kernels as kernels
 from simsd.audit import chi_squared
 from simsd.audit.forwards import allowed, decode, plain_logits
 from simsd.audit.report import FAIL, INCONCLUSIVE, PASS, REPORTED, Check, Subject
+from simsd.config import SamplingParams
 from simsd.engine.decoder import Decoder
+from simsd.engine.pair import sub_blocks
 from simsd.models.loading import LoadedModel
 
 DRAW_BATCH = 32
@@ -184,11 +187,13 @@ def drawn_texts(
 
 @torch.inference_mode()
 def plain_texts(target: LoadedModel, scene: Scene, strategy: str, draws: int, seed: int) -> collections.Counter[Text]:
-    """`draws` texts by the book: a plain forward on each state, softmax, torch.multinomial, one position revealed.
+    """`draws` texts by the book: a plain forward on each state, softmax, torch.multinomial, one position of the
+    leftmost sub-block revealed.
 
     Draws that are in the same state share its forward and nothing else.
     """
     length, generator = target.block_length, torch.Generator().manual_seed(seed)
+    borders = list(itertools.accumulate(sub_blocks(target, SamplingParams(), length)))
     end = len(scene.context) + scene.free
     start = len(scene.context) // length * length
     block = tuple(scene.context[start:]) + (None,) * (length - len(scene.context) + start)
@@ -204,6 +209,7 @@ def plain_texts(target: LoadedModel, scene: Scene, strategy: str, draws: int, se
             else:
                 texts[prefix[len(scene.context) : end]] += count
             continue
+        masked = [i for i in masked if i < next(border for border in borders if border > masked[0])]
         shown = [target.mask_token_id if token is None else token for token in block]
         logits = plain_logits(target, list(prefix), [shown])[0, masked]
         drawn = torch.multinomial(
