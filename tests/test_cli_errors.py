@@ -95,7 +95,7 @@ def test_model_without_a_tokenizer_is_refused(run, tmp_path, assert_one_line_err
 
 
 def test_pair_of_different_vocabularies_is_refused(run, pair, tmp_path, assert_one_line_error):
-    other = byte_pair.write_model(tmp_path / "other", vocab_size=300)
+    other = byte_pair.write_model(tmp_path / "other", tokenizer=False, vocab_size=300)
     outcome = run("generate", "hello", *pair[:2], "--draft", other)
     assert_one_line_error(outcome, "vocab size", "300", "258")
 

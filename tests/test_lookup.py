@@ -17,7 +17,7 @@ from simsd_kernels.advance_slots.api import NO_END
 
 LENGTH, VOCABULARY = 4, 32
 SETTINGS = {
-    **dict.fromkeys(("seed", "top_k", "strategy", "end_gate"), 0),
+    **dict.fromkeys(("seed", "top_k", "strategy", "sub_blocks", "end_gate"), 0),
     **{"temperature": 0.0, "top_p": 1.0, "threshold": 0.0, "order_sharpness": (1.0, 0.25, 0.5)},
     **{"schedule": [1] * LENGTH, "steps": LENGTH, "end": 64, "request_epoch": 1, "stop_ids": (-1, -1)},
 }

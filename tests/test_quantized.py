@@ -215,7 +215,7 @@ def test_weights_that_are_not_finite_are_named():
 # Memory
 
 
-@pytest.mark.parametrize("case", ["dense", "experts stored one by one"])
+@pytest.mark.parametrize("case", ["as stored", "experts one by one"])
 def test_a_model_that_is_quantized_to_int8_is_never_whole_in_memory(tmp_path, case):
     """`python -m benchmarks load_memory` has the same of weights that stay as they are."""
     for name, mib in {"large": 180, "small": 8}.items():

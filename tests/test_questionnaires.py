@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from simsd import questionnaires, tasks
-from simsd.models.checkpoint import PAIR
+from simsd.models.folders import PAIR
 
 
 @pytest.mark.parametrize("family", questionnaires.FAMILIES)

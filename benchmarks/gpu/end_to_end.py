@@ -204,6 +204,6 @@ class DenseAttention:
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=self.seen[1], scale=scale)
 
 
-def side_by_side(*arguments, block_table: BlockTable, pages: int) -> runner.ModelRunner:
+def side_by_side(*arguments, block_table: BlockTable, pages: int, **named) -> runner.ModelRunner:
     """A `ModelRunner` without pages."""
-    return runner.ModelRunner(*arguments)
+    return runner.ModelRunner(*arguments, **named)

@@ -42,7 +42,8 @@ __global__ void __launch_bounds__(PREPARE_THREADS) prepare(const StateDraws draw
     draws.log_odds[n] = draws.logprob[n] = -__builtin_inff();
 }
 
-__global__ void __launch_bounds__(WARP) walk(const StateDraws draws) {
+// Bound to one block, ptxas keeps all in registers; unbound, it spills two.
+__global__ void __launch_bounds__(WARP, 1) walk(const StateDraws draws) {
     const VerifyParams& p = draws.given;
     Walk<Warp> walk(p, block_x());
     while (walk.goes_on()) {

@@ -98,7 +98,10 @@ def test_an_int8_weight_has_the_bits_of_its_values_in_the_dtype_of_x_and_one_sca
         assert torch.equal(got, thin_linear(x, (weight * powers[:, None]).to(dtype), backend=backend))
         assert torch.equal(got, thin_linear(x, weight, powers.to(dtype), backend=backend)), "the scale's dtype"
         sums = thin_linear(x.float(), weight.float(), backend=backend)
-        assert torch.equal(thin_linear(x, weight, scale, backend=backend), (sums * scale).to(dtype))
+        scaled = sums * scale
+        if dtype == torch.bfloat16 and backend == "triton" and dispatch.interpreting():
+            scaled = (scaled.view(torch.int32) & -0x10000).view(torch.float32)  # it cuts off where hardware rounds
+        assert torch.equal(thin_linear(x, weight, scale, backend=backend), scaled.to(dtype))
 
 
 @each_dtype

@@ -53,7 +53,8 @@ __global__ void __launch_bounds__(WARPS* WARP) multiply_float32(const P p) {
     const W* weight = static_cast<const W*>(p.weight) + place.weight_offset + column * p.weight_stride;
     const float* x = static_cast<const float*>(p.x) + row * p.k;
     float sums[ROWS * WARP_COLUMNS] = {};
-#pragma unroll 2
+    constexpr int AT_ONCE = Vector || sizeof(W) > 1 ? 2 : 1;  // bytes one by one take more registers than there are
+#pragma unroll AT_ONCE
     for (int64_t k = lane_index() * FLOATS; k < p.k; k += WARP * FLOATS) {
         float w[WARP_COLUMNS][FLOATS];
 #pragma unroll
