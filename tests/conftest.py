@@ -188,3 +188,23 @@ def interrupted_at():
         return False
 
     return run_
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A small checkpoint with its tokenizer, blocks of 8."""
+    from small_checkpoints import write_checkpoint, write_tokenizer
+
+    write_checkpoint(tmp_path / "small", extra={"block_length": 8})
+    write_tokenizer(tmp_path / "small")
+    return tmp_path / "small"
+
+
+@pytest.fixture
+def tokens():
+    """int64 [2, 14], of the small checkpoints' vocabulary."""
+    import torch
+
+    from small_checkpoints import VOCABULARY
+
+    return torch.randint(3, VOCABULARY, (2, 14), generator=torch.Generator().manual_seed(1))

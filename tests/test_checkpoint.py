@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import simsd
 from simsd import SimsdError
 from simsd.models import folders
-from small_checkpoints import MASK_ID, VOCABULARY, edit_json, write_checkpoint, write_tokenizer
+from small_checkpoints import MASK_ID, edit_json, write_checkpoint, write_tokenizer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # What a folder with Qwen2's slow tokenizer files consists of, with code that is not run.
@@ -27,11 +27,6 @@ modeling_sdar.py special_tokens_map.json tokenization_qwen2.py tokenizer_config.
 def folder(tmp_path):
     write_checkpoint(tmp_path / "small", extra={"mask_token_id": MASK_ID})
     return tmp_path / "small"
-
-
-@pytest.fixture
-def tokens():
-    return torch.randint(3, VOCABULARY, (2, 14), generator=torch.Generator().manual_seed(1))
 
 
 def rewrite(file: Path, change) -> None:

@@ -17,22 +17,9 @@ from small_checkpoints import (
     edit_json,
     stock_block_causal_logits,
     write_checkpoint,
-    write_tokenizer,
 )
 
 KINDS = pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
-
-
-@pytest.fixture
-def folder(tmp_path):
-    write_checkpoint(tmp_path / "small", extra={"block_length": 8})
-    write_tokenizer(tmp_path / "small")
-    return tmp_path / "small"
-
-
-@pytest.fixture
-def tokens():
-    return torch.randint(3, VOCABULARY, (2, 14), generator=torch.Generator().manual_seed(1))
 
 
 # Checkpoint folders

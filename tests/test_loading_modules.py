@@ -15,26 +15,11 @@ from simsd.models import deterministic
 from small_checkpoints import (
     END_ID,
     MASK_ID,
-    VOCABULARY,
     stock_block_causal_logits,
     stock_model,
-    write_checkpoint,
-    write_tokenizer,
 )
 
 KINDS = pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
-
-
-@pytest.fixture
-def folder(tmp_path):
-    write_checkpoint(tmp_path / "small", extra={"block_length": 8})
-    write_tokenizer(tmp_path / "small")
-    return tmp_path / "small"
-
-
-@pytest.fixture
-def tokens():
-    return torch.randint(3, VOCABULARY, (2, 14), generator=torch.Generator().manual_seed(1))
 
 
 class StandIn(nn.Module):

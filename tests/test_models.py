@@ -15,7 +15,7 @@ import simsd
 from simsd import SimsdError
 from simsd.models.families.sdar import SDARConfig, SDARForCausalLM, SDARMoeForCausalLM
 from simsd_kernels import Visibility
-from small_checkpoints import BASE, MASK_ID, VOCABULARY, stock_block_causal_logits, write_checkpoint
+from small_checkpoints import BASE, MASK_ID, stock_block_causal_logits, write_checkpoint
 
 KINDS = pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
 
@@ -25,11 +25,6 @@ def checkpoints(tmp_path_factory):
     """moe -> (folder, stock model with the same weights)."""
     folders = {moe: tmp_path_factory.mktemp("moe" if moe else "dense") for moe in (False, True)}
     return {moe: (folder, write_checkpoint(folder, moe, shard="20KB")) for moe, folder in folders.items()}
-
-
-@pytest.fixture
-def tokens():
-    return torch.randint(3, VOCABULARY, (2, 14), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture

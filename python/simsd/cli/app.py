@@ -77,7 +77,6 @@ def main(arguments: list[str] | None = None) -> None:
     the reader of its output left (as in `simsd ... | head -1`)."""
     threads.start()
     streams.prepare()
-    streams.hush_imports()
     try:
         code = _run(arguments)
         sys.stdout.flush()

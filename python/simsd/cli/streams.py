@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import io
 import json
-import logging
 import os
 import sys
 from typing import Any, TextIO
@@ -28,12 +27,6 @@ def prepare() -> None:
         stream.reconfigure(
             encoding="utf-8" if is_ascii else stream.encoding, errors="strict" if stream is sys.stdin else "replace"
         )
-
-
-def hush_imports() -> None:
-    """Keeps torchao, which transformers imports where it is installed, from telling users of its own builds."""
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def text_argument(value: str, what: str) -> str:

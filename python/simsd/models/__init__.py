@@ -1,4 +1,4 @@
-"""SDAR models: stock transformers modules with interval attention, their KV cache and their loading."""
+"""Block-diffusion models: stock transformers modules with interval attention, their KV cache and their loading."""
 
 import logging
 
