@@ -34,7 +34,7 @@ RECIPES = {
     "long": Recipe(
         items=questionnaires,
         block_lengths=(16, 8, 32),
-        mixture={"arithmetic": 0.35, "code": 0.35, "facts": 0.10, "choice": 0.20},
+        mixture={"arithmetic": 0.25, "code": 0.40, "facts": 0.05, "choice": 0.30},
         items_per_step=24,
         max_new_tokens=128,
     ),

@@ -1,8 +1,8 @@
 """Questionnaires: several questions of one family of `simsd.tasks` in one prompt, one to a line, answered line by line.
 
-Their answers are long (40 to 100 tokens of the built-in tokenizer): what decoding in blocks of 8 to 32 is measured on.
-No
-held-out questionnaire has a question that any training item shares.
+Their answers are long (most take 40 to 100 tokens of the built-in tokenizer): what decoding in blocks of 8 to 32 is
+measured on. No held-out questionnaire has a question that any training item shares. Choices of one prompt have the same
+options in the same order.
 """
 
 import random
@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from simsd import tasks
 from simsd.tasks import FAMILIES, Task
 
-__all__ = ["FAMILIES", "QUESTIONS", "Questionnaire", "held_out", "is_correct", "training_item"]
+__all__ = ["FAMILIES", "HELD_OUT_QUESTIONS", "QUESTIONS", "Questionnaire", "held_out", "is_correct", "training_item"]
 
 # Fewest and most questions of one prompt.
 QUESTIONS = {"arithmetic": (3, 5), "code": (4, 7), "facts": (5, 8), "choice": (4, 7)}
+HELD_OUT_QUESTIONS = 300  # of a family
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,11 @@ def training_item(family: str, rng: random.Random) -> Questionnaire:
 
 
 def held_out(family: str, count: int, seed: int = 0) -> list[Questionnaire]:
-    """Draw `count` of held-out questions, the same ones for the same seed; raises ValueError for an unknown family."""
-    pool = tasks.held_out(family, 200, seed)
+    """Draw `count` of the first `HELD_OUT_QUESTIONS` held-out questions, the same ones for the same seed.
+
+    Raises ValueError for an unknown family.
+    """
+    pool = tasks.held_out(family, HELD_OUT_QUESTIONS, seed)
     rng = random.Random(f"questionnaires/{family}/{seed}")
     return [_draw(family, rng, lambda: rng.choice(pool)) for _ in range(count)]
 
@@ -56,8 +60,15 @@ def _draw(family: str, rng: random.Random, question: Callable[[], Task]) -> Ques
     questions = {first.prompt: first}
     count = rng.randint(fewest, most)
     while len(questions) < count:
-        questions.setdefault((another := question()).prompt, another)
+        another = question()
+        if _options(another) == _options(first):
+            questions.setdefault(another.prompt, another)
     return Questionnaire(family, tuple(questions.values()))
+
+
+def _options(question: Task) -> str:
+    """Of a choice; others have none."""
+    return question.prompt.partition(" A: ")[2]
 
 
 def is_correct(item: Questionnaire, text: str) -> bool:
