@@ -21,6 +21,17 @@ struct Drafted {
     View<const float, 3> prob, log_odds, entropy;
 };
 
+// States of the current block that the target has seen, M of each slot, and what it drew there; all may be without data.
+struct Seen {
+    View<const int64_t, 2> revealed;                // [B, M]
+    View<const int64_t, 3> tokens;                  // [B, M, L]
+    View<const float, 3> prob, log_odds, entropy;   // [B, M, L]
+    View<const float, 1> sharpness;                 // [B]
+    View<const float, 3> shift;                     // [B, M, L]
+    View<const float, 4> pair;                      // [B, M, L, L]
+    int32_t count;                                  // M
+};
+
 // R = (P + K + C) * L: pending tokens, finished blocks as drafted, states.
 struct PlanOutputs {
     int64_t* tokens;                     // [B, R]
@@ -40,6 +51,7 @@ struct PlanParams {
     View<const int32_t, 1> start, end, step, kv_len;         // [B]
     View<const int32_t, 1> proposal_depth, draft_end;        // [B]
     Drafted drafted;                                         // [B, K, L]
+    Seen seen;
     View<const float, 1> draft_calibration, min_visit_prob;  // [B]
     View<const float, 2> order_sharpness;                    // [B, K]
     View<const int32_t, 1> row_budget;                       // [1]
@@ -59,7 +71,7 @@ struct Taken {
     double* score;      // [B, C], falling along a slot
     int32_t* blocks;    // [B, C]: blocks of rows that a state and those before it take, the current one aside
     int32_t* logits;    // [B, C]: rows of logits, likewise
-    int64_t* proposed;  // [B, C, L]: what was drawn in a state; null where that is draft_tokens in each
+    int64_t* proposed;  // [B, C, L]: what is proposed in a state; null where that is draft_tokens in each
 };
 
 }  // namespace simsd::control

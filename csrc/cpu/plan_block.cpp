@@ -61,7 +61,7 @@ void grow(const PlanParams& p, const Extent& extent, const Taken& taken) {
         for (int64_t b = begin; b < end; ++b) {
             Growth growth(p, extent, taken, b, graph, room);
             for (growth.begin(); !growth.complete(); growth.advance()) {
-                if (growth.expands()) growth.expand(proposal_of(p.drafted, b, growth.progress().block));
+                if (growth.expands()) growth.expand(growth.proposal());
             }
         }
     });
@@ -121,8 +121,8 @@ void grow(const PlanParams& p, const Extent& extent, const Taken& taken, const D
             if (growth.complete()) continue;
             if (growth.expands()) {
                 const int64_t first = home(growth) * p.length;
-                growth.expand(
-                    {control::contiguous<const int64_t>(draws.token.data() + first), draws.statistics(first)});
+                growth.expand({control::contiguous<const int64_t>(draws.token.data() + first), draws.statistics(first),
+                               *p.order_sharpness.at(growth.slot(), growth.progress().block)});
             }
             growth.advance();
             growing = true;
@@ -139,13 +139,20 @@ control::PlanTensors plan_block(const Tensor text, const Tensor revealed, const 
                                 const Tensor threshold, const std::optional<Tensor> sub_blocks,
                                 const std::optional<Tensor> draft_logits, const std::optional<Tensor> temperature,
                                 const std::optional<Tensor> top_k, const std::optional<Tensor> top_p,
-                                const std::optional<Tensor> seed, const std::optional<Tensor> banned, int64_t mask_id,
-                                int64_t pending, int64_t max_states, int64_t logits_rows, int64_t scratch,
-                                int64_t kv_slots, int64_t stride) {
+                                const std::optional<Tensor> seed, const std::optional<Tensor> banned,
+                                const std::optional<Tensor> seen_revealed, const std::optional<Tensor> seen_tokens,
+                                const std::optional<Tensor> seen_prob, const std::optional<Tensor> seen_log_odds,
+                                const std::optional<Tensor> seen_entropy, const std::optional<Tensor> seen_sharpness,
+                                const std::optional<Tensor> order_shift, const std::optional<Tensor> order_pair,
+                                int64_t mask_id, int64_t pending, int64_t max_states, int64_t logits_rows,
+                                int64_t scratch, int64_t kv_slots, int64_t stride) {
     PlanParams p = control::plan_params(
         check_cpu, text, revealed, start, end, step, kv_len, draft_tokens, proposal_depth, draft_end, prob, log_odds,
         entropy, draft_calibration, order_sharpness, min_visit_prob, row_budget, schedule, steps, strategy, threshold,
         sub_blocks, mask_id, pending, max_states, logits_rows, scratch, kv_slots, stride);
+    p.seen = control::seen_states(check_cpu, p, text, seen_revealed, seen_tokens, seen_prob, seen_log_odds, seen_entropy,
+                                  seen_sharpness, order_shift, order_pair);
+    check(!seen_revealed || !draft_logits, OP, ": seen states do not go with draft_logits");
     check_values(p);
     const control::PlanTensors out = control::plan_outputs(
         p, [](std::initializer_list<int64_t> sizes, ScalarType type) { return allocate(sizes, type); });
@@ -155,10 +162,10 @@ control::PlanTensors plan_block(const Tensor text, const Tensor revealed, const 
     Taken taken{memory.take<int32_t>(p.batch), memory.take<double>(states), memory.take<int32_t>(states),
                 memory.take<int32_t>(states), nullptr};
     const Extent extent = control::extent_of(p);
+    if (draft_logits || seen_revealed) taken.proposed = memory.take<int64_t>(states * p.length);
     if (draft_logits) {
         const control::Sampling sampling =
             control::draft_sampling(check_cpu, p, text, *draft_logits, temperature, top_k, top_p, seed, banned);
-        taken.proposed = memory.take<int64_t>(states * p.length);
         grow(p, extent, taken, {*draft_logits, {OP, *draft_logits, sampling, banned, p.batch}});
     } else {
         grow(p, extent, taken);

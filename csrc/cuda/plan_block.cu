@@ -25,15 +25,16 @@ __global__ void __launch_bounds__(WARP, 1) grow(const PlanWork w) {
     const int64_t b = block_x();
     Growth<Warp> growth(w.given, w.extent, w.taken, b, w.graphs + b * w.graph_bytes, *shared.take<Room>(1));
     for (growth.begin(); !growth.complete(); growth.advance()) {
-        if (growth.expands()) growth.expand(proposal_of(w.given.drafted, b, growth.progress().block));
+        if (growth.expands()) growth.expand(growth.proposal());
     }
 }
 
 SIMSD_DEVICE Proposal proposal_at(const int64_t* token, const float* prob, const float* log_odds, const float* entropy,
-                                  int64_t first) {
+                                  int64_t first, double sharpness) {
     return {contiguous<const int64_t>(token + first),
             {contiguous<const float>(prob + first), contiguous<const float>(log_odds + first),
-             contiguous<const float>(entropy + first)}};
+             contiguous<const float>(entropy + first)},
+            sharpness};
 }
 
 __global__ void __launch_bounds__(WARP, 1) step(const PlanWork w) {
@@ -71,9 +72,10 @@ __global__ void __launch_bounds__(WARP, 1) step(const PlanWork w) {
         if (!growth.expands()) continue;
         const int64_t block = blocks + growth.progress().block;
         if (shares ? !d.ready[block] : !drawn) break;
-        growth.expand(
-            shares ? proposal_at(d.shared_token, d.shared_prob, d.shared_log_odds, d.shared_entropy, block * p.length)
-                   : proposal_at(d.token, d.prob, d.log_odds, d.entropy, first));
+        const double sharpness = *p.order_sharpness.at(b, growth.progress().block);
+        growth.expand(shares ? proposal_at(d.shared_token, d.shared_prob, d.shared_log_odds, d.shared_entropy,
+                                           block * p.length, sharpness)
+                             : proposal_at(d.token, d.prob, d.log_odds, d.entropy, first, sharpness));
     }
     const Progress now = growth.progress();
     Warp::sync();

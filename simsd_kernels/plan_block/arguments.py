@@ -69,6 +69,36 @@ SIGNATURE = Signature(
         dataclasses.replace(TEMPERATURE, about="As in `sample_logits`, for draft_logits.", optional=True),
         *OPTIONS[:-1],
         dataclasses.replace(OPTIONS[-1], high=None),
+        Argument(
+            *("seen_revealed", torch.int64, "B M"),
+            "States of the current block that the target has seen: sets of revealed positions (all of L: no state). What"
+            " it drew in the one nearest to a state is the proposal there, draft_tokens where there is none. Not with"
+            " draft_logits.",
+            optional=True,
+        ),
+        Argument(
+            *("seen_tokens", torch.int64, "B M L"), "Their tokens where revealed, elsewhere what it drew ...", optional=True
+        ),
+        Argument("seen_prob", torch.float32, "B M L", "... with these probabilities ...", optional=True),
+        Argument("seen_log_odds", torch.float32, "B M L", "... log-odds ...", optional=True),
+        Argument("seen_entropy", torch.float32, "B M L", "... and entropies.", optional=True),
+        Argument(
+            *("seen_sharpness", torch.float32, "B", "As order_sharpness, for these."),
+            low=0.0,
+            high=FLOAT32_MAX,
+            bounds="finite and >= 0",
+            optional=True,
+        ),
+        Argument(
+            *("order_shift", torch.float32, "B M L"),
+            "What a state that reveals more than the one seen adds to the log-odds there ...",
+            optional=True,
+        ),
+        Argument(
+            *("order_pair", torch.float32, "B M L L"),
+            "... and what each of the positions that it reveals more (the last axis) adds to each other.",
+            optional=True,
+        ),
     ),
     numbers=(
         Number("mask_id", "What stands in masked positions."),

@@ -50,6 +50,34 @@ class Rule:
 
 
 @dataclass
+class Seen:
+    """What the target drew in a state of the current block that it has seen, [L] each; `pair` [L, L]."""
+
+    revealed: int
+    tokens: list[int]
+    prob: list[float]
+    log_odds: list[float]
+    entropy: list[float]
+    shift: list[float] | None
+    pair: list[list[float]] | None
+
+    def leads_to(self, state: State) -> bool:
+        known = [i for i in range(len(self.tokens)) if self.revealed >> i & 1]
+        return all(state.revealed >> i & 1 and state.tokens[i] == self.tokens[i] for i in known)
+
+    def proposal(self, state: State) -> tuple[list, list, list, list]:
+        more = [i for i in range(len(self.tokens)) if (state.revealed & ~self.revealed) >> i & 1]
+        if self.shift is None or not more:
+            return self.tokens, self.prob, self.log_odds, self.entropy
+        log_odds = []
+        for before, change, of_pair in zip(self.log_odds, self.shift, self.pair, strict=True):
+            for j in more:
+                change += of_pair[j]
+            log_odds.append(_float32(before + change))
+        return self.tokens, [_float32(_probability(x)) for x in log_odds], log_odds, self.entropy
+
+
+@dataclass
 class Slot:
     """One slot's arguments. Blocks are counted from the current one."""
 
@@ -65,11 +93,18 @@ class Slot:
     sharpness: list[float]
     logits: Tensor | None  # [K, L, V]
     sampling: dict[str, Tensor | None]
+    seen: list[Seen] = field(default_factory=list)
+    seen_sharpness: float = 0.0
 
-    def proposal(self, state: State) -> tuple[list, ...]:
-        """token, prob, log_odds and entropy of each position, as the draft would draw them in `state`."""
+    def proposal(self, state: State) -> tuple[list, list, list, list, float]:
+        """token, prob, log_odds and entropy of each position, as the draft would draw them in `state`, and how far
+        they are believed to tell the order."""
+        nearest = max((s for s in self.seen if s.leads_to(state)), key=lambda s: s.revealed.bit_count(), default=None)
+        if nearest is not None and state.block == 0:
+            return *nearest.proposal(state), self.seen_sharpness
+        sharpness = self.sharpness[state.block]
         if self.logits is None:
-            return tuple(of_blocks[state.block] for of_blocks in (self.draft_tokens, *self.statistics))
+            return *(of_blocks[state.block] for of_blocks in (self.draft_tokens, *self.statistics)), sharpness
         logits, length = self.logits[state.block], len(state.tokens)
         first = self.start + state.block * length
         key = 0 if self.rule.strategy == "sequential" else _signed(state.revealed)
@@ -89,7 +124,7 @@ class Slot:
             torch.full((length,), key, dtype=torch.int64, device=logits.device),
             self.sampling["banned"],
         )
-        return tuple(x.tolist() for x in out[:4])
+        return *(x.tolist() for x in out[:4]), sharpness
 
 
 def plan_block(*arguments) -> tuple[Tensor, ...]:
@@ -130,7 +165,19 @@ def _slot(given: dict, b: int) -> Slot:
         logits=None if given["draft_logits"] is None else given["draft_logits"][b],
         sampling={name: None if given[name] is None else given[name][b] for name in of_slots}
         | {"banned": given["banned"]},
+        seen=_seen(given, b, (1 << length) - 1),
+        seen_sharpness=0.0 if given["seen_sharpness"] is None else of_slot("seen_sharpness"),
     )
+
+
+def _seen(given: dict, b: int, full: int) -> list[Seen]:
+    if given["seen_revealed"] is None:
+        return []
+    names = "tokens", "prob", "log_odds", "entropy"
+    fields = [given[f"seen_{name}"][b].tolist() for name in names]
+    sets = [revealed & full for revealed in given["seen_revealed"][b].tolist()]
+    orders = [[None] * len(sets) if given[n] is None else given[n][b].tolist() for n in ("order_shift", "order_pair")]
+    return [Seen(*state) for state in zip(sets, *fields, *orders, strict=True) if state[0] != full]
 
 
 def _grow(slot: Slot, max_states: int) -> list[State]:
@@ -146,8 +193,8 @@ def _grow(slot: Slot, max_states: int) -> list[State]:
         if len(taken) == max_states:
             break
         if state.block < slot.depth:
-            token, prob, *order = slot.proposal(state)
-            for chosen, likelihood in continuations(state, prob, *order, slot.rule, slot.sharpness[state.block]):
+            token, prob, *order, sharpness = slot.proposal(state)
+            for chosen, likelihood in continuations(state, prob, *order, slot.rule, sharpness):
                 reach = state.reach * likelihood
                 for i in sorted(chosen):
                     reach *= slot.calibration * prob[i]
@@ -337,6 +384,15 @@ def _weight(exponent: float) -> float:
 def _number(value: float) -> float:
     """Finite, so that differences are numbers; NaN ranks last."""
     return -1e30 if math.isnan(value) else min(max(value, -1e30), 1e30)
+
+
+def _probability(log_odds: float) -> float:
+    """Its inverse. Log-odds that are no number make a probability that is none."""
+    return 1.0 / (1.0 + math.exp(min(-log_odds, 700.0)))
+
+
+def _float32(value: float) -> float:
+    return torch.tensor(value, dtype=torch.float32).item()
 
 
 def _logit(p: float) -> float:

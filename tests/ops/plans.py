@@ -18,6 +18,10 @@ MASK = 99
 VOCABULARY = 20
 NEVER = 2**30  # draft_end of a draft that did not end the text
 SHARED = ("row_budget", "banned")  # by all slots
+SEEN = (
+    *("seen_revealed", "seen_tokens", "seen_prob", "seen_log_odds", "seen_entropy", "seen_sharpness"),
+    *("order_shift", "order_pair"),
+)
 PER_SLOT_RESULTS = (
     *("tokens", "positions", "slots", "clock", "birth", "death"),
     *("states", "state_revealed", "block", "draft_blocks_in_rows"),
@@ -59,6 +63,7 @@ def arguments(batch=1, ahead=1, length=4, number=0, rules=None, blocks_left=None
         "row_budget": ints(10**6),
         **rule(length, *(rules or [(even(length, length), "low_confidence_static", 0.9)] * batch)),
         **dict.fromkeys(("draft_logits", "temperature", "top_k", "top_p", "seed", "banned")),
+        **dict.fromkeys(SEEN),
         "mask_id": MASK,
         "pending": 1,
         "max_states": states,
@@ -112,6 +117,36 @@ def graph(out, slot=0):
 
 def sizes(out, slot=0):
     return [bits.bit_count() for _, bits, _ in graph(out, slot)]
+
+
+def with_seen(made, number, count=6, head=True):
+    """The same where the target has seen `count` states of each current block: what is known, and more of what is
+    drafted or of something else."""
+    generator = torch.Generator().manual_seed(number)
+    batch, ahead, length = made["draft_tokens"].shape
+    shape = batch, count, length
+
+    def uniform(*more):
+        return torch.rand(*shape, *more, generator=generator)
+
+    index = made["start"].clamp(min=0).long()[:, None] + torch.arange(length)
+    known = (made["revealed"][:, None] >> torch.arange(length)) & 1 == 1  # [B, L]
+    current = torch.where(known, made["text"].gather(1, index), 0)
+    drafted = made["draft_tokens"][:, 0] if ahead else current
+    drawn = torch.where(uniform() < 0.8, drafted[:, None], torch.randint(0, VOCABULARY, shape, generator=generator))
+    revealed = known[:, None] | (uniform() < torch.rand(batch, count, 1, generator=generator) ** 2)
+    revealed |= (uniform() < 0.05).all(2, keepdim=True)
+    prob = uniform() ** 0.3
+    return made | {
+        "seen_revealed": (revealed.long() << torch.arange(length)).sum(2),
+        "seen_tokens": torch.where(known[:, None], current[:, None], drawn),
+        "seen_prob": prob,
+        "seen_log_odds": torch.logit(prob.double(), eps=1e-9).float(),
+        "seen_entropy": uniform() * 2,
+        "seen_sharpness": torch.rand(batch, generator=generator) * 2,
+        "order_shift": uniform() * 2 - 1 if head else None,
+        "order_pair": uniform(length) * 2 - 1 if head else None,
+    }
 
 
 def random_case(number, logits=False):

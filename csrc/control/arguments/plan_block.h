@@ -68,6 +68,32 @@ inline PlanParams plan_params(DeviceCheck check_device, const Tensor& text, cons
     return p;
 }
 
+// The states that the target has seen.
+inline Seen seen_states(DeviceCheck check_device, const PlanParams& p, const Tensor& text,
+                        const std::optional<Tensor>& revealed, const std::optional<Tensor>& tokens,
+                        const std::optional<Tensor>& prob, const std::optional<Tensor>& log_odds,
+                        const std::optional<Tensor>& entropy, const std::optional<Tensor>& sharpness,
+                        const std::optional<Tensor>& shift, const std::optional<Tensor>& pair) {
+    const Arguments take("plan_block", check_device, text);
+    if (!revealed) return {};
+    check(tokens && prob && log_odds && entropy && sharpness && shift.has_value() == pair.has_value(), take.expect.op,
+          ": seen_revealed, seen_tokens, seen_prob, seen_log_odds, seen_entropy and seen_sharpness come together, and"
+          " order_shift with order_pair");
+    Seen seen{};
+    const int64_t batch = p.batch, length = p.length;
+    seen.revealed = take.view<const int64_t>("seen_revealed", *revealed, {batch, -1}, "[B, M]");
+    const int64_t count = revealed->size(1);
+    seen.tokens = take.view<const int64_t>("seen_tokens", *tokens, {batch, count, length}, "[B, M, L]");
+    seen.prob = take.view<const float>("seen_prob", *prob, {batch, count, length}, "[B, M, L]");
+    seen.log_odds = take.view<const float>("seen_log_odds", *log_odds, {batch, count, length}, "[B, M, L]");
+    seen.entropy = take.view<const float>("seen_entropy", *entropy, {batch, count, length}, "[B, M, L]");
+    seen.sharpness = take.view<const float>("seen_sharpness", *sharpness, {batch}, "[B]");
+    seen.shift = take.view<const float>("order_shift", shift, {batch, count, length}, "[B, M, L]");
+    seen.pair = take.view<const float>("order_pair", pair, {batch, count, length, length}, "[B, M, L, L]");
+    seen.count = static_cast<int32_t>(count);
+    return seen;
+}
+
 // How states are drawn from `draft_logits`.
 inline Sampling draft_sampling(DeviceCheck check_device, const PlanParams& p, const Tensor& text,
                                const Tensor& draft_logits, const std::optional<Tensor>& temperature,

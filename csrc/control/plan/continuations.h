@@ -18,6 +18,7 @@ struct Room {
     double factor[MAX_BLOCK_LENGTH];  // what revealing it multiplies the probability of a visit with
     double weight[MOST_CONTINUATIONS];
     uint64_t chosen[MOST_CONTINUATIONS];
+    float log_odds[MAX_BLOCK_LENGTH], prob[MAX_BLOCK_LENGTH];  // as far as they change from a state seen to this one
     int32_t order[MAX_BLOCK_LENGTH];  // positions that may be revealed, the first to be revealed first
     int32_t pick[MAX_CHILDREN];
 };
@@ -29,6 +30,12 @@ SIMSD_CONTROL double weight_of(double exponent) { return exponent < 0.0 ? expone
 SIMSD_CONTROL double number(double value) {
     if (!(value > -1e30)) return -1e30;
     return value < 1e30 ? value : 1e30;
+}
+
+// That of a probability with such log-odds.
+SIMSD_CONTROL double probability(double log_odds) {
+    const double against = -log_odds > 700.0 ? 700.0 : -log_odds;
+    return 1.0 / sum(1.0, exponential(against));
 }
 
 SIMSD_CONTROL double logit(double p) {

@@ -64,15 +64,12 @@ struct Progress {
     int32_t complete;
 };
 
-// What the draft proposes for a block in a state, [L]; read where the state is masked.
+// What is proposed for a block in a state, [L], read where the state is masked; and how far it tells the order.
 struct Proposal {
     View<const int64_t, 1> token;
     Statistics statistics;
+    double sharpness;
 };
-
-SIMSD_CONTROL Proposal proposal_of(const Drafted& drafted, int64_t b, int block) {
-    return {drafted.token[b][block], {drafted.prob[b][block], drafted.log_odds[b][block], drafted.entropy[b][block]}};
-}
 
 template <typename Team>
 class Growth {
@@ -132,7 +129,37 @@ class Growth {
     SIMSD_CONTROL bool expands() const { return !now_.complete && now_.block < depth_; }
     SIMSD_CONTROL uint64_t masked() const { return full_ & ~now_.revealed; }
 
-    // Finds what the newest state leads to, for which it is the draft's proposal.
+    // For the newest state: what the target drew in the nearest state that it has seen, or what the draft says.
+    SIMSD_CONTROL Proposal proposal() const {
+        const Seen& seen = p_.seen;
+        const int block = now_.block;
+        const int nearest = block == 0 && seen.count > 0 ? Team::greatest(seen.count, [&](int m) { return near(m); }) : -1;
+        if (nearest < 0 || near(nearest) < 0.0) {
+            const Drafted& drafted = p_.drafted;
+            return {drafted.token[b_][block],
+                    {drafted.prob[b_][block], drafted.log_odds[b_][block], drafted.entropy[b_][block]},
+                    *p_.order_sharpness.at(b_, block)};
+        }
+        Proposal found{seen.tokens[b_][nearest],
+                       {seen.prob[b_][nearest], seen.log_odds[b_][nearest], seen.entropy[b_][nearest]},
+                       seen.sharpness[b_]};
+        const uint64_t more = now_.revealed & ~static_cast<uint64_t>(*seen.revealed.at(b_, nearest));
+        if (!seen.shift.data || more == 0) return found;
+        Team::each(masked(), [&](int i) {
+            double change = *seen.shift.at(b_, nearest, i);
+            for (uint64_t rest = more; rest != 0; rest &= rest - 1) {
+                change = sum(change, *seen.pair.at(b_, nearest, i, lowest_bit(rest)));
+            }
+            room_.log_odds[i] = static_cast<float>(sum(found.statistics.log_odds[i], change));
+            room_.prob[i] = static_cast<float>(probability(room_.log_odds[i]));
+        });
+        Team::sync();
+        found.statistics.prob = contiguous<const float>(room_.prob);
+        found.statistics.log_odds = contiguous<const float>(room_.log_odds);
+        return found;
+    }
+
+    // Finds what the newest state leads to, for which it is proposed.
     SIMSD_CONTROL void expand(const Proposal& drawn) {
         const int newest = now_.size - 1;
         const uint64_t masked = this->masked();
@@ -140,7 +167,7 @@ class Growth {
             room_.factor[i] = product(calibration_, drawn.statistics.prob[i]);
             if (taken_.proposed) taken_.proposed[place(newest, i)] = drawn.token[i];
         });
-        continuations_.find(rule_, now_.step, masked, drawn.statistics, *p_.order_sharpness.at(b_, now_.block));
+        continuations_.find(rule_, now_.step, masked, drawn.statistics, drawn.sharpness);
         Team::sync();
         if (continuations_.size() == 0) return;
         // A finished block: no state of it, but the next block may follow.
@@ -202,6 +229,17 @@ class Growth {
     }
 
   private:
+    // How many positions a seen state reveals that leads to the newest one; negative where it does not, or there is none.
+    SIMSD_CONTROL double near(int m) const {
+        const uint64_t known = static_cast<uint64_t>(*p_.seen.revealed.at(b_, m)) & full_;
+        if (known == full_ || (known & ~now_.revealed) != 0) return -1.0;
+        for (uint64_t rest = known; rest != 0; rest &= rest - 1) {
+            const int i = lowest_bit(rest);
+            if (*p_.seen.tokens.at(b_, m, i) != p_.out.states[place(now_.size - 1, i)]) return -1.0;
+        }
+        return count_bits(known);
+    }
+
     static SIMSD_CONTROL int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
     SIMSD_CONTROL int64_t place(int n, int i) const { return (first_ + n) * p_.length + i; }

@@ -44,8 +44,8 @@ int64_t place(control::PlanWork& w, bool draws, int64_t scratch_bytes, void** sc
     room.place(w.cut.first_other, p.batch);
     room.place(w.asked, 1);
     room.place(w.graphs, p.batch * w.graph_bytes);
+    if (draws || p.seen.count > 0) room.place(w.taken.proposed, states * p.length);
     if (!draws) return room.end();
-    room.place(w.taken.proposed, states * p.length);
     GrowthDraws& d = w.draws;
     room.place(d.row, rows);
     room.place(d.position, rows);
@@ -91,15 +91,22 @@ control::PlanTensors plan_block(const Tensor text, const Tensor revealed, const 
                                 const Tensor threshold, const std::optional<Tensor> sub_blocks,
                                 const std::optional<Tensor> draft_logits, const std::optional<Tensor> temperature,
                                 const std::optional<Tensor> top_k, const std::optional<Tensor> top_p,
-                                const std::optional<Tensor> seed, const std::optional<Tensor> banned, int64_t mask_id,
-                                int64_t pending, int64_t max_states, int64_t logits_rows, int64_t scratch,
-                                int64_t kv_slots, int64_t stride) {
+                                const std::optional<Tensor> seed, const std::optional<Tensor> banned,
+                                const std::optional<Tensor> seen_revealed, const std::optional<Tensor> seen_tokens,
+                                const std::optional<Tensor> seen_prob, const std::optional<Tensor> seen_log_odds,
+                                const std::optional<Tensor> seen_entropy, const std::optional<Tensor> seen_sharpness,
+                                const std::optional<Tensor> order_shift, const std::optional<Tensor> order_pair,
+                                int64_t mask_id, int64_t pending, int64_t max_states, int64_t logits_rows,
+                                int64_t scratch, int64_t kv_slots, int64_t stride) {
     control::PlanWork w{};
     PlanParams& p = w.given;
     p = control::plan_params(check_same_device, text, revealed, start, end, step, kv_len, draft_tokens, proposal_depth,
                              draft_end, prob, log_odds, entropy, draft_calibration, order_sharpness, min_visit_prob,
                              row_budget, schedule, steps, strategy, threshold, sub_blocks, mask_id, pending, max_states,
                              logits_rows, scratch, kv_slots, stride);
+    p.seen = control::seen_states(check_same_device, p, text, seen_revealed, seen_tokens, seen_prob, seen_log_odds, seen_entropy,
+                                  seen_sharpness, order_shift, order_pair);
+    check(!seen_revealed || !draft_logits, OP, ": seen states do not go with draft_logits");
     sample::Params draw{};
     Tensor logits = text;  // keeps a copy alive
     control::Sampling sampling{};
