@@ -15,9 +15,8 @@ def test_every_question_of_a_held_out_prompt_is_held_out(family):
     asked = {q.prompt for item in questionnaires.held_out(family, 50) for q in item.questions}
     rng = random.Random(0)
     trained = {q.prompt for _ in range(2_000) for q in questionnaires.training_item(family, rng).questions}
-    assert asked <= {
-        task.prompt for task in tasks.held_out(family, questionnaires.HELD_OUT_QUESTIONS)
-    } and asked.isdisjoint(trained)
+    pool = tasks.held_out(family, questionnaires.HELD_OUT_QUESTIONS)
+    assert asked <= {task.prompt for task in pool} and asked.isdisjoint(trained)
 
 
 @pytest.mark.parametrize("family", questionnaires.FAMILIES)
@@ -42,7 +41,7 @@ def test_answers_are_long():
     tokenizer = Tokenizer.from_file(str(PAIR / "tiny-target" / "tokenizer.json"))
     items = [item for family in questionnaires.FAMILIES for item in questionnaires.held_out(family, 100)]
     lengths = sorted(len(tokenizer.encode(item.response).ids) for item in items)
-    assert lengths[len(items) // 10] >= 40 and lengths[-len(items) // 10] <= 100
+    assert lengths[len(items) // 20] >= 40 and lengths[-len(items) // 20] <= 100
     assert all(tokenizer.decode(tokenizer.encode(item.response).ids) == item.response for item in items)
 
 

@@ -1,6 +1,6 @@
 """Questionnaires: several questions of one family of `simsd.tasks` in one prompt, one to a line, answered line by line.
 
-Their answers are long (most take 40 to 100 tokens of the built-in tokenizer): what decoding in blocks of 8 to 32 is
+Their answers are long (40 to 100 tokens of the built-in tokenizer): what decoding in blocks of 8 to 32 is
 measured on. No held-out questionnaire has a question that any training item shares. Choices of one prompt have the same
 options in the same order.
 """
@@ -15,7 +15,7 @@ from simsd.tasks import FAMILIES, Task
 __all__ = ["FAMILIES", "HELD_OUT_QUESTIONS", "QUESTIONS", "Questionnaire", "held_out", "is_correct", "training_item"]
 
 # Fewest and most questions of one prompt.
-QUESTIONS = {"arithmetic": (3, 5), "code": (4, 7), "facts": (5, 8), "choice": (4, 7)}
+QUESTIONS = {"arithmetic": (3, 5), "code": (4, 7), "facts": (5, 8), "choice": (5, 7)}
 HELD_OUT_QUESTIONS = 300  # of a family
 
 

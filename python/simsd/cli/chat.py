@@ -28,6 +28,19 @@ INTERRUPTED = 130
 MOST_NEW_TOKENS = 1024  # of an answer, unless told; half of the context where that is less
 HISTORY_LINES = 1000
 HOW_TO = "/help shows the commands, Ctrl-C stops an answer, Ctrl-D leaves."
+# Of the interrupt key, in readline's language: C-v takes the next key as it is, C-m ends the line. The keymap of the
+# user's own editing mode comes last, and stays.
+BINDINGS = r"""
+set keymap vi-command
+"{key}": "i\C-v{key}\C-m"
+set keymap vi-insert
+"{key}": "\C-v{key}\C-m"
+set keymap emacs
+"{key}": "\C-v{key}\C-m"
+$if mode=vi
+set keymap vi-insert
+$endif
+"""
 
 
 def chat(
@@ -180,23 +193,41 @@ class Answers:
 
 def _talk(answers: Answers) -> None:
     """Reads and answers until Ctrl-D or /exit."""
+    import termios
+
+    terminal = sys.stdin.fileno()
+    before = termios.tcgetattr(terminal)
+    interrupt_key = _bind_interrupt_key(before[6][termios.VINTR])
+    reading, answering = [*before], [*before]
+    if interrupt_key:  # readline's now: at the prompt it is no signal
+        reading[6] = [*before[6]]
+        reading[6][termios.VINTR] = b"\0"
+    answering[3] &= ~termios.ECHO  # keys that are pressed meanwhile are shown at the next prompt, not amid an answer
     interrupted = False
-    while not answers.conversation.over:
-        try:
-            if interrupted:  # said here, where a further interrupt does no harm
-                interrupted = False
+    try:
+        while not answers.conversation.over:
+            try:
+                if interrupted:  # said here, where a further interrupt does no harm
+                    interrupted = False
+                    print(file=sys.stderr)
+                    answers.note(HOW_TO)
+                termios.tcsetattr(terminal, termios.TCSADRAIN, reading)
+                line = _read_line()
+                termios.tcsetattr(terminal, termios.TCSADRAIN, answering)
+                if interrupt_key and interrupt_key in line:
+                    _forget_last_line()
+                    answers.note(HOW_TO)
+                else:
+                    _take(answers, line)
+            except EOFError:
                 print(file=sys.stderr)
-                answers.note(HOW_TO)
-            line = _read_line()
-            with _no_echo():
-                _take(answers, line)
-        except EOFError:
-            print(file=sys.stderr)
-            return
-        except KeyboardInterrupt:
-            interrupted = True
-        except SimsdError as error:
-            answers.note(str(error))
+                return
+            except KeyboardInterrupt:
+                interrupted = True
+            except SimsdError as error:
+                answers.note(str(error))
+    finally:
+        termios.tcsetattr(terminal, termios.TCSADRAIN, before)
 
 
 def _from_pipe(answers: Answers) -> int:
@@ -234,20 +265,28 @@ def _read_line() -> str:
         raise SimsdError(f"the line is not {error.encoding} text: {error.reason}") from error
 
 
-@contextlib.contextmanager
-def _no_echo() -> Iterator[None]:
-    """Keys that are pressed meanwhile are not shown in the middle of an answer: they are there at the next prompt."""
-    import termios
+def _bind_interrupt_key(key: bytes) -> str:
+    """Has GNU readline end a line at Ctrl-C, or what the terminal has instead, with that character in the line.
+    Returns the character, or nothing where it stays a signal: `input()` heeds that where there is no readline.
 
-    terminal = sys.stdin.fileno()
-    before = termios.tcgetattr(terminal)
-    quiet = [*before]
-    quiet[3] &= ~termios.ECHO
-    termios.tcsetattr(terminal, termios.TCSADRAIN, quiet)
+    GNU readline would not always heed the signal. The terminal drops what was typed before it: if that was a key which
+    readline had been told of and had not read yet, it waits for another, and no signal ends this wait.
+    """
     try:
-        yield
-    finally:
-        termios.tcsetattr(terminal, termios.TCSADRAIN, before)
+        import readline
+    except ImportError:
+        return ""
+    if key == b"\0" or "libedit" in readline.__doc__ or not sys.stdout.isatty():  # input() uses readline on terminals
+        return ""
+    for line in BINDINGS.format(key=f"\\{key[0]:03o}").splitlines():
+        readline.parse_and_bind(line)
+    return key.decode("latin-1")
+
+
+def _forget_last_line() -> None:
+    import readline
+
+    readline.remove_history_item(readline.get_current_history_length() - 1)
 
 
 @contextlib.contextmanager
