@@ -77,7 +77,9 @@ SIGNATURE = Signature(
             optional=True,
         ),
         Argument(
-            *("seen_tokens", torch.int64, "B M L"), "Their tokens where revealed, elsewhere what it drew ...", optional=True
+            *("seen_tokens", torch.int64, "B M L"),
+            "Their tokens where revealed, elsewhere what it drew ...",
+            optional=True,
         ),
         Argument("seen_prob", torch.float32, "B M L", "... with these probabilities ...", optional=True),
         Argument("seen_log_odds", torch.float32, "B M L", "... log-odds ...", optional=True),
