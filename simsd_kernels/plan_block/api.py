@@ -63,8 +63,8 @@ def plan_block(*given, backend: str | None = None, **named) -> Plan:
     fit row_budget and, with the current states, the N rows of logits.
 
     Of states of the current block that the target has seen, the one that reveals most of what a state reveals, with the
-    same tokens, says what that state draws next. An order head tells how its log-odds change with what is revealed since;
-    a token's probability is then the sigmoid of its log-odds.
+    same tokens, says what that state draws next. An order head tells how its log-odds change with what is revealed
+    since; a token's probability is then the sigmoid of its log-odds.
 
     With K = 0 the current states are alone, which is also how a draft's own forward is laid out.
 
