@@ -209,7 +209,7 @@ def test_task_items_are_held_out_and_graded():
     assert [item.family for item in items] == ["facts"] * 3 + ["choice"] * 3
     (task,) = tasks.held_out("facts", 1)
     assert items[0].prompt == task.prompt
-    assert items[0].is_correct(task.response) and not items[0].is_correct("The capital of France is Oslo.")
+    assert items[0].grade(task.response) and not items[0].grade("The capital of France is Oslo.")
 
 
 # The clock
