@@ -2,7 +2,7 @@
 
 python examples/tiny_pair/train.py target --minutes 85 --out DIR
 python examples/tiny_pair/train.py draft --minutes 7.5 --out DIR
-python examples/tiny_pair/train.py target --pair long --start python/simsd/pair/tiny-target --minutes 120 --out DIR
+python examples/tiny_pair/train.py target --pair long --start python/simsd/pair/tiny-target --minutes 150 --out DIR
 
 DIR receives PAIR-NAME.ckpt (weights, optimizer state, step, elapsed time: the same command resumes from it) and the
 folder PAIR-NAME in Hugging Face format.
