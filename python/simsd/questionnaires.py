@@ -1,8 +1,8 @@
 """Questionnaires: several questions of one family of `simsd.tasks` in one prompt, one to a line, answered line by line.
 
-Their answers are long (40 to 100 tokens of the built-in tokenizer): what decoding in blocks of 8 to 32 is
-measured on, and the built-in long pair is trained on. No held-out questionnaire has a question that any training item shares. Choices of one prompt have the same
-options in the same order.
+Their answers are long (40 to 100 tokens of the built-in tokenizer): what decoding in blocks of 8 to 32 is measured on,
+and what the built-in long pair is trained on. No held-out questionnaire has a question that any training item shares.
+Choices of one prompt have the same options in the same order.
 """
 
 import random
