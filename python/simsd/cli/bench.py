@@ -36,7 +36,7 @@ def bench(
     draft_revision: opt.DraftRevision = None,
     local_files_only: opt.LocalFilesOnly = None,
     items: Annotated[
-        int, typer.Option("--items", help="Held-out items per family: questions, of the long pair questionnaires.")
+        int, typer.Option("--items", help="Held-out items per family: questions, of long-target questionnaires.")
     ] = 50,
     families: Annotated[
         str | None, typer.Option("--families", help="Some of arithmetic,code,facts,choice; all if not given.")
