@@ -97,6 +97,7 @@ def install(wheel: pathlib.Path, environment: pathlib.Path) -> pathlib.Path:
 TRY = """
 import importlib.metadata, json, pathlib, sys
 import torch, simsd, simsd_kernels
+from simsd.models import folders
 from simsd_kernels import info
 
 for package in (simsd, simsd_kernels):
@@ -105,7 +106,7 @@ v = simsd_kernels.Visibility.causal(5)
 q = torch.randn(1, 2, 5, 16)
 o = torch.ops.simsd.masked_attention(q, q, q, v.clock[None], v.birth[None], v.death[None])
 torch.testing.assert_close(o, torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True))
-assert simsd.load("tiny-draft").name == "tiny-draft"
+assert [simsd.load(name).name for name in folders.BUILT_IN] == list(folders.BUILT_IN)
 library = next(pathlib.Path(simsd_kernels.__file__).parent.glob("_C*.so"), None)
 version = importlib.metadata.version("simsd-kernels")
 print(json.dumps({**info.collect(), "library": library and str(library), "installed_version": version}))
@@ -113,7 +114,7 @@ print(json.dumps({**info.collect(), "library": library and str(library), "instal
 
 
 def attempt(python: pathlib.Path) -> dict:
-    """Attends and loads a model with the installed package, and returns what its `info` reports.
+    """Attends and loads the built-in models with the installed package, and returns what its `info` reports.
 
     To that it adds `library`, the path of the compiled ops or None, and `installed_version`.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import simsd
-from simsd import benchmarking, tasks
+from simsd import benchmarking, questionnaires, tasks
 from simsd.benchmarking import MODES, BatchMeasurement, ForwardClock, Item, Measurement
 from stand_ins import random_sdar
 
@@ -209,7 +209,15 @@ def test_task_items_are_held_out_and_graded():
     assert [item.family for item in items] == ["facts"] * 3 + ["choice"] * 3
     (task,) = tasks.held_out("facts", 1)
     assert items[0].prompt == task.prompt
-    assert items[0].is_correct(task.response) and not items[0].is_correct("The capital of France is Oslo.")
+    assert items[0].grade(task.response) and not items[0].grade("The capital of France is Oslo.")
+
+
+def test_items_of_the_pair_for_long_answers_are_questionnaires_graded_by_question():
+    items = benchmarking.task_items(["facts", "choice"], 3, target="long-target")
+    (asked,) = questionnaires.held_out("facts", 1)
+    assert len(items) == 6 and items[0].prompt == asked.prompt
+    first = asked.response.partition("\n")[0]
+    assert items[0].grade(asked.response) == 1 and items[0].grade(first) == 1 / len(asked.questions)
 
 
 # The clock

@@ -10,13 +10,15 @@ import sys
 import pytest
 import torch
 
+from simsd.models.folders import BUILT_IN
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_info_shows_ops_versions_and_models(run):
     code, out, err = run("info")
     assert (code, err) == (0, "")
-    for word in ("masked_attention", "transformers", "batch invariance", "thin_linear", "tiny-target", "tiny-draft"):
+    for word in ("masked_attention", "transformers", "batch invariance", "thin_linear", *BUILT_IN):
         assert word in out
 
 
@@ -24,7 +26,7 @@ def test_info_as_json(run):
     code, out, _ = run("info", "--json")
     report = json.loads(out)
     assert code == 0 and set(report) == {"kernels", "versions", "batch_invariance", "models"}
-    assert [model["name"] for model in report["models"]] == ["tiny-target", "tiny-draft"]
+    assert [model["name"] for model in report["models"]] == list(BUILT_IN)
 
 
 def test_info_tries_torchs_linear_layer(monkeypatch):
@@ -43,7 +45,7 @@ def test_info_survives_broken_models(run, monkeypatch, tmp_path):
     (tmp_path / "tiny-target" / "config.json").write_text("{")
     monkeypatch.setattr("simsd.cli.models.PAIR", tmp_path)
     code, out, _ = run("info")
-    assert code == 0 and out.count("missing or damaged") == 2
+    assert code == 0 and out.count("missing or damaged") == len(BUILT_IN)
 
 
 # The command
@@ -76,7 +78,8 @@ def test_help_models_and_completion_do_not_import_torch():
     [
         (("simsd", "ge"), ["generate"]),
         (("simsd", "generate", "--verify", "t"), ["temporal"]),
-        (("simsd", "generate", "--target", ""), ["tiny-target", "tiny-draft"]),
+        (("simsd", "generate", "--target", ""), list(BUILT_IN)),
+        (("simsd", "generate", "--draft", ""), ["tiny-draft", "long-draft", "none"]),
         (("simsd", "bench", "--strategy", "low"), ["low_confidence_static", "low_confidence_dynamic"]),
         (("simsd", "mask", "slid"), ["sliding-window"]),
     ],

@@ -37,6 +37,18 @@ def test_bench_prints_tables_of_80_columns_and_writes_both_files(run, pair, tmp_
     assert "| mode | facts | choice | mean of families |" in (tmp_path / "b.md").read_text()
 
 
+def test_bench_of_the_pair_for_long_answers_is_on_questionnaires(run, tmp_path):
+    arguments = ("--items", 1, "--modes", "exact-self", "--json", tmp_path / "b.json")
+    code, out, err = run("bench", "--target", "long-target", *arguments)
+    assert code == 0, err
+    figures = json.loads((tmp_path / "b.json").read_text())
+    assert (figures["target"], figures["draft"]) == ("long-target", "long-draft")
+    assert figures["settings"]["block_length"] == 16
+    native = figures["pooled"]["modes"]["native"]
+    assert native["tokens"] > 4 * 40 and native["accuracy"] >= 0.9
+    assert figures["pooled"]["modes"]["exact-self"]["same_text"] == 1.0
+
+
 def test_bench_of_chosen_modes_has_native_too(run, pair, tmp_path):
     arguments = ("--items", 1, "--families", "facts", "--max-new-tokens", 4, "--json", tmp_path / "b.json")
     code, out, err = run("bench", "--modes", "exact-self, temporal", *arguments, *pair)

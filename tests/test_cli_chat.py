@@ -283,6 +283,12 @@ def chat(tmp_path):
         yield start
 
 
+def test_a_model_that_no_line_of_a_chat_suits_says_so(chat):
+    greeting = " ".join(chat("--target", "long-target").shown.split())
+    assert "long-target, drafts by long-draft" in greeting
+    assert "numbered questions, several lines in one prompt: ask it by simsd generate" in greeting
+
+
 def test_a_chat_greets_answers_obeys_remembers_lines_and_leaves(chat, tmp_path):
     readline = importlib.util.find_spec("readline")
     file = tmp_path / "simsd" / "chat_history"

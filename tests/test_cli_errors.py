@@ -38,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         (("--device", "toaster"), ("device", "toaster")),
         (("--bogus",), ("--bogus", "simsd generate --help")),
         (("--json", "--stream"), ("--json", "--stream")),
-        (("--draft", ""), ("--draft", "tiny-draft")),
+        (("--draft", ""), ("--draft", "tiny-draft", "long-draft")),
         (("--draft", "/no/such/folder"), ("/no/such/folder",)),
     ],
     ids=lambda value: " ".join(value) if value and value[0].startswith("--") else "",
@@ -69,7 +69,7 @@ def test_prompt_with_broken_bytes_is_refused(run, pair, assert_one_line_error):
 
 @pytest.mark.parametrize("name", ["tiny-tagret", "./nowhere", "/nowhere/at/all"])
 def test_unknown_target_is_refused(run, name, assert_one_line_error):
-    assert_one_line_error(run("generate", "hello", "--target", name), name, "tiny-target")
+    assert_one_line_error(run("generate", "hello", "--target", name), name, "tiny-target", "long-target")
 
 
 def test_folder_without_a_checkpoint_is_refused(run, tmp_path, assert_one_line_error):

@@ -1,4 +1,4 @@
-"""simsd models: the built-in pair and what the Hugging Face cache holds."""
+"""simsd models: the built-in models and what the Hugging Face cache holds."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 from huggingface_hub import constants
 
 import byte_pair
+from simsd.models.folders import BUILT_IN
 
 
 @pytest.fixture
@@ -35,8 +36,9 @@ def test_built_in_and_cached_models_are_listed_with_their_sizes(run, cache, monk
     code, out, err = run("models")
     assert (code, err) == (0, "")
     lines = {line.split()[0]: line for line in out.split("families")[0].splitlines() if line.startswith("  ")}
-    assert list(lines) == ["tiny-target", "tiny-draft", "JetLM/SDAR-1.7B-Chat"]
+    assert list(lines) == [*BUILT_IN, "JetLM/SDAR-1.7B-Chat"]
     assert "2.01 M parameters, 8 layers of 128, vocabulary 1713, block length 4, 8.1 MB" in lines["tiny-target"]
+    assert "block length 16, 2.5 MB" in lines["long-draft"]
     assert "2 layers of 32, vocabulary 258, block length 8" in lines["JetLM/SDAR-1.7B-Chat"]
 
 

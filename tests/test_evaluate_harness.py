@@ -125,8 +125,9 @@ def test_lm_eval_finds_the_model_by_name():
     assert get_model("simsd").create_from_arg_string("pretrained=tiny-target,draft=none").engine.draft is None
 
 
-def test_the_built_in_draft_goes_with_the_built_in_target(lm):
+def test_a_built_in_draft_goes_with_its_target(lm):
     assert lm.engine.draft.name == "tiny-draft"
+    assert SimsdLM(pretrained="long-target").engine.draft.name == "long-draft"
     assert SimsdLM(pretrained="tiny-target", draft="none").engine.draft is None
 
 

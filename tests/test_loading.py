@@ -101,16 +101,13 @@ def test_saved_rope_frequencies_of_older_transformers_are_ignored(folder):
     simsd.load(folder)
 
 
-@pytest.mark.parametrize("name", ["tiny-target", "tiny-draft"])
-def test_the_built_in_pair_loads_by_name(name):
-    from simsd.models import folders
+BUILT_IN = {"tiny-target": 4, "tiny-draft": 4, "long-target": 16, "long-draft": 16}
 
-    if not (folders.PAIR / name).is_dir():
-        with pytest.raises(SimsdError, match=f"the built-in model {name} is not in this installation"):
-            simsd.load(name)
-        pytest.skip("the pair is not trained yet")
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_a_built_in_model_loads_by_name(name):
     loaded = simsd.load(name)
-    assert (loaded.name, loaded.block_length) == (name, 4)
+    assert (loaded.name, loaded.block_length) == (name, BUILT_IN[name])
     ids = loaded.encode_prompt("What is the capital of France?")
     assert loaded.mask_token_id not in ids and loaded.tokenizer.decode(ids)
 
@@ -208,7 +205,7 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(folder, case):
 
 BAD_ARGUMENTS = {
     "missing_folder": ("./nowhere", {}, "no checkpoint './nowhere'"),
-    "missing_name": ("tiny-targt", {}, "no checkpoint 'tiny-targt'.*tiny-target or tiny-draft"),
+    "missing_name": ("tiny-targt", {}, "no checkpoint 'tiny-targt'.*not a folder, nor tiny-target, tiny-draft, long-t"),
     "source_type": (5, {}, "a name, a folder, a hub id or a module, got int"),
     "dtype_name": (None, {"dtype": "int8"}, "dtype must be auto or float32, bfloat16, float16 .* got 'int8'"),
     "dtype": (None, {"dtype": torch.int64}, "dtype must be auto or float32.*got torch.int64"),

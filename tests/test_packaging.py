@@ -68,7 +68,7 @@ def python(published, tmp_path_factory) -> Path:
     return build.install(published, tmp_path_factory.mktemp("fresh") / "environment")
 
 
-def test_a_fresh_environment_has_every_op_compiled_and_the_pair(python):
+def test_a_fresh_environment_has_every_op_compiled_and_the_built_in_models(python):
     report = build.attempt(python)
     assert {op: backends["cpu"] for op, backends in report["ops"].items()} == dict.fromkeys(ops.SCHEMAS, info.AVAILABLE)
     assert report["installed_version"] == report["version"] == simsd_kernels.__version__

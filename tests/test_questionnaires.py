@@ -56,6 +56,25 @@ def test_an_answer_is_right_where_each_of_its_lines_is(family):
         assert not any(questionnaires.is_correct(item, text) for text in wrong)
 
 
+@pytest.mark.parametrize("family", questionnaires.FAMILIES)
+def test_the_score_is_the_share_of_questions_answered_right(family):
+    for item in questionnaires.held_out(family, 20):
+        lines = item.response.split("\n")
+        count = len(lines)
+
+        def score(*lines, item=item):
+            return questionnaires.score(item, "\n".join(lines))
+
+        assert score(*lines) == score(*lines, "more") == 1.0
+        assert score() == score("?") == score(*(line.partition(": ")[2] for line in lines)) == 0.0
+        assert score(*lines[1:]) == pytest.approx(1 - 1 / count)  # each line has its number: none moves up
+        assert score(*reversed(lines)) == 1.0
+        other = re.sub(r"\w+(?=\W*$)", "42?", lines[-1])
+        assert score(*lines[:-1], other) == score(*lines[:-1], other, lines[-1]) == pytest.approx(1 - 1 / count)
+        renumbered = [f"{number + 1}: {line.partition(': ')[2]}" for number, line in enumerate(lines, 1)]
+        assert score(*renumbered) < 1.0
+
+
 def test_an_unknown_family_is_refused():
     for call in (
         lambda: questionnaires.held_out("poetry", 1),

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import random
+import re
 import sys
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from tokenizers import Tokenizer
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+import simsd
 from benchmarks.environment import ROOT
+from simsd import questionnaires, tasks
 from simsd.models.folders import PAIR
 
 RECIPE = ROOT / "examples" / "tiny_pair"
@@ -29,7 +34,7 @@ def recipe():
         import recipes
 
         yield batches, forward, recipes.RECIPES
-    for name in ("batches", "forward", "build_tokenizer", "recipes"):
+    for name in ("accuracy", "batches", "forward", "build_tokenizer", "recipes"):
         sys.modules.pop(name, None)
 
 
@@ -91,3 +96,35 @@ def test_a_step_has_the_gradients_of_dense_attention(recipe, batch, model):
     for gradient, expected in zip(found, wanted, strict=True):
         assert expected.any()
         torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().amax()))
+
+
+# What the models answer
+
+
+def test_the_report_has_both_grades_of_questionnaires_at_every_block_length(recipe):
+    import accuracy
+
+    out = io.StringIO()
+    accuracy.report("long-target", recipe[2]["long"], 1, Console(file=out))
+    lines = out.getvalue().splitlines()
+    assert [line.partition(" (1 prompts")[0] for line in lines] == [
+        f"blocks of {length}, {grade}" for length in (16, 8, 32) for grade in ("questions", "whole prompts")
+    ]
+    assert all(re.search(r"arithmetic \d\.\d{3}  code .* choice \d\.\d{3}  average \d\.\d{3}", line) for line in lines)
+
+
+def test_a_grade_is_the_mean_of_the_answers_grades(recipe):
+    import accuracy
+
+    model, count = simsd.load("long-draft"), 3
+    grades = accuracy.accuracies(model, recipe[2]["long"], 16, count)
+    assert {name: set(found) for name, found in grades.items()} == {
+        name: set(tasks.FAMILIES) for name in ("questions", "whole prompts")
+    }
+    items = questionnaires.held_out("facts", count)
+    answers = simsd.generate(model, [item.prompt for item in items], verify="none", max_new_tokens=128)
+    scores = [questionnaires.score(item, answer.text) for item, answer in zip(items, answers, strict=True)]
+    assert grades["questions"]["facts"] == pytest.approx(sum(scores) / count)
+    assert grades["whole prompts"]["facts"] == pytest.approx(scores.count(1.0) / count)
+    (tiny,) = accuracy.accuracies(simsd.load("tiny-draft"), recipe[2]["tiny"], 4, 1)
+    assert tiny == "answers"

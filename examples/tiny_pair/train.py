@@ -2,7 +2,7 @@
 
 python examples/tiny_pair/train.py target --minutes 85 --out DIR
 python examples/tiny_pair/train.py draft --minutes 7.5 --out DIR
-python examples/tiny_pair/train.py target --pair long --start python/simsd/pair/tiny-target --minutes 120 --out DIR
+python examples/tiny_pair/train.py target --pair long --start python/simsd/pair/tiny-target --minutes 150 --out DIR
 
 DIR receives PAIR-NAME.ckpt (weights, optimizer state, step, elapsed time: the same command resumes from it) and the
 folder PAIR-NAME in Hugging Face format.
@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 import typer
-from accuracy import accuracies
+from accuracy import report
 from batches import Batch, Encoder, training_batches
 from build_tokenizer import build_tokenizer, save_tokenizer
 from forward import batch_loss, check
@@ -171,13 +171,9 @@ def main(
         torch.save(state | {"step": step, "elapsed": elapsed}, checkpoint.with_suffix(".partial"))
         checkpoint.with_suffix(".partial").replace(checkpoint)
 
-    def report(count: int) -> None:
+    def grade(count: int) -> None:
         export(model, encoder, recipe.block_lengths[0], folder)
-        for block_length in recipe.block_lengths:
-            right = accuracies(folder, recipe, block_length, count)
-            figures = "  ".join(f"{family} {value:.3f}" for family, value in right.items())
-            mean = sum(right.values()) / len(right)
-            console.log(f"held-out ({count} each), blocks of {block_length}: {figures}  average {mean:.3f}")
+        report(str(folder), recipe, count, console)
 
     check(model, training_batches(encoder, recipe, PARTS_PER_STEP, rng, noise)[0])
     last_save = last_report = elapsed
@@ -205,9 +201,9 @@ def main(
             save()
         if elapsed - last_report > 60 * evaluate_every:
             last_report = elapsed
-            report(count=50)
+            grade(count=50)
     save()
-    report(count=200)
+    grade(count=200)
 
 
 if __name__ == "__main__":

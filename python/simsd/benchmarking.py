@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from simsd import tasks
+from simsd import questionnaires, tasks
 from simsd.config import GenerationConfig
 from simsd.decode.rows import aligned, scratch_behind
 from simsd.engine.decoder import Decoder
 from simsd.engine.request import Update
 from simsd.errors import SimsdError
+from simsd.models.folders import LONG_PAIR
 from simsd.models.loading import LoadedModel
 from simsd.models.runner import ModelRunner
 from simsd.results import Result
@@ -36,11 +37,11 @@ ROUNDS = 2  # decodings of a family per mode and batch size above 1, the second 
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One prompt. `is_correct`: whether a text answers it, where answers are graded."""
+    """One prompt. `grade`: the share of its questions that a text answers right, where answers are graded."""
 
     family: str
     prompt: str | list[dict[str, str]]
-    is_correct: Callable[[str], bool] | None = None
+    grade: Callable[[str], float] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,15 +66,17 @@ class BatchMeasurement:
     seconds: dict[str, float]
 
 
-def task_items(families: Sequence[str], count: int, seed: int = 0) -> list[Item]:
-    """`count` held-out items of each of the built-in task families."""
+def task_items(families: Sequence[str], count: int, seed: int = 0, target: str | None = None) -> list[Item]:
+    """`count` held-out items of each of the built-in task families: questionnaires for a `target` of the pair that is
+    trained on these, single questions for all others."""
     _check_names("families", families, tasks.FAMILIES)
     if count < 1:
         raise SimsdError(f"items must be at least 1 per family, got {count}")
+    kind, grade = (questionnaires, questionnaires.score) if target in LONG_PAIR else (tasks, tasks.is_correct)
     return [
-        Item(family, task.prompt, functools.partial(tasks.is_correct, task))
+        Item(family, item.prompt, functools.partial(grade, item))
         for family in families
-        for task in tasks.held_out(family, count, seed)
+        for item in kind.held_out(family, count, seed)
     ]
 
 

@@ -24,7 +24,7 @@ class Figures:
     """One mode on some items, one at a time; None where there is nothing to divide.
 
     Attributes:
-        accuracy: share of items with the right answer.
+        accuracy: share of questions answered right, mean of items.
         same_text: share of items whose tokens are native's.
         acceptance: accepted share of drafted tokens.
         target_forwards_per_token: prefill excluded; forwards_ratio: that over native's.
@@ -154,8 +154,8 @@ def figures(mode: str, measurements: Sequence[Measurement]) -> Figures:
     seconds, native_seconds = (sum(m.seconds[name] for m in measurements) for name in (mode, NATIVE))
     target_forward, draft_forward = forward_seconds(measurements)
     bound_seconds = stats.target_forwards * target_forward + stats.draft_forwards * (draft_forward or 0.0)
-    graded = [m for m in measurements if m.item.is_correct is not None]
-    right = sum(m.item.is_correct(m.results[mode].text or "") for m in graded)
+    graded = [m for m in measurements if m.item.grade is not None]
+    right = sum(m.item.grade(m.results[mode].text or "") for m in graded)
     same = sum(m.results[mode].tokens == m.results[NATIVE].tokens for m in measurements)
     forwards, native_forwards = (_ratio(s.target_forwards, s.new_tokens) for s in (stats, native))
     speed, bound = _ratio(stats.new_tokens, seconds), _ratio(stats.new_tokens, bound_seconds)

@@ -1,8 +1,8 @@
 """Questionnaires: several questions of one family of `simsd.tasks` in one prompt, one to a line, answered line by line.
 
-Their answers are long (40 to 100 tokens of the built-in tokenizer): what decoding in blocks of 8 to 32 is
-measured on. No held-out questionnaire has a question that any training item shares. Choices of one prompt have the same
-options in the same order.
+Their answers are long (40 to 100 tokens of the built-in tokenizer): what decoding in blocks of 8 to 32 is measured on,
+and what the built-in long pair is trained on. No held-out questionnaire has a question that any training item shares.
+Choices of one prompt have the same options in the same order.
 """
 
 import random
@@ -12,7 +12,16 @@ from dataclasses import dataclass
 from simsd import tasks
 from simsd.tasks import FAMILIES, Task
 
-__all__ = ["FAMILIES", "HELD_OUT_QUESTIONS", "QUESTIONS", "Questionnaire", "held_out", "is_correct", "training_item"]
+__all__ = [
+    "FAMILIES",
+    "HELD_OUT_QUESTIONS",
+    "QUESTIONS",
+    "Questionnaire",
+    "held_out",
+    "is_correct",
+    "score",
+    "training_item",
+]
 
 # Fewest and most questions of one prompt.
 QUESTIONS = {"arithmetic": (3, 5), "code": (4, 7), "facts": (5, 8), "choice": (5, 7)}
@@ -71,10 +80,18 @@ def _options(question: Task) -> str:
     return question.prompt.partition(" A: ")[2]
 
 
+def score(item: Questionnaire, text: str) -> float:
+    """The share of the questions that `text` answers right, 0 to 1: each in a line that begins with the question's
+    number. Of lines with the same number the first counts."""
+    answers = {}
+    for line in text.strip().split("\n"):
+        number, _, answer = line.partition(": ")
+        answers.setdefault(number, answer)
+    right = [tasks.is_correct(task, answers.get(str(number), "")) for number, task in enumerate(item.questions, 1)]
+    return sum(right) / len(right)
+
+
 def is_correct(item: Questionnaire, text: str) -> bool:
-    """Whether every line of `text` has the answer to the question of its number."""
-    lines = text.strip().split("\n")
-    return len(lines) == len(item.questions) and all(
-        line.startswith(f"{number}: ") and tasks.is_correct(question, line.partition(": ")[2])
-        for number, (question, line) in enumerate(zip(item.questions, lines, strict=True), 1)
-    )
+    """Whether `text` answers every question right, in order and with no line besides."""
+    numbers = [line.partition(": ")[0] for line in text.strip().split("\n")]
+    return numbers == [str(number) for number, _ in enumerate(item.questions, 1)] and score(item, text) == 1

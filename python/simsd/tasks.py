@@ -2,7 +2,7 @@
 
 They mirror, at the size of a 2 M parameter model, the four kinds of benchmark that the paper reports: worked
 arithmetic (GSM8K), small Python expressions (MBPP), recall of facts (TriviaQA) and four-option questions (MMLU). The
-built-in model pair is trained on `training_item`; `simsd bench` measures on `held_out`.
+built-in tiny pair is trained on `training_item`; `simsd bench` measures on `held_out`.
 
 No held-out item shares its (template, operands) pair with any training item: the pair's CRC-32 decides its side. For
 facts the operands are the fact itself, so a held-out item asks a known fact in a phrasing never seen for that fact.

@@ -35,7 +35,9 @@ def bench(
     revision: opt.Revision = None,
     draft_revision: opt.DraftRevision = None,
     local_files_only: opt.LocalFilesOnly = None,
-    items: Annotated[int, typer.Option("--items", help="Held-out items per family.")] = 50,
+    items: Annotated[
+        int, typer.Option("--items", help="Held-out items per family: questions, of long-target questionnaires.")
+    ] = 50,
     families: Annotated[
         str | None, typer.Option("--families", help="Some of arithmetic,code,facts,choice; all if not given.")
     ] = None,
@@ -59,7 +61,7 @@ def bench(
     ] = "1",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
     markdown_file: Annotated[Path | None, typer.Option("--markdown", help="Write the tables to this file.")] = None,
-    max_new_tokens: opt.MaxNewTokens = 96,
+    max_new_tokens: opt.MaxNewTokens = 128,
     lookahead: opt.Lookahead = opt.DEFAULTS.lookahead,
     max_rows: opt.MaxRows = opt.DEFAULTS.max_rows,
     rejected_tail: opt.RejectedTail = opt.DEFAULTS.rejected_tail,
@@ -99,7 +101,7 @@ def bench(
 
     chosen_modes = choose_modes(names(modes), draft is not None)
     if own is None:
-        chosen = task_items(names(families) or _families(), items)
+        chosen = task_items(names(families) or _families(), items, target=target)
     else:
         chosen = [Item("prompts", prompt) for prompt in own]
     target_model, draft_model = opt.load_models(target, draft, locals(), max(batches))

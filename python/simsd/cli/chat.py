@@ -17,6 +17,7 @@ from simsd.cli import streams
 from simsd.cli.conversation import Conversation
 from simsd.cli.text import StreamedText, before_end
 from simsd.errors import SimsdError
+from simsd.models.folders import BUILT_IN, LONG_PAIR, TINY_PAIR
 
 if TYPE_CHECKING:
     from simsd.config import SamplingParams
@@ -107,13 +108,13 @@ def chat(
     params = config.sampling(seed)
     if max_new_tokens is None:
         params = dataclasses.replace(params, max_new_tokens=min(MOST_NEW_TOKENS, engine.capacity // 2))
-    single = target in (opt.TARGET, opt.DRAFT)  # trained on single questions
-    conversation = Conversation(system, seed, temperature, remembers=not single)
+    # The built-in models are trained on first turns alone.
+    conversation = Conversation(system, seed, temperature, remembers=target not in BUILT_IN)
     answers = Answers(engine, conversation, params)
     answers.warm_up()
     if not sys.stdin.isatty():
         return _from_pipe(answers)
-    answers.note(_greeting(target, named, engine.capacity, single))
+    answers.note(_greeting(target, named, engine.capacity))
     with history():
         _talk(answers)
     return 0
@@ -312,12 +313,14 @@ def history() -> Iterator[None]:
             readline.write_history_file(file)
 
 
-def _greeting(target: str, draft: str | None, context: int, single: bool) -> str:
+def _greeting(target: str, draft: str | None, context: int) -> str:
     drafter = f"drafts by {draft}" if draft else "no draft model"
     lines = [f"{target}, {drafter}, {context} tokens of context. {HOW_TO}"]
-    if single:
+    if target in TINY_PAIR:
         from simsd import tasks
 
         lines.append("It is tiny, and knows four kinds of questions, each by itself, such as:")
         lines += [f"  {tasks.held_out(family, 1)[0].prompt}" for family in tasks.FAMILIES]
+    elif target in LONG_PAIR:
+        lines.append("It is tiny, and knows numbered questions, several lines in one prompt: ask it by simsd generate.")
     return "\n".join(lines)

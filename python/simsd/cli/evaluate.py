@@ -180,7 +180,7 @@ def _answers(question: Question, measurement: Measurement) -> dict[str, Any]:
     modes = {
         mode: {
             "text": result.text,
-            "right": measurement.item.is_correct(result.text or ""),
+            "right": measurement.item.grade(result.text or ""),
             "finish_reason": result.finish_reason,
             "tokens": len(result.tokens),
             "target_forwards": result.stats.target_forwards,

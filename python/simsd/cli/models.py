@@ -16,11 +16,10 @@ from rich.markup import escape
 from simsd.cli import streams
 from simsd.errors import SimsdError
 from simsd.models.families import FAMILIES, REFUSALS, of_checkpoint
+from simsd.models.folders import BUILT_IN, PAIR
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-PAIR = Path(__file__).parents[1] / "pair"
 
 
 def models(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
@@ -85,9 +84,7 @@ def show_table(console: Console, title: str, columns: tuple[str, ...], rows: lis
 
 def built_in_models() -> list[dict[str, Any]]:
     """Each built-in model with its size, read without loading it; never raises."""
-    from simsd.cli.options import DRAFT, TARGET
-
-    return [{"name": name} | describe(PAIR / name) for name in (TARGET, DRAFT)]
+    return [{"name": name} | describe(PAIR / name) for name in BUILT_IN]
 
 
 def cache_folder() -> Path:

@@ -22,11 +22,13 @@ from simsd.config import (
 )
 from simsd.errors import SimsdError
 from simsd.models.families import FAMILIES
+from simsd.models.folders import BUILT_IN, LONG_PAIR, TINY_PAIR
 
 if TYPE_CHECKING:
     from simsd.models.loading import LoadedModel
 
-TARGET, DRAFT = "tiny-target", "tiny-draft"
+TARGET = TINY_PAIR[0]
+DRAFT_OF = dict((TINY_PAIR, LONG_PAIR))
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZE = ("int8", "int4", "float8")
 DEFAULTS = GenerationConfig()
@@ -55,12 +57,14 @@ def _draw(name: str, help: str, **more):
     return _option(name, help, "Sampling", **more)
 
 
-Target = Annotated[
-    str, _model("target", "Built-in name, checkpoint folder or hub id (see simsd models).", (TARGET, DRAFT))
-]
+Target = Annotated[str, _model("target", "Built-in name, checkpoint folder or hub id (see simsd models).", BUILT_IN)]
 Draft = Annotated[
     str | None,
-    _model("draft", f"The same for the draft, or none; {DRAFT} goes with {TARGET}, else none.", (DRAFT, "none")),
+    _model(
+        "draft",
+        "The same for the draft, or none; if not given, the one that goes with a built-in target.",
+        (*DRAFT_OF.values(), "none"),
+    ),
 ]
 Dtype = Annotated[str, _model("dtype", "auto (as stored), float32, bfloat16 or float16.", DTYPES)]
 Device = Annotated[str, _model("device", "auto (cuda if there is one), cpu, cuda ...")]
@@ -155,9 +159,9 @@ def config_from(values: dict[str, Any]) -> GenerationConfig:
 
 
 def draft_name(target: str, draft: str | None) -> str | None:
-    """The draft to load: as given, the built-in one for the built-in target, or None."""
+    """The draft to load: as given, the one that goes with a built-in target, or None."""
     if draft is None:
-        return DRAFT if target == TARGET else None
+        return DRAFT_OF.get(target)
     return None if draft.lower() == "none" else draft
 
 
@@ -168,7 +172,7 @@ def load_models(
     and the threads for `batch` sequences at a time."""
     for option, value in (("target", target), ("draft", draft)):
         if value == "":
-            raise SimsdError(f"--{option} is empty: give a built-in name ({TARGET}, {DRAFT}), a folder or a hub id")
+            raise SimsdError(f"--{option} is empty: give a built-in name ({', '.join(BUILT_IN)}), a folder or a hub id")
 
     import torch
 

@@ -37,8 +37,8 @@ class SimsdLM(TemplateLM):
     """Generates by `simsd.Engine`, natively or speculatively, and scores by `Scorer`.
 
     Args:
-        pretrained: the target: "tiny-target", "tiny-draft", a checkpoint folder or a hub id.
-        draft: the same for the draft, or "none"; auto: "tiny-draft" for "tiny-target", else none.
+        pretrained: the target: a built-in name ("tiny-target", "long-target" ...), a checkpoint folder or a hub id.
+        draft: the same for the draft, or "none"; auto: the one that goes with a built-in target, else none.
         dtype: auto (as stored), float32, bfloat16 or float16.
         device: auto (cuda if there is one), cpu, cuda ...
         batch_size: requests at a time, or "auto" (8); `max_batch` by another name.

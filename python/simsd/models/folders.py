@@ -7,7 +7,10 @@ from pathlib import Path
 
 from simsd.errors import NotFoundError, SimsdError, one_line
 
-BUILT_IN = ("tiny-target", "tiny-draft")
+# A built-in target and its draft, trained on the questions of `simsd.tasks` and of `simsd.questionnaires`.
+TINY_PAIR = "tiny-target", "tiny-draft"
+LONG_PAIR = "long-target", "long-draft"
+BUILT_IN = (*TINY_PAIR, *LONG_PAIR)
 PAIR = Path(__file__).parents[1] / "pair"
 # With the tokenizer's files: Qwen2's slow ones are vocab.json, merges.txt and added_tokens.json.
 _DOWNLOADED = ("*.json", "*.safetensors", "*.jinja", "merges.txt", "vocab.txt", "tokenizer.model")
@@ -40,7 +43,7 @@ def find(
     if folder.exists():
         raise SimsdError(f"{folder} is a file: give the checkpoint's folder")
     if isinstance(source, Path) or str(source).count("/") != 1 or str(source).startswith((".", "~", "/")):
-        raise NotFoundError(f"no checkpoint {str(source)!r}: not a folder, nor {' or '.join(BUILT_IN)}, nor a hub id")
+        raise NotFoundError(f"no checkpoint {str(source)!r}: not a folder, nor {', '.join(BUILT_IN)}, nor a hub id")
     return _download(str(source), revision, cache_dir, token, local_files_only)
 
 

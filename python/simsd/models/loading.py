@@ -139,12 +139,13 @@ def load(
     `simsd.generate` does what its own `GenerationConfig` says: greedy, by default.
 
     Args:
-        source: "tiny-target" or "tiny-draft" (the built-in pair), a checkpoint folder in Hugging Face format, a hub id,
-            the folder or hub id of an adapter (LoRA), which peft merges into the model that its adapter_config.json
-            names, or a module in memory with a family's parameter names and `.config`, whose weights are shared, not
-            copied (unless `dtype` or `device` moves them). One of our own, ready to decode, is taken itself. The
-            matrices of experts held one by one are packed, and query, key and value matrices as well as gate and up
-            matrices laid side by side; the module is left with views of these.
+        source: "tiny-target", "tiny-draft", "long-target" or "long-draft" (the built-in pairs, for short and for long
+            answers), a checkpoint folder in Hugging Face format, a hub id, the folder or hub id of an adapter (LoRA),
+            which peft merges into the model that its adapter_config.json names, or a module in memory with a family's
+            parameter names and `.config`, whose weights are shared, not copied (unless `dtype` or `device` moves them).
+            One of our own, ready to decode, is taken itself. The matrices of experts held one by one are packed, and
+            query, key and value matrices as well as gate and up matrices laid side by side; the module is left with
+            views of these.
         dtype: "float32", "bfloat16", "float16" or the torch dtype, to which every weight is cast; None or "auto": as
             transformers has it, the configuration's dtype, else that of the first tensor in the file.
         device: of the model; None: CPU, or the module's.
