@@ -170,6 +170,8 @@ def run(plan: dict[str, float], budget: float, folder: Path, given: argparse.Nam
             return
         whole = report.merge(reports.get(path) or report.load(path), machine, name, result)
         reports[path] = whole | {"rehearsal": given.rehearse}
+        if report.on_cpu(name) and registry.BENCHMARKS[name].picture:
+            draw(name, result, path.with_suffix(".svg"))
         report.save(path, reports[path])
         statuses.append(result["status"])
         if report.on_cpu(name):
@@ -207,6 +209,15 @@ def run(plan: dict[str, float], budget: float, folder: Path, given: argparse.Nam
         report.pack(logs, archive_of(path))
     wrong = [problem for whole in reports.values() for problem in report.wrong(whole)]
     return 0 if all(status.startswith("done") for status in statuses) and not wrong else 1
+
+
+def draw(name: str, result: dict, path: Path) -> None:
+    """The picture of a benchmark's rows; its result says that there is one."""
+    try:
+        registry.BENCHMARKS[name].draw(result["rows"], path)
+        result["picture"] = path.name
+    except ImportError:
+        print(f'{name}: no picture: it takes matplotlib, pip install "simsd-kernels[plot]"', flush=True)
 
 
 def checked(logs: Path, deadline: float, kind: str, commit: str | None) -> dict:
