@@ -168,10 +168,10 @@ def run(plan: dict[str, float], budget: float, folder: Path, given: argparse.Nam
             statuses.append(result["status"])
             print(f"{name}: {result['status']}; the results that there were stay", flush=True)
             return
+        if registry.BENCHMARKS[name].picture:
+            draw(name, result, path.with_suffix(".svg"))
         whole = report.merge(reports.get(path) or report.load(path), machine, name, result)
         reports[path] = whole | {"rehearsal": given.rehearse}
-        if report.on_cpu(name) and registry.BENCHMARKS[name].picture:
-            draw(name, result, path.with_suffix(".svg"))
         report.save(path, reports[path])
         statuses.append(result["status"])
         if report.on_cpu(name):
@@ -212,7 +212,8 @@ def run(plan: dict[str, float], budget: float, folder: Path, given: argparse.Nam
 
 
 def draw(name: str, result: dict, path: Path) -> None:
-    """The picture of a benchmark's rows; its result says that there is one."""
+    """The picture of a benchmark's rows, beside its results, which say that there is one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         registry.BENCHMARKS[name].draw(result["rows"], path)
         result["picture"] = path.name

@@ -41,9 +41,9 @@ def save(rows: list[dict], path: Path) -> None:
 def _panel(axes, title: str, rows: list[dict]) -> None:
     axes.set_title(title, fontsize=10)
     rows = sorted(rows, key=lambda row: row["max_rows"])
-    for name in rows[0]["contestants"] if rows else ():
+    for name in rows[0]["shapes"] if rows else ():
         colour, line = LINES[name]
-        ratios = [row["contestants"][name]["forwards_ratio"] for row in rows]
+        ratios = [row["shapes"][name]["forwards_ratio"] for row in rows]
         whose = "ours, " if colour == OURS else ""
         axes.plot([row["max_rows"] for row in rows], ratios, line, marker="o", ms=3, color=colour, label=whose + name)
     axes.set_xscale("log", base=2)

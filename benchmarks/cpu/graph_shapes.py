@@ -45,9 +45,9 @@ OURS = ("self", "model", "auto")
 TABLE = Table(
     [
         *(("block", "{block_length}"), ("T", "{temperature:g}"), ("rows", "{max_rows}")),
-        *((name, f"{{contestants[{name}][forwards_ratio]:.3f}}") for name in (*BASELINES, *OURS)),
+        *((name, f"{{shapes[{name}][forwards_ratio]:.3f}}") for name in (*BASELINES, *OURS)),
         ("ours/best", "{over_best:.2f}"),
-        *((f"draft, {name}", f"{{contestants[{name}][draft_ratio]:.2f}}") for name in ("model", "auto")),
+        *((f"draft, {name}", f"{{shapes[{name}][draft_ratio]:.2f}}") for name in ("model", "auto")),
     ]
 )
 
@@ -151,7 +151,7 @@ def measure(
                 "temperature": settings.temperature,
                 "max_rows": rows,
                 "native_rows": statistics.fmean(own[1] for own in native.values()),
-                "contestants": {name: made[name] for name in (*BASELINES, *OURS)},
+                "shapes": {name: made[name] for name in (*BASELINES, *OURS)},
                 "over_best": min(made[name]["forwards_ratio"] for name in OURS) / best,
             }
         )
@@ -228,7 +228,7 @@ def report(bench: Bench, records: list[dict]) -> None:
     """A row for each record."""
     for record in records:
         bench.row(TABLE, **record)
-        same = statistics.fmean(record["contestants"][name]["same_text"] for name in ENGINE)
+        same = statistics.fmean(record["shapes"][name]["same_text"] for name in ENGINE)
         if same < 1:
             length, temperature = record["block_length"], record["temperature"]
             bench.note(f"ONLY {same:.1%} of the engine's texts are native's at block {length}, T {temperature:g}")
