@@ -60,7 +60,7 @@ def test_the_order_tree_branches_where_the_order_is_open_and_not_where_it_is_cer
 
 
 def test_no_state_is_taken_twice_and_a_doubtful_token_comes_later():
-    one = block([0, 1, 2, 3], [3.0, 2.9, -2.0, -2.0])
+    one = block([0, 1, 2, 3], [3.0, 3.0, -2.0, -2.0])
     states = order_tree(one, one.seen[0], FRESH, 16)
     assert len(states) == len(set(states)) == 15  # every set but the empty one; the finished block costs two
     assert sets(states)[:3] == [{0}, {1}, {0, 1}]
@@ -79,7 +79,7 @@ def test_a_calibrated_graph_has_the_order_that_calibration_met_whatever_the_conf
     known = [[block([0, 3, 2, 1], [4.0, 3.0, 2.0, 1.0])]] * 3 + [[block([0, 1, 2, 3], [4.0, 3.0, 2.0, 1.0])]]
     graph = CalibratedGraph(known)
     new = block([2, 0, 1, 3], [7.0, 1.0, 8.0, 5.0])  # behind position 2: ranks 0, 3, 1
-    assert sets(graph(new, new.seen[0], new.path[1], 3)) == [{1, 2}, {1, 2, 3}, {0, 2}]
+    assert sets(graph(new, new.seen[0], new.path[1], 5)) == [{1, 2}, {1, 2, 3}, {0, 1, 2, 3}, {0, 2}]
 
 
 def test_a_calibrated_graph_names_tokens_by_rank_too():
@@ -152,10 +152,15 @@ def test_a_plan_that_takes_more_than_its_rows_is_refused():
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("length", [4, 8, 16])
 def test_the_replayed_self_chain_takes_the_forwards_that_the_engine_takes(length, temperature):
-    """The built-in target's own chain, run in the engine and replayed along native's path: the same forwards."""
+    """The built-in target's own chain, run in the engine and replayed along native's path: the same forwards.
+
+    With noise, without end tokens: there a proposal is drawn anew in each state, and the engine takes the text for
+    ended where an earlier one of the same block ended it: it leaves out the next block, to which the replay goes on.
+    """
     target = simsd.load("tiny-target")
     prompts = [target.encode_prompt(task.prompt) for family in tasks.FAMILIES for task in tasks.held_out(family, 2)]
     settings = {"max_new_tokens": 48, "block_length": length, "temperature": temperature, "seed": 0}
+    settings |= {"end_token_ids": ()} if temperature else {}
     native, _, texts = shapes.decode_natively(target, prompts, simsd.GenerationConfig(**settings, verify="none"))
     assert [sum(len(one.seen) for one in text) for text in texts] == [r.stats.target_forwards for r in native]
     for rows in (32, 128):

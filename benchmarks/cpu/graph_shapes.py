@@ -6,8 +6,8 @@ drafts: a block's length for each state, and as much again for the finished bloc
 in the draft model's order, run in the engine, and every text is compared with native's. The others are replayed along
 native's path (`traces`, `planners`), which exact verification never leaves.
 
-Counts forwards and rows, no time, so other work on the machine changes nothing, but for `auto`, which drafts as measured
-times make it pay.
+Counts forwards and rows, no time, so other work on the machine changes nothing. All but `auto` spend what rows they
+have; `auto` drafts where measured times make it pay, which for a small model on a CPU may be nowhere.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def measure(
         made = {name: replayed(native, planner, rows, settings.block_length) for name, planner in planners.items()}
         for name, own in ENGINE.items():
             config = changed(max_rows=rows, **own)
-            done = {family: decode(target, draft, prompts, config, RowCounter()) for family, prompts in families.items()}
+            done = {family: decode(target, draft, asked, config, RowCounter()) for family, asked in families.items()}
             made[name] = decoded(native, done)
         best = min(made[name]["forwards_ratio"] for name in BASELINES)
         records.append(

@@ -123,7 +123,7 @@ def _by_confidence(seen: Seen, root: State) -> list[int]:
 
 
 def _journey(block: Block, at: int) -> list[Node]:
-    """The nodes that native decoding passes from path[at] on, until one that a graph cannot name or that leads nowhere."""
+    """The nodes that native decoding passes from path[at] on, until one that no graph names or that leads nowhere."""
     root, seen = block.path[at], block.seen[at - 1]
     ranks, nodes, node = _by_confidence(seen, root), [], ()
     for before, after in zip(block.path[at:], block.path[at + 1 :], strict=False):
@@ -137,7 +137,7 @@ def _journey(block: Block, at: int) -> list[Node]:
 
 
 def _ranked(left: int, journeys: list[list[Node]]) -> list[Node]:
-    """Nodes, best first: each time the one at which most journeys stand that all nodes before have let pass, per row."""
+    """Nodes, best first: each time the one at which most journeys stand, per row, which then go on to their next."""
     waiting: dict[Node, list[tuple[list[Node], int]]] = collections.defaultdict(list)
 
     def arrive(journey: list[Node], step: int) -> None:
