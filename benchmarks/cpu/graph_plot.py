@@ -50,6 +50,6 @@ def _panel(axes, title: str, rows: list[dict]) -> None:
     ticks = [row["max_rows"] for row in rows]
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1)
     axes.grid(alpha=0.3)
     axes.set_xlabel("rows for drafted states", fontsize=8)
