@@ -132,9 +132,11 @@ def measure(
     }
     native = {name: decode_natively(target, prompts, changed(verify="none")) for name, prompts in families.items()}
     known = [target.encode_prompt(item.prompt) for item in calibration]
+    # One at a time: with noise, what is kept of a text are its logits.
+    texts = (text for prompt in known for text in decode_natively(target, [prompt], changed(verify="none"))[2])
     planners = {
         "self chain": self_chain,
-        "calibrated graph": CalibratedGraph(decode_natively(target, known, changed(verify="none"))[2]),
+        "calibrated graph": CalibratedGraph(texts),
         "order tree": order_tree,
     }
     records = []

@@ -91,7 +91,7 @@ class Recorder:
             return
         epoch, start, length = int(slots.request_epoch[0]), int(slots.start[0]), slots.length
         state = tuple(torch.where(rows >= 0, MASKED, slots.text[0, start : start + length]).tolist())
-        seen = _seen(logits[rows.clamp(min=0).long()], plan.state_revealed[0, :1], slots, shape)
+        seen = _seen(logits, rows, plan.state_revealed[0, :1], slots, shape)
         if self._at[0] != epoch:
             self.texts.append([])
         if self._at != (epoch, start):
@@ -107,23 +107,24 @@ class Recorder:
         block.path.append(put(state, at, seen.drawn.token[at]))
 
 
-def _seen(logits: Tensor, revealed: Tensor, slots: Slots, shape: Shape) -> Seen:
-    """logits: [L, V]; revealed: int64 [1], of the state that they are of."""
-    length = len(logits)
-    settings = [x[:1].clone().expand(length) for x in (slots.temperature, slots.top_k, slots.top_p, slots.seed)]
-    position, banned = slots.span(slots.start)[0].clone(), slots.banned(shape.allowed_ids)
+def _seen(logits: Tensor, rows: Tensor, revealed: Tensor, slots: Slots, shape: Shape) -> Seen:
+    """rows: int32 [L], of the masked positions, -1 elsewhere; revealed: int64 [1], of the state that they are of."""
+    length, at = len(rows), (rows >= 0).nonzero().squeeze(1)
+    logits, position = logits[rows[at].long()], slots.span(slots.start)[0, at]  # copies
+    settings = [x[:1].clone().expand(len(at)) for x in (slots.temperature, slots.top_k, slots.top_p, slots.seed)]
+    banned = slots.banned(shape.allowed_ids)
 
-    def sample(rows: Tensor, key: Tensor) -> Drawn:
-        out = kernels.sample_logits(rows, *settings, position, key.expand(length), banned)
-        return Drawn(*(x.tolist() for x in out[:3]))
+    def sample(logits: Tensor, key: Tensor) -> Drawn:
+        out = kernels.sample_logits(logits, *settings, position, key.expand(len(at)), banned)
+        return Drawn(*(x.new_zeros(length).scatter(0, at, x).tolist() for x in out[:3]))
 
     drawn = sample(logits, revealed)
     if slots.temperature[0] > 0:
         return Seen(drawn, [], lambda key: sample(logits, torch.tensor([key])))
-    likeliest, rest = [drawn.token], logits.clone()
+    likeliest = [drawn.token]
     while len(likeliest) < ALTERNATIVES:
-        rest.scatter_(1, torch.tensor(likeliest[-1])[:, None], -torch.inf)
-        likeliest.append(sample(rest, revealed).token)
+        logits.scatter_(1, torch.tensor(likeliest[-1])[at, None], -torch.inf)
+        likeliest.append(sample(logits, revealed).token)
     return Seen(drawn, list(map(list, zip(*likeliest, strict=True))), lambda _: drawn)
 
 
