@@ -72,8 +72,8 @@ BENCHMARKS = {
         "Target forwards over native's (mean of families), exact, where each may hold `rows` rows of drafted states."
         " Others' choice of states, replayed along native's path: the self chain (SSD, FreeDave), a graph calibrated"
         " offline (Spiffy), a tree of orders (SPOT's shape); in the engine: a chain in the draft model's order, and"
-        " ours, by who drafts. Ours/best: the best of ours over the best of the others. Draft: draft forwards over"
-        " native's target forwards.",
+        " ours, by who drafts. Ours/best: the best of ours over the best of the others, without auto, which drafts"
+        " where measured times make it pay. Draft: draft forwards over native's target forwards.",
         {
             "threads": 1,
             "pair": "long",
