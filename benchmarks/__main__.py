@@ -171,6 +171,8 @@ def run(plan: dict[str, float], budget: float, folder: Path, given: argparse.Nam
         whole = report.merge(reports.get(path) or report.load(path), machine, name, result)
         reports[path] = whole | {"rehearsal": given.rehearse}
         report.save(path, reports[path])
+        if registry.BENCHMARKS[name].picture and result["rows"]:  # behind the figures, which it must not cost
+            draw(name, reports[path], path)
         statuses.append(result["status"])
         if report.on_cpu(name):
             print(f"\n{report.markdown(reports[path])}")
@@ -207,6 +209,18 @@ def run(plan: dict[str, float], budget: float, folder: Path, given: argparse.Nam
         report.pack(logs, archive_of(path))
     wrong = [problem for whole in reports.values() for problem in report.wrong(whole)]
     return 0 if all(status.startswith("done") for status in statuses) and not wrong else 1
+
+
+def draw(name: str, whole: dict, path: Path) -> None:
+    """The picture of a benchmark's rows beside its report at `path`, which then shows it."""
+    picture, result = path.with_suffix(".svg"), whole["benchmarks"][name]
+    try:
+        registry.BENCHMARKS[name].draw(result["rows"], picture)
+    except ImportError:
+        print(f'{name}: no picture: it takes matplotlib, pip install "simsd-kernels[plot]"', flush=True)
+        return
+    result["picture"] = picture.name
+    report.save(path, whole)
 
 
 def checked(logs: Path, deadline: float, kind: str, commit: str | None) -> dict:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from collections.abc import Callable
+from pathlib import Path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +21,8 @@ class Benchmark:
         short: what a rehearsal has in the place of some; a GPU's benchmarks take theirs from `Bench.tiny`.
         device: "cpu" or "gpu". seconds: of a GPU's run that it should have; on the CPU it takes what it takes.
         asked: whether it runs only where it is named.
+        picture: what draws its rows into an SVG file, NAME.svg beside its results, as "module:function"; called with
+            the rows and the path.
     """
 
     run: str
@@ -29,10 +32,19 @@ class Benchmark:
     device: str = "cpu"
     seconds: float = float("inf")
     asked: bool = False
+    picture: str = ""
 
     def function(self) -> Callable:
-        module, _, name = self.run.partition(":")
-        return getattr(importlib.import_module(f"benchmarks.{module}"), name)
+        return _named(self.run)
+
+    def draw(self, rows: list[dict], path: Path) -> None:
+        """Only where there is a picture; needs matplotlib."""
+        _named(self.picture)(rows, path)
+
+
+def _named(place: str) -> Callable:
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(f"benchmarks.{module}"), name)
 
 
 def of_a_gpu(run: str, seconds: float, about: str) -> Benchmark:
@@ -57,18 +69,33 @@ BENCHMARKS = {
     ),
     "graph_shapes": Benchmark(
         "cpu.graph_shapes:run",
-        "Target forwards over native's at the same block length (mean of families), and the mean rows of one, prompts"
-        " left out. Chain: drafted states in the draft's own order. Graph: the most probable states in any order."
-        " Draft: draft forwards over native's target forwards, with the graph.",
+        "Target forwards over native's (mean of families), exact, where each may hold `rows` rows of drafted states."
+        " Others' choice of states, replayed along native's path: the self chain (SSD, FreeDave), a graph calibrated"
+        " offline (Spiffy), a tree of orders (SPOT's shape); in the engine: a chain in the draft model's order, and"
+        " ours, by who drafts. Ours/best: the best of ours over the best of the others, without auto, which drafts"
+        " where measured times make it pay. Draft: draft forwards over native's target forwards.",
         {
-            "items": 10,
+            "threads": 1,
+            "pair": "long",
+            "items": 20,
+            "calibration": 200,
             "families": ["arithmetic", "code", "facts", "choice"],
-            "block_lengths": [4, 8, 16],
-            "max_rows": [32, 64, 128],
-            "lookaheads": [1, 2],
-            "max_new_tokens": 96,
+            "block_lengths": [4, 8, 16, 32],
+            "max_rows": [128, 512],
+            "temperatures": [0.0, 0.8],
+            "max_new_tokens": 128,
         },
-        {"items": 1, "families": ["facts"], "block_lengths": [4], "max_rows": [32], "max_new_tokens": 8},
+        {
+            "pair": "tiny",
+            "items": 1,
+            "calibration": 2,
+            "families": ["facts"],
+            "block_lengths": [4],
+            "max_rows": [32],
+            "temperatures": [0.0],
+            "max_new_tokens": 8,
+        },
+        picture="cpu.graph_plot:save",
     ),
     "useless_draft": Benchmark(
         "cpu.useless_draft:run",

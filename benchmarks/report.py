@@ -220,7 +220,8 @@ def alone(name: str, result: dict, machine: dict, warning: list[str]) -> list[st
     where = ", ".join(filter(None, [result.get("date"), known]))
     status = "" if result["status"] == "done" else f" {result['status']}."
     lines = [result["about"], "", *warning, f"{made}{where and f': {where}'}.{status}", ""]
-    return [*lines, *tables_of(result), *notes_of(result)]
+    picture = [f"![{name}]({result['picture']})", ""] if "picture" in result else []
+    return [*lines, *tables_of(result), *picture, *notes_of(result)]
 
 
 def _facts(found: dict) -> str:

@@ -148,6 +148,30 @@ def test_a_benchmark_that_fails_at_once_leaves_the_results_that_there_were(tmp_p
     assert (tmp_path / "loop.json").read_text() == "{}"
 
 
+@pytest.fixture
+def rows_of_graph_shapes(in_place_of_runs):
+    shapes = dict.fromkeys(("self chain", "auto"), {"forwards_ratio": 0.5})
+    rows = [{"table": "", "block_length": 4, "temperature": 0.0, "max_rows": 32, "shapes": shapes}]
+    in_place_of_runs(lambda name, *_: result_of(name) | {"rows": rows, "tables": {"": [["block", "{block_length}"]]}})
+
+
+def test_a_picture_lies_beside_the_results_that_show_it(tmp_path, rows_of_graph_shapes):
+    pytest.importorskip("matplotlib")
+    assert command.main(["graph_shapes", "--out", str(tmp_path)]) == 0
+    assert "<svg" in (tmp_path / "graph_shapes.svg").read_text()
+    page = (tmp_path / "graph_shapes.md").read_text()
+    assert "![graph_shapes](graph_shapes.svg)" in page
+    assert page == report.markdown(report.load(tmp_path / "graph_shapes.json"))
+
+
+def test_without_matplotlib_the_results_are_kept_without_a_picture(tmp_path, rows_of_graph_shapes, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert command.main(["graph_shapes", "--out", str(tmp_path)]) == 0
+    assert "graph_shapes: no picture: it takes matplotlib, pip install" in capsys.readouterr().out
+    assert "![" not in (tmp_path / "graph_shapes.md").read_text()
+    assert {path.name for path in tmp_path.glob("graph*")} == {"graph_shapes.json", "graph_shapes.md"}
+
+
 def test_the_time_of_a_cpu_benchmark_is_not_taken_from_those_of_a_gpu(tmp_path, monkeypatch, in_place_of_runs):
     clock, given = iter(range(0, 10**6, 100)), {}
     monkeypatch.setattr(command.time, "monotonic", lambda: next(clock))
