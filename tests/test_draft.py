@@ -236,6 +236,15 @@ def test_the_target_s_own_proposal_replaces_one_that_stands(target, draft):
     assert batch.slots.draft_sharpness[:, 0].tolist() == [1.0, 0.25, 0.25]
 
 
+def test_where_the_proposal_that_it_replaces_ended_the_text_is_forgotten(target, draft):
+    """Else the block behind would never be among the rows."""
+    shape = shape_of(2, self_draft=True, keeps_logits=True)
+    batch = with_last_logits(target, draft, shape)
+    batch.slots.draft_end.fill_(1)
+    from_last_logits(batch, shape, mode=[SELF_DRAFT, SELF_DRAFT, MODEL_DRAFT])
+    assert batch.slots.draft_end.tolist() == [NO_END, NO_END, 1]
+
+
 @pytest.mark.parametrize("why", ["it was not asked", "it does not run", "nothing is known of it"])
 def test_the_target_drafts_for_no_slot_but_those_that_it_should(target, draft, why):
     shape = shape_of(1, self_draft=True, keeps_logits=True)

@@ -17,6 +17,7 @@ from simsd.decode.shift import shifted, with_last_row
 from simsd.decode.slots import Slots
 from simsd.models.attention import unchecked
 from simsd.models.runner import ModelRunner
+from simsd_kernels.advance_slots.api import NO_END
 from simsd_kernels.ops import serving
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def from_last_logits(slots: Slots, commands: Commands, target: ModelRunner, shap
     own = (commands.mode == SELF_DRAFT) | (commands.mode == LOOKUP_DRAFT)
     chosen = own & (commands.runs > 0) & (slots.last_rows >= 0).any(1)
     rows = torch.where(chosen[:, None], slots.last_rows, -1)
+    slots.draft_end.masked_fill_(chosen, NO_END)  # of the proposal that this one replaces
     _keep_logits(slots, target.last_logits, rows, 0, shape)
     _finish(slots, target.last_logits, rows, slots.revealed, slots.step, 0, shape)
     _set_sharpness(slots, chosen, 0, OWN)
