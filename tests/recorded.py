@@ -43,6 +43,7 @@ class Batch:
         self.slots = Slots(
             *(count, length, aligned(capacity, length), lookahead, STOP_IDS, target.device),
             top_logprobs=top_logprobs,
+            states=max(shape.states for shape in shapes),
         )
         self.slots.ban(target.banned_ids, target.vocab_size)
         if any(shape.noise for shape in shapes):

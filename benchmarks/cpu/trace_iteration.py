@@ -352,7 +352,8 @@ def trace(
         models = [name and fake_model(name, block_length, layers) for name in (target, draft)]
         banned = range(models[0].vocab_size - BANNED, models[0].vocab_size)
         lookahead = max(shape.lookahead, 1)
-        slots = Slots(batch, block_length, CAPACITY, lookahead, STOP_IDS, torch.device(DEVICE), top_logprobs)
+        sizes = batch, block_length, CAPACITY, lookahead, STOP_IDS, torch.device(DEVICE)
+        slots = Slots(*sizes, top_logprobs, shape.states)
         slots.ban(banned, models[0].vocab_size)
         if shape.noise:
             slots.allow_noise(models[0].vocab_size, models[0].dtype)

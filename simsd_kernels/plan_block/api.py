@@ -62,6 +62,10 @@ def plan_block(*given, backend: str | None = None, **named) -> Plan:
     finished as drafted leads to the next one: its rows come along and count. Of all that are taken, the best stay that
     fit row_budget and, with the current states, the N rows of logits.
 
+    Of states of the current block that the target has seen, the one that reveals most of what a state reveals, with the
+    same tokens, says what that state draws next. An order head tells how its log-odds change with what is revealed
+    since; a token's probability is then the sigmoid of its log-odds.
+
     With K = 0 the current states are alone, which is also how a draft's own forward is laid out.
 
     Args:
@@ -102,6 +106,7 @@ def check(*arguments) -> None:
             raise ValueError(f"{OP}: draft_logits need temperature, got None")
         if given["seed"] is None:
             validate.within(OP, "temperature", given["temperature"], 0.0, 0.0, "0 without seed")
+    _check_seen(given)
     start = given["start"]
     if start.device.type != "cpu" or torch.compiler.is_compiling():
         return
@@ -111,6 +116,19 @@ def check(*arguments) -> None:
     room = sizes["pending"] * length
     validate.within(OP, "kv_len", kv_len, 0, 2**31 - 1, ">= 0")
     validate.within(OP, "kv_len", start - kv_len, -(2**31), room, f"at most {room} before start, which is pending")
+
+
+def _check_seen(given: dict) -> None:
+    """That what belongs together is there together."""
+    order = [name for name in ("order_shift", "order_pair") if given[name] is not None]
+    seen = [name for name in given if name.startswith("seen_")]
+    missing = [name for name in seen if given[name] is None]
+    if len(order) == 1:
+        raise ValueError(f"{OP}: order_shift and order_pair come together, got only {order[0]}")
+    if missing and (order or len(missing) < len(seen)):
+        raise ValueError(f"{OP}: states seen need all of {', '.join(seen)}, got no {', '.join(missing)}")
+    if not missing and given["draft_logits"] is not None:
+        raise ValueError(f"{OP}: states seen do not go with draft_logits, got both")
 
 
 def obstacle(backend: str, draft_logits: Tensor | None) -> str | None:

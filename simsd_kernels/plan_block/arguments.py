@@ -71,13 +71,15 @@ SIGNATURE = Signature(
         dataclasses.replace(OPTIONS[-1], high=None),
         Argument(
             *("seen_revealed", torch.int64, "B M"),
-            "States of the current block that the target has seen: sets of revealed positions (all of L: no state). What"
-            " it drew in the one nearest to a state is the proposal there, draft_tokens where there is none. Not with"
-            " draft_logits.",
+            "States of the current block that the target has seen: sets of revealed positions (all of L: no state)."
+            " What it drew in the one nearest to a state is the proposal there, draft_tokens where there is none. Not"
+            " with draft_logits.",
             optional=True,
         ),
         Argument(
-            *("seen_tokens", torch.int64, "B M L"), "Their tokens where revealed, elsewhere what it drew ...", optional=True
+            *("seen_tokens", torch.int64, "B M L"),
+            "Their tokens where revealed, elsewhere what it drew ...",
+            optional=True,
         ),
         Argument("seen_prob", torch.float32, "B M L", "... with these probabilities ...", optional=True),
         Argument("seen_log_odds", torch.float32, "B M L", "... log-odds ...", optional=True),

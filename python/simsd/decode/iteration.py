@@ -14,6 +14,7 @@ from torch import Tensor
 
 import simsd_kernels as kernels
 from simsd.decode import draft as drafting
+from simsd.decode import seen as seeing
 from simsd.decode import tops as topping
 from simsd.decode.draft import run_plan
 from simsd.decode.exchange import Commands, Report
@@ -143,8 +144,7 @@ def verify(
         topping.keep(slots, tops, report.finished)
     if shape.keeps_logits:
         target.keep_logits(logits)
-        # Where a slot sat out, its rows are those of other logits.
-        slots.last_rows.masked_fill_((commands.runs == 0).unsqueeze(1), -1)
+        seeing.keep(slots, commands, plan, report.finished)
 
 
 def plan_states(slots: Slots, commands: Commands, target: ModelRunner, shape: Shape) -> kernels.Plan:
@@ -157,6 +157,8 @@ def plan_states(slots: Slots, commands: Commands, target: ModelRunner, shape: Sh
         *(commands.calibration, drafted.sharpness, commands.min_visit_prob, commands.row_budget[:1]),
         *(slots.schedule, slots.steps, slots.strategy, slots.threshold, slots.sub_blocks),
         *drafting.noise_of(slots, shape),
+        *(seeing.seen_states(slots, commands, target, shape) or (None,) * 6),
+        *(None, None),
         target.mask_token_id,
         shape.pending,
         *(shape.states, shape.logits_rows, target.scratch, target.kv_slots, STRIDE),

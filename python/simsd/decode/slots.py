@@ -85,6 +85,8 @@ class Slots:
             the standing proposal, proposal_depth (int32) blocks of it; draft_end: int32, blocks after which the draft
             has ended the text.
         draft_logits: [B, K, L, V], what proposals are drawn from; None until `allow_noise`.
+        seen_revealed: int64 [B, M], seen_tokens: int64, seen_rows: int32 [B, M, L]: states of the current block whose
+            logits are among the target's last ones, in rows as those of last_rows; every bit of a set: no state.
         draft_forwards: int32, forwards of the draft model that the sequence took part in.
         top_ids int32, top_margin float32 [B, L, N]: `Tops` of what is revealed of the current block; None where N, the
             `top_logprobs` ids that are told of each token, is 0.
@@ -99,8 +101,10 @@ class Slots:
         stop_ids: int,
         device: torch.device,
         top_logprobs: int = 0,
+        states: int = 0,
     ) -> None:
-        """`capacity`: positions of the longest sequence, whole blocks. `ban` says before an iteration what it bans."""
+        """`capacity`: positions of the longest sequence, whole blocks. `states`: M, states of a slot whose logits may
+        tell the next iteration. `ban` says before an iteration what it bans."""
         self.count, self.length, self.capacity, self.lookahead = count, length, capacity, lookahead
         self.device, self.top_logprobs = device, top_logprobs
         self._banned: dict[tuple[int, ...], Tensor] = {}
@@ -115,6 +119,9 @@ class Slots:
         )
         self.draft_sharpness = torch.zeros(proposal[:2], dtype=torch.float32, device=device)
         self.draft_logits: Tensor | None = None
+        self.seen_revealed = torch.full((count, states), -1, dtype=torch.int64, device=device)
+        self.seen_tokens = torch.zeros((count, states, length), dtype=torch.int64, device=device)
+        self.seen_rows = torch.full((count, states, length), -1, dtype=torch.int32, device=device)
         self.top_ids: Tensor | None = None
         self.top_margin: Tensor | None = None
         if top_logprobs:

@@ -49,6 +49,7 @@ class Batch:
         self.slots = Slots(
             *(config.max_batch, block_length, capacity, drafted_blocks(config), stop_ids, target.device),
             top_logprobs=min(config.top_logprobs, target.vocab_size),
+            states=places.states,
         )
         self.slots.ban(self._banned, target.vocab_size)
         kept = config.max_batch * places.states * block_length

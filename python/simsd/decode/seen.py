@@ -1,0 +1,75 @@
+"""States of the current block that the target saw in its last forward, visited or not: what it would draw in each is
+the best that is known of the states behind it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+import simsd_kernels as kernels
+from simsd.decode.draft import OWN
+from simsd.decode.exchange import LOOKUP_DRAFT, SELF_DRAFT, Commands
+from simsd.decode.slots import Slots
+from simsd.models.attention import unchecked
+from simsd.models.runner import ModelRunner
+
+if TYPE_CHECKING:
+    from simsd.decode.iteration import Shape
+
+NO_STATE = -1  # a set of everything
+
+
+class Seen(NamedTuple):
+    """M states of each slot's current block as `plan_block` takes them: revealed [B, M], the others but sharpness [B]
+    [B, M, L]."""
+
+    revealed: Tensor
+    tokens: Tensor
+    prob: Tensor
+    log_odds: Tensor
+    entropy: Tensor
+    sharpness: Tensor
+
+
+def keep(slots: Slots, commands: Commands, plan: kernels.Plan, finished: Tensor) -> None:
+    """Notes which states of a forward are of the blocks that are now current, `finished` (int32 [B]) blocks on; to be
+    called when the slots have gone on, where the target keeps that forward's logits."""
+    # Where a slot sat out, its rows are those of other logits.
+    slots.last_rows.masked_fill_((commands.runs == 0).unsqueeze(1), -1)
+    # The walk has ended within the block: what finished blocks it is behind is then as it came.
+    inside = (slots.last_rows >= 0).any(1)
+    of_block = inside[:, None] & (plan.block == finished[:, None])
+    count = plan.block.shape[1]
+    slots.seen_revealed.fill_(NO_STATE)
+    slots.seen_revealed[:, :count] = torch.where(of_block, plan.state_revealed, NO_STATE)
+    slots.seen_rows.fill_(-1)
+    slots.seen_rows[:, :count] = plan.state_rows
+    slots.seen_tokens[:, :count] = plan.states
+
+
+def seen_states(slots: Slots, commands: Commands, target: ModelRunner, shape: Shape) -> Seen | None:
+    """What the target's last logits say of each state, in slots of which the target itself proposes the current block;
+    None where nothing of that is known, or tokens are drawn with noise, which each state has its own of."""
+    if not shape.self_draft or shape.noise:
+        return None
+    logits, device = target.last_logits, slots.device
+
+    def every(value: float, dtype: torch.dtype) -> Tensor:
+        return torch.full((len(logits),), value, dtype=dtype, device=device)
+
+    drawn = unchecked(kernels.sample_logits, device, logits.dtype)(
+        *(logits, every(0, torch.float32), every(0, torch.int32), every(1, torch.float32)),
+        *(every(0, torch.int64), every(0, torch.int32), every(0, torch.int64)),
+        slots.banned(shape.allowed_ids),
+    )
+    row = slots.seen_rows.clamp(min=0).long()
+    token, prob, log_odds, entropy = (x[row] for x in drawn[:4])
+    own = (commands.mode == SELF_DRAFT) | (commands.mode == LOOKUP_DRAFT)
+    own &= (slots.last_rows >= 0).any(1)  # else they are of who had the slot before
+    return Seen(
+        torch.where(own[:, None], slots.seen_revealed, NO_STATE),
+        torch.where(slots.bits_in(slots.seen_revealed), slots.seen_tokens, token),
+        *(prob, log_odds, entropy, slots.order_sharpness[:, OWN]),
+    )

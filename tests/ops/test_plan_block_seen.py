@@ -1,0 +1,192 @@
+"""States that the target has seen say what states behind them draw, and an order head what that changes."""
+
+import math
+
+import pytest
+import torch
+
+from backends import backends
+from plans import SEEN, VOCABULARY, arguments, assert_same, graph, ints, plan, random_case, strided, with_seen
+
+OP = "plan_block"
+LENGTH = 4
+SHARP = 1e6  # leaves of the order only the most probable
+
+
+def seen_by(made, *states, shift=None, pair=None, sharpness=SHARP):
+    """The same where the target has seen states of the only slot's block: set -> (tokens, log-odds)."""
+    sets, tokens, odds = zip(*((bits, t, o) for bits, (t, o) in states), strict=True)
+    log_odds = torch.tensor([odds], dtype=torch.float32)
+    length = log_odds.shape[2]
+    given = {
+        "seen_revealed": torch.tensor([sets]),
+        "seen_tokens": torch.tensor([tokens]),
+        "seen_prob": log_odds.sigmoid(),
+        "seen_log_odds": log_odds,
+        "seen_entropy": torch.zeros_like(log_odds),
+        "seen_sharpness": torch.tensor([sharpness]),
+    }
+    if shift is not None or pair is not None:
+        given["order_shift"] = torch.zeros(1, len(states), length) if shift is None else torch.tensor([shift])
+        given["order_pair"] = torch.zeros(1, len(states), length, length) if pair is None else torch.tensor([pair])
+    return made | given
+
+
+def empty(**given):
+    """A fresh block of four of which the draft proposes the tokens 1 2 3 4, the first one first."""
+    return arguments(
+        *(1, 1, LENGTH),
+        **{
+            "draft_tokens": torch.tensor([[[1, 2, 3, 4]]]),
+            "log_odds": torch.tensor([[[4.0, 3.0, 2.0, 1.0]]]),
+            "prob": torch.full((1, 1, LENGTH), 0.9),
+            "order_sharpness": torch.full((1, 1), SHARP),
+            "blocks_left": ints(1),
+        }
+        | given,
+    )
+
+
+def states(made, backend):
+    return [(bits, tokens) for _, bits, tokens in graph(plan(made, backend))]
+
+
+def test_what_the_target_saw_goes_before_what_is_drafted(backend):
+    made = seen_by(empty(), (0, ([5, 6, 7, 8], [0.0, 1.0, 2.0, 3.0])))
+    assert states(made, backend) == [
+        (0, (None, None, None, None)),
+        (8, (None, None, None, 8)),
+        (12, (None, None, 7, 8)),
+        (14, (None, 6, 7, 8)),
+    ]
+
+
+def test_the_nearest_state_that_leads_to_another_speaks_for_it(backend):
+    fresh = (0, ([5, 6, 7, 8], [3.0, 2.0, 1.0, 0.0]))
+    near = (1, ([5, 16, 17, 18], [0.0, 1.0, 2.0, 3.0]))
+    other_token = (3, ([15, 16, 9, 9], [0.0, 0.0, 2.0, 3.0]))
+    other_set = (6, ([5, 6, 7, 9], [3.0, 0.0, 0.0, 2.0]))
+    for made in (seen_by(empty(), fresh, near, other_token, other_set), seen_by(empty(), other_set, near, fresh)):
+        assert states(made, backend) == [
+            (0, (None, None, None, None)),
+            (1, (5, None, None, None)),
+            (9, (5, None, None, 18)),
+            (13, (5, None, 17, 18)),
+        ]
+
+
+def test_where_none_leads_to_a_state_the_draft_speaks(backend):
+    made = seen_by(empty(), (2, ([0, 3, 0, 0], [9.0] * 4)), (15, ([1, 2, 3, 4], [9.0] * 4)))
+    assert_same(plan(made, backend), plan(empty(), backend))
+    nobody = {
+        name: value[:, :0] if name != "seen_sharpness" else value for name, value in made.items() if name in SEEN[:6]
+    }
+    assert_same(plan(made | nobody, backend), plan(empty(), backend))
+
+
+def test_only_the_current_block_has_been_seen(backend):
+    two = {"draft_tokens": torch.tensor([[[1, 2], [3, 4]]]), "blocks_left": ints(2), "draft_calibration": torch.ones(1)}
+    made = arguments(1, 2, 2, **two)
+    made = seen_by(made, (0, ([1, 2], [1.0, 0.0])))
+    deeper = {tokens for block, _, tokens in graph(plan(made, backend)) if block == 1}
+    assert deeper == {(None, None), (3, None), (None, 4)}
+
+
+def test_a_pair_brings_a_position_forward_once_the_other_is_revealed(backend):
+    saw = (0, ([5, 6, 7, 8], [3.0, 2.0, 1.0, 0.0]))
+    pair = torch.zeros(1, LENGTH, LENGTH)
+    pair[0, 3, 0] = 5.0  # position 3, when 0 is revealed
+    found = states(seen_by(empty(), saw, pair=pair.tolist()), backend)
+    assert [bits for bits, _ in found] == [0, 0b0001, 0b1001, 0b1011]
+
+
+def test_a_shift_counts_behind_the_state_that_was_seen_not_there(backend):
+    saw = (0, ([5, 6, 7, 8], [3.0, 2.0, 1.0, 0.0]))
+    found = states(seen_by(empty(), saw, shift=[[0.0, 0.0, 0.0, 5.0]]), backend)
+    assert [bits for bits, _ in found] == [0, 0b0001, 0b1001, 0b1011]
+
+
+def test_changed_log_odds_say_how_probable_a_token_is(backend):
+    """The second reveal is visited with sigmoid(seen + shift) of the first's."""
+    saw = (0, ([5, 6], [math.log(3.0), 0.0]))
+    drafted = torch.tensor([[[5, 6]]])  # what the block is finished with
+    made = arguments(1, 1, 2, blocks_left=ints(2), max_states=4, draft_tokens=drafted)
+    made = seen_by(made, saw, shift=[[0.0, 1.0]])
+    finished = 0.75 / (1 + math.exp(-1.0))  # no state, but leads to the next block's first: two times 2 rows
+    for floor, count in ((0.75 * 1.001, 1), (0.75 * 0.999, 2), (finished / 2 * 1.001, 2), (finished / 2 * 0.999, 3)):
+        assert len(states(made | {"min_visit_prob": torch.tensor([floor])}, backend)) == count
+
+
+def test_the_order_is_believed_as_far_as_the_sharpness_says(backend):
+    saw = (0, ([5, 6, 7, 8], [3.0, 2.0, 1.0, 0.0]))
+    assert len(states(seen_by(empty(), saw, sharpness=0.0), backend)) == 2**LENGTH - 1
+    assert len(states(seen_by(empty(), saw, sharpness=SHARP), backend)) == LENGTH
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_a_slot_gets_the_same_plan_alone_and_in_company(backend, head):
+    changed = 0
+    for number in range(30):
+        made = with_seen(random_case(number), number, head=head)
+        made["row_budget"] = ints(10**6)
+        made["logits_rows"] = made["text"].shape[0] * made["max_states"] * made["draft_tokens"].shape[2]
+        out = plan(made, backend)
+        changed += not torch.equal(out.states, plan(made | dict.fromkeys(SEEN), backend).states)
+        for b in range(made["text"].shape[0]):
+            own = {n: v[b : b + 1] if torch.is_tensor(v) and n != "row_budget" else v for n, v in made.items()}
+            assert torch.equal(plan(own, backend).states[0], out.states[b])
+    assert changed > 5
+
+
+@backends("cpu", "cuda")
+@pytest.mark.parametrize("head", [False, True])
+@pytest.mark.parametrize("number", range(120))
+def test_same_plan_as_the_reference_to_the_last_bit(backend, number, head):
+    made = with_seen(random_case(number), number, head=head)
+    if number % 5 == 0:
+        for name in ("seen_prob", "seen_log_odds", "seen_entropy", "order_shift", "order_pair"):
+            if made[name] is not None:
+                made[name].view(-1)[number % 3 :: 3] = math.nan
+                made[name].view(-1)[number % 7 :: 7] = math.inf
+    assert_same(plan(strided(made) if number % 3 == 0 else made, backend), plan(made, "reference"))
+
+
+REFUSED = [
+    ({"seen_tokens": None}, ValueError, "states seen need all of seen_revealed, .*got no seen_tokens"),
+    ({"seen_sharpness": None}, ValueError, "got no seen_sharpness"),
+    (dict.fromkeys(SEEN[:6]), ValueError, "states seen need all of"),
+    ({"order_pair": None}, ValueError, "order_shift and order_pair come together, got only order_shift"),
+    (
+        {"draft_logits": torch.zeros(1, 1, 4, 9), "temperature": torch.zeros(1)},
+        ValueError,
+        "do not go with draft_logits",
+    ),
+    ({"seen_revealed": torch.zeros(1, 3, dtype=torch.int64)}, ValueError, "M"),
+    ({"seen_revealed": torch.zeros(1, 1, dtype=torch.int32)}, TypeError, "seen_revealed must be torch.int64"),
+    ({"seen_prob": torch.zeros(1, 1, 3)}, ValueError, r"seen_prob must be \[B, M, L\]"),
+    ({"seen_entropy": torch.zeros(1, 1, 4).double()}, TypeError, "seen_entropy must be torch.float32"),
+    ({"seen_sharpness": torch.tensor([-1.0])}, ValueError, "seen_sharpness must be finite and >= 0, got -1.0"),
+    ({"order_pair": torch.zeros(1, 1, 4)}, ValueError, r"order_pair must be \[B, M, L, L\]"),
+]
+
+
+@pytest.mark.parametrize("changes, error, message", REFUSED)
+def test_what_does_not_fit_together_is_refused(backend, changes, error, message):
+    good = seen_by(empty(), (0, ([5, 6, 7, 8], [3.0, 2.0, 1.0, 0.0])), shift=[[0.0] * LENGTH])
+    plan(good, backend)
+    with pytest.raises(error, match=message):
+        plan(good | changes, backend)
+
+
+@backends("cpu", "cuda")
+def test_compiled_op_refuses_states_that_are_not_whole(backend):
+    good = seen_by(empty(), (0, ([5, 6, 7, 8], [3.0, 2.0, 1.0, 0.0])), shift=[[0.0] * LENGTH])
+    for name in SEEN[1:]:
+        with pytest.raises((RuntimeError, ValueError), match="plan_block: "):
+            torch.ops.simsd.plan_block(**good | {name: None})
+
+
+def test_opcheck():
+    made = with_seen(arguments(batch=2, ahead=2, max_states=4), 0, count=3)
+    assert VOCABULARY > 4
+    torch.library.opcheck(torch.ops.simsd.plan_block, (), made)
