@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simsd.errors import SimsdError
+from simsd.errors import SimsdError, one_line
 from simsd.order.head import OrderHead, bounded
 from simsd.order.traces import Traces
 
@@ -63,7 +64,8 @@ def split(traces: Traces, seed: int) -> tuple[Traces, Traces]:
     Raises SimsdError where one of the two has nothing to tell: no block of two steps.
     """
     prompts = sorted(set(traces.prompt.tolist()))
-    held_out = random.Random(seed).sample(prompts, max(1, round(HELD_OUT * len(prompts))))
+    count = min(max(1, round(HELD_OUT * len(prompts))), len(prompts))
+    held_out = random.Random(seed).sample(prompts, count)
     is_held_out = torch.isin(traces.prompt, torch.tensor(held_out))
     parts = traces.of_blocks(~is_held_out), traces.of_blocks(is_held_out)
     if not all(len(_places(part)) for part in parts):
@@ -124,16 +126,23 @@ def train(
         traces: to train on.
         checkpoint: a file to go on from where it is there, and to keep up to date.
         advance: called with the steps done, from the start and after each.
+
+    Raises:
+        SimsdError: the checkpoint cannot be read.
     """
-    torch.manual_seed(seed)
-    head = OrderHead(traces.block_length)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        head = OrderHead(traces.block_length)
     optimizer = torch.optim.AdamW(head.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     first = 0
     if checkpoint is not None and checkpoint.exists():
-        kept = torch.load(checkpoint, weights_only=True)
-        head.load_state_dict(kept["head"])
-        optimizer.load_state_dict(kept["optimizer"])
-        first = kept["step"]
+        try:
+            kept = torch.load(checkpoint, weights_only=True)
+            head.load_state_dict(kept["head"])
+            optimizer.load_state_dict(kept["optimizer"])
+            first = kept["step"]
+        except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
+            raise SimsdError(f"{checkpoint} cannot be read ({one_line(error)}): remove it, to train anew") from error
     places, rank, final = _places(traces), traces.rank, traces.final
     advance(first)
     for step in range(first, steps):
