@@ -27,7 +27,9 @@ def train_order(
     ],
     prompts: Annotated[
         Path,
-        typer.Argument(help='One prompt per line, or JSON lines with "prompt" or "messages" (.jsonl). A few hundred.'),
+        typer.Argument(
+            help='One prompt per line, or JSON lines with "prompt" or "messages" (.jsonl). Better 1,000 than 100.'
+        ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The file of the head, a new one.")] = Path(
         "order.safetensors"
@@ -43,14 +45,14 @@ def train_order(
     local_files_only: opt.LocalFilesOnly = None,
     max_new_tokens: opt.MaxNewTokens = opt.DEFAULTS.max_new_tokens,
     batch: Annotated[int, typer.Option("--batch", help="Texts to record at a time, at most.")] = 16,
-    steps: Annotated[int, typer.Option("--steps", help="Steps of training.")] = 3000,
+    steps: Annotated[int, typer.Option("--steps", help="Steps of training.")] = 6000,
     temperature: opt.Temperature = opt.DEFAULTS.temperature,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the noise and of training.")] = 0,
 ) -> int:
     """Learn the order in which a model reveals its blocks, for fewer forwards of exact decoding.
 
     The model answers the prompts natively, one token a step, and a small network is trained on what it saw: a tenth of
-    the prompts is held out to judge it by. Texts never depend on it.
+    the prompts is held out to choose and judge it by. Texts never depend on it.
 
     Ctrl-C keeps what is done; the same command goes on from there.
     """

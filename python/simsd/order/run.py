@@ -41,7 +41,7 @@ def train_order_head(
     prompts: Sequence[list[int]],
     file: Path,
     *,
-    steps: int = 3000,
+    steps: int,
     max_new_tokens: int = 256,
     max_batch: int = 16,
     temperature: float = 0.0,
@@ -105,6 +105,7 @@ def train_order_head(
     trained_on, held_out = split(traces, seed)
     head = train(
         trained_on,
+        held_out,
         steps=steps,
         seed=seed,
         checkpoint=folder / "training.pt",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 import random
 from collections.abc import Callable
@@ -17,7 +18,8 @@ from simsd.order.head import OrderHead, bounded
 from simsd.order.traces import Traces
 
 BATCH, LEARNING_RATE, WEIGHT_DECAY, WARMUP_STEPS = 64, 3e-3, 0.01, 50
-CHECKPOINT_STEPS = 100
+CHECKPOINT_STEPS = 100  # from one look at the held-out prompts to the next
+JUDGED_BY = 1000  # of their states, at most
 FADING = 0.9  # of a loss with each further step from the state that was seen
 TOKENS = 0.3  # weight of the loss of which tokens stay
 HELD_OUT = 0.1  # of the prompts
@@ -114,13 +116,15 @@ def loss(head: OrderHead, examples: Examples) -> Tensor:
 
 def train(
     traces: Traces,
+    held_out: Traces,
     *,
     steps: int,
     seed: int = 0,
     checkpoint: Path | None = None,
     advance: Callable[[int], None] = lambda step: None,
 ) -> OrderHead:
-    """Trains a head, the same one for the same traces, steps and seed.
+    """Trains a head, the same one for the same traces, steps and seed: that with the least loss on `held_out` of those
+    that training comes to, the untrained one, which changes nothing, among them.
 
     Args:
         traces: to train on.
@@ -134,15 +138,17 @@ def train(
         torch.manual_seed(seed)
         head = OrderHead(traces.block_length)
     optimizer = torch.optim.AdamW(head.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    first = 0
+    judged_by = _judged_by(held_out)
+    first, best = 0, copy.deepcopy(head)
     if checkpoint is not None and checkpoint.exists():
         try:
             kept = torch.load(checkpoint, weights_only=True)
-            head.load_state_dict(kept["head"])
-            optimizer.load_state_dict(kept["optimizer"])
+            for part, name in ((head, "head"), (optimizer, "optimizer"), (best, "best")):
+                part.load_state_dict(kept[name])
             first = kept["step"]
         except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
             raise SimsdError(f"{checkpoint} cannot be read ({one_line(error)}): remove it, to train anew") from error
+    least = _loss_of(best, judged_by)
     places, rank, final = _places(traces), traces.rank, traces.final
     advance(first)
     for step in range(first, steps):
@@ -153,10 +159,28 @@ def train(
         loss(head, examples_at(traces, rank, final, places[chosen])).backward()
         nn.utils.clip_grad_norm_(head.parameters(), 1.0)
         optimizer.step()
-        if checkpoint is not None and (step + 1) % CHECKPOINT_STEPS == 0:
-            _save(checkpoint, {"head": head.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1})
+        if (step + 1) % CHECKPOINT_STEPS == 0 or step + 1 == steps:
+            now = _loss_of(head, judged_by)
+            if now < least:
+                least, best = now, copy.deepcopy(head)
+            if checkpoint is not None:
+                parts = {"head": head, "optimizer": optimizer, "best": best}
+                kept = {name: part.state_dict() for name, part in parts.items()}
+                _save(checkpoint, kept | {"step": step + 1})
         advance(step + 1)
-    return head.eval()
+    return best.eval()
+
+
+def _judged_by(held_out: Traces) -> Examples:
+    """States evenly spread over all that there are."""
+    places = _places(held_out)
+    spread = torch.linspace(0, len(places) - 1, min(len(places), JUDGED_BY)).long()
+    return examples_at(held_out, held_out.rank, held_out.final, places[spread])
+
+
+@torch.no_grad()
+def _loss_of(head: OrderHead, examples: Examples) -> float:
+    return float(loss(head, examples))
 
 
 def _save(file: Path, kept: dict) -> None:
