@@ -278,4 +278,4 @@ def test_what_cannot_be_learned_from_is_refused(tmp_path, model, prompts, settin
 
 def test_blocks_of_one_token_have_no_order(tmp_path):
     with pytest.raises(SimsdError, match="blocks of 1 token"):
-        train_order_head(random_sdar(0, block_length=1), PROMPTS, tmp_path / "order.safetensors")
+        train_order_head(random_sdar(0, block_length=1), PROMPTS, tmp_path / "order.safetensors", steps=1)

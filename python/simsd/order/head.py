@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from simsd.config import MAX_BLOCK_LENGTH
 from simsd.errors import NotFoundError, SimsdError, one_line
 from simsd.models.loading import LoadedModel
 
@@ -69,7 +70,14 @@ class OrderHead(nn.Module):
         prob, log_odds, entropy = (x.reshape(-1, self.block_length) for x in bounded(prob, log_odds, entropy))
         masked = ~revealed.reshape(-1, self.block_length)
         best = torch.where(masked, log_odds, LOWEST).amax(1, keepdim=True)
-        told = log_odds / 10, log_odds.tanh(), (log_odds - best) / 10, prob, entropy, masked.sum(1, True).div(64)
+        told = (
+            log_odds / 10,
+            log_odds.tanh(),
+            (log_odds - best) / 10,
+            prob,
+            entropy,
+            masked.sum(1, True) / MAX_BLOCK_LENGTH,
+        )
         features = torch.stack([x.expand_as(prob) for x in told], 2) * masked[..., None]
         x = self.read(torch.cat([features, torch.stack([masked, ~masked], 2).to(features)], 2)) + self.place
         for layer in self.layers:
