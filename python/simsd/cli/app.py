@@ -20,6 +20,7 @@ from simsd.cli.info import info
 from simsd.cli.mask import mask
 from simsd.cli.models import models
 from simsd.cli.serve import serve
+from simsd.cli.train_order import train_order
 from simsd.errors import SimsdError
 
 USER_ERRORS = (ValueError, TypeError, RuntimeError, OSError, NotImplementedError, ImportError)
@@ -42,6 +43,7 @@ app.command()(info)
 app.command()(mask)
 app.command()(serve)
 app.command()(batch)
+app.command()(train_order)
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,0 +1,1 @@
+"""The order in which a target reveals a block, learned from its own decoding."""
