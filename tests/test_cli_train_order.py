@@ -40,7 +40,7 @@ def test_a_model_never_seen_trains_its_head_by_one_command(run, model, prompts, 
     for said in ("order head", "log-odds alone", "%"):
         assert said in out
     assert "recording done, 3 prompts" in err and "training done, 20 steps" in err
-    assert shlex.split(last) == ["simsd", "generate", "--target", str(model), "--order", str(output)]
+    assert shlex.split(last) == ["simsd", "generate", "--target", str(model), "--order-head", str(output)]
     assert load_order_head(output, simsd.load(model)).block_length == 8
     assert [file.name for file in tmp_path.iterdir() if "unfinished" in file.name] == []
 

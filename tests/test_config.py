@@ -19,6 +19,8 @@ BAD = [
     ({"lookahead": None}, "lookahead must be an integer"),
     ({"max_rows": -1}, "max_rows must be an integer >= 0, got -1"),
     ({"max_rows": 1.5}, "max_rows"),
+    ({"order_head": ""}, "order_head must be a file of simsd train-order, or None, got ''"),
+    ({"order_head": True}, "order_head must be a file of simsd train-order, or None, got True"),
     ({"max_queue": -1}, "max_queue must be an integer >= 0, got -1"),
     ({"max_queue": True}, "max_queue must be an integer >= 0"),
     ({"max_batch": 0}, "max_batch must be an integer >= 1, got 0"),

@@ -19,10 +19,12 @@ from simsd.config import DRAFTERS, STRATEGIES, VERIFIERS, SamplingParams
 from simsd.decode import iteration
 from simsd.decode.slots import Slots
 from simsd.models import families
+from simsd.order.head import OrderHead, save_order_head
 from simsd_kernels import INF
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+HEAD = "one of the heads"
 QUICK = exactness.every_setting(quick=True)
 
 
@@ -182,6 +184,21 @@ def native_of_another_seed(config: GenerationConfig, seed: int) -> GenerationCon
     return dataclasses.replace(config, verify="none", seed=seed + 1)
 
 
+@pytest.fixture(scope="module")
+def heads(tmp_path_factory):
+    """A file by block length of a head that knows nothing of the model, and says much."""
+    torch.manual_seed(0)
+    files = {}
+    for length in (1, 2, 3, 4, 5, 8):
+        head = OrderHead(length)
+        with torch.no_grad():
+            for parameter in head.parameters():
+                parameter += 0.3 * torch.randn_like(parameter)
+        files[length] = tmp_path_factory.mktemp("heads") / f"{length}.safetensors"
+        save_order_head(head, files[length], exactness_settings.model("block 4"), {})
+    return files
+
+
 @st.composite
 def cases(draw) -> tuple[str | None, GenerationConfig, list[list[int]], list[int], int]:
     length = draw(st.sampled_from((1, 2, 3, 4, 5, 8)))
@@ -205,6 +222,7 @@ def cases(draw) -> tuple[str | None, GenerationConfig, list[list[int]], list[int
         order_sharpness=draw(st.sampled_from((0.0, 0.5, 8.0))),
         draft_steps=draw(st.none() | st.integers(1, length)),
         end_token_ids=draw(st.sampled_from((None, (), (3, 17, 40)))),
+        order_head=draw(st.none() | st.just(HEAD)),
     )
     token = st.integers(1, exactness_settings.END - 1)
     prompts = draw(st.lists(st.lists(token, min_size=1, max_size=11), min_size=1, max_size=5))
@@ -214,8 +232,10 @@ def cases(draw) -> tuple[str | None, GenerationConfig, list[list[int]], list[int
 
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(cases())
-def test_any_setting_gives_the_native_text(case):
+def test_any_setting_gives_the_native_text(heads, case):
     draft, config, prompts, seeds, batch = case
+    if config.order_head is not None:
+        config = dataclasses.replace(config, order_head=heads[config.block_length])
     target = exactness_settings.model("block 4")
     draft = None if draft is None else exactness_settings.model(f"block 4/{draft}")
     exact = exactness.decode(Decoder(target, prompts, draft, config, seeds=seeds, max_batch=batch))

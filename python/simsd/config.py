@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -224,6 +225,8 @@ class EngineConfig:
             its own. None: on the target's device, in its turn. Texts of exact verification do not depend on it.
         top_logprobs: ids, 0 to 20, that `Result.top_logprobs` tells of each token: the most probable ones under the
             target at the state at which the token was revealed.
+        order_head: a file of `simsd train-order` for the target and the block length: it tells the order in which the
+            target goes on from what it saw. Texts do not depend on it.
     """
 
     block_length: int | None = None
@@ -238,6 +241,7 @@ class EngineConfig:
     prefix_cache: bool = True
     draft_device: str | None = None
     top_logprobs: int = 0
+    order_head: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         _plain_values(self)
@@ -262,6 +266,12 @@ class EngineConfig:
             raise SimsdError(
                 f'draft_device must be the name of a device, "cuda:1" say, or None, got {self.draft_device!r:.80}'
             )
+        if self.order_head is not None:
+            if not isinstance(self.order_head, str | os.PathLike) or not os.fspath(self.order_head):
+                raise SimsdError(
+                    f"order_head must be a file of simsd train-order, or None, got {self.order_head!r:.80}"
+                )
+            object.__setattr__(self, "order_head", os.fspath(self.order_head))
         if self.max_rows is not None:
             integer("max_rows", self.max_rows, 0)
             object.__setattr__(self, "max_rows", min(self.max_rows, INT32_MAX))

@@ -115,6 +115,9 @@ Lookahead = Annotated[int, _loop("lookahead", f"Blocks that one exact verificati
 MaxRows = Annotated[
     int | None, _loop("max-rows", "Rows of drafted states per exact verification; by timing if not given.")
 ]
+OrderHead = Annotated[
+    str | None, _loop("order-head", "File of simsd train-order for this target and block length.", metavar="FILE")
+]
 Accept = Annotated[str, _choice("accept", "temporal: rule that accepts a drafted token.", RULES)]
 RejectedTail = Annotated[
     str,

@@ -73,6 +73,7 @@ def serve(
     ] = None,
     lookahead: opt.Lookahead = DEFAULTS.lookahead,
     max_rows: opt.MaxRows = None,
+    order_head: opt.OrderHead = None,
     top_logprobs: Annotated[
         int, _engine("top-logprobs", f"Most top_logprobs that a request may ask for, up to {MAX_TOP_LOGPROBS}.")
     ] = DEFAULTS.top_logprobs,
@@ -96,6 +97,7 @@ def serve(
         block_length=block_length,
         lookahead=lookahead,
         max_rows=max_rows,
+        order_head=order_head,
         top_logprobs=top_logprobs,
     )
     for option, value in (("max-body", max_body), ("timeout", timeout), ("grace", grace)):

@@ -87,7 +87,7 @@ def train_order(
         return INTERRUPTED
     _show(report)
     own = [] if block_length is None else ["--block-length", str(block_length)]
-    print(shlex.join(["simsd", "generate", "--target", target, *own, "--order", str(output)]))
+    print(shlex.join(["simsd", "generate", "--target", target, *own, "--order-head", str(output)]))
     return 0
 
 

@@ -23,7 +23,7 @@ NO_STATE = -1  # a set of everything
 
 class Seen(NamedTuple):
     """M states of each slot's current block as `plan_block` takes them: revealed [B, M], the others but sharpness [B]
-    [B, M, L]."""
+    [B, M, L]; of an order head, shift and pair [B, M, L, L]."""
 
     revealed: Tensor
     tokens: Tensor
@@ -31,6 +31,8 @@ class Seen(NamedTuple):
     log_odds: Tensor
     entropy: Tensor
     sharpness: Tensor
+    shift: Tensor | None = None
+    pair: Tensor | None = None
 
 
 def keep(slots: Slots, commands: Commands, plan: kernels.Plan, finished: Tensor) -> None:
@@ -68,8 +70,19 @@ def seen_states(slots: Slots, commands: Commands, target: ModelRunner, shape: Sh
     token, prob, log_odds, entropy = (x[row] for x in drawn[:4])
     own = (commands.mode == SELF_DRAFT) | (commands.mode == LOOKUP_DRAFT)
     own &= (slots.last_rows >= 0).any(1)  # else they are of who had the slot before
-    return Seen(
+    revealed, sharpness = slots.bits_in(slots.seen_revealed), slots.order_sharpness[:, OWN]
+    seen = Seen(
         torch.where(own[:, None], slots.seen_revealed, NO_STATE),
-        torch.where(slots.bits_in(slots.seen_revealed), slots.seen_tokens, token),
-        *(prob, log_odds, entropy, slots.order_sharpness[:, OWN]),
+        torch.where(revealed, slots.seen_tokens, token),
+        *(prob, log_odds, entropy, sharpness),
     )
+    head = target.order_head
+    if head is None:
+        return seen
+    if not target.packed:
+        shift, pair = head(revealed, prob, log_odds, entropy)
+    else:  # the host may look: only where there is a state
+        live = (seen.revealed != NO_STATE).nonzero(as_tuple=True)
+        shift, pair = torch.zeros_like(prob), prob.new_zeros((*prob.shape, slots.length))
+        shift[live], pair[live] = head(*(x[live] for x in (revealed, prob, log_odds, entropy)))
+    return seen._replace(sharpness=sharpness * head.sharpness, shift=shift, pair=pair)

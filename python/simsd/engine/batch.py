@@ -18,6 +18,7 @@ from simsd.engine.scheduler import Occupant
 from simsd.engine.shapes import Group, drafted_blocks, prefill_chunk, row_budget, shape_of
 from simsd.engine.tuner import IDLE, Tuner
 from simsd.models.loading import LoadedModel
+from simsd.order.head import load_order_head
 
 
 class Prefilled(NamedTuple):
@@ -55,6 +56,8 @@ class Batch:
         kept = config.max_batch * places.states * block_length
         beside = config.draft_device is not None
         self._tables, *runners = places.runners(target, draft, parts.packed, kept, beside)
+        if config.order_head is not None:
+            runners[0].order_head = load_order_head(config.order_head, target, block_length)
         self._worker = DraftWorker(self.slots, draft.device) if beside else None
         self.runner = Runner(self.slots, *runners, parts, self._worker)
         self._versions = [model.version for model in runners if model]

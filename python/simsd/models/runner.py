@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,9 @@ from simsd.models.packing import Packing
 from simsd.models.stock import Attend, StockLayers
 from simsd.models.weights import version_of
 from simsd_kernels import attention_plan, dispatch, masked_attention
+
+if TYPE_CHECKING:
+    from simsd.order.head import OrderHead
 
 # A BLAS gives a row the same bits at every multiple of this many rows, on the CPUs where it was tried
 # (benchmarks/cpu/batch_invariance.py); below and between it may not.
@@ -42,6 +46,7 @@ class ModelRunner:
             shapes are static; nothing is read on the host, uploaded or decided by a value. A live row has the same
             logits either way, bit for bit where rows are invariant (see `simsd.load`).
         rows: that the last forward ran.
+        order_head: an `OrderHead`, which knows in what order the model reveals; None: nothing is known of that.
     """
 
     def __init__(
@@ -78,6 +83,7 @@ class ModelRunner:
         self.kv_slots, self.scratch = kv_slots, kv_slots if scratch is None else scratch
         self.packed = self.device.type == "cpu" if packed is None else packed
         self.last_logits: Tensor | None = None
+        self.order_head: OrderHead | None = None
         self._most_logits = most_logits
         self.rows = 0
         self._layers_of, self._ran = layers, None
