@@ -21,15 +21,16 @@ struct Drafted {
     View<const float, 3> prob, log_odds, entropy;
 };
 
-// States of the current block that the target has seen, M of each slot, and what it drew there; all may be without data.
+// States of the current block that the target has seen, M of each slot, and what it drew there; all may be without
+// data.
 struct Seen {
-    View<const int64_t, 2> revealed;                // [B, M]
-    View<const int64_t, 3> tokens;                  // [B, M, L]
-    View<const float, 3> prob, log_odds, entropy;   // [B, M, L]
-    View<const float, 1> sharpness;                 // [B]
-    View<const float, 3> shift;                     // [B, M, L]
-    View<const float, 4> pair;                      // [B, M, L, L]
-    int32_t count;                                  // M
+    View<const int64_t, 2> revealed;               // [B, M]
+    View<const int64_t, 3> tokens;                 // [B, M, L]
+    View<const float, 3> prob, log_odds, entropy;  // [B, M, L]
+    View<const float, 1> sharpness;                // [B]
+    View<const float, 3> shift;                    // [B, M, L]
+    View<const float, 4> pair;                     // [B, M, L, L]
+    int32_t count;                                 // M
 };
 
 // R = (P + K + C) * L: pending tokens, finished blocks as drafted, states.
@@ -46,11 +47,11 @@ struct PlanOutputs {
 };
 
 struct PlanParams {
-    View<const int64_t, 2> text;                             // [B, T]
-    View<const int64_t, 1> revealed;                         // [B]
-    View<const int32_t, 1> start, end, step, kv_len;         // [B]
-    View<const int32_t, 1> proposal_depth, draft_end;        // [B]
-    Drafted drafted;                                         // [B, K, L]
+    View<const int64_t, 2> text;                       // [B, T]
+    View<const int64_t, 1> revealed;                   // [B]
+    View<const int32_t, 1> start, end, step, kv_len;   // [B]
+    View<const int32_t, 1> proposal_depth, draft_end;  // [B]
+    Drafted drafted;                                   // [B, K, L]
     Seen seen;
     View<const float, 1> draft_calibration, min_visit_prob;  // [B]
     View<const float, 2> order_sharpness;                    // [B, K]

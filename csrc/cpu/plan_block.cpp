@@ -150,8 +150,8 @@ control::PlanTensors plan_block(const Tensor text, const Tensor revealed, const 
         check_cpu, text, revealed, start, end, step, kv_len, draft_tokens, proposal_depth, draft_end, prob, log_odds,
         entropy, draft_calibration, order_sharpness, min_visit_prob, row_budget, schedule, steps, strategy, threshold,
         sub_blocks, mask_id, pending, max_states, logits_rows, scratch, kv_slots, stride);
-    p.seen = control::seen_states(check_cpu, p, text, seen_revealed, seen_tokens, seen_prob, seen_log_odds, seen_entropy,
-                                  seen_sharpness, order_shift, order_pair);
+    p.seen = control::seen_states(check_cpu, p, text, seen_revealed, seen_tokens, seen_prob, seen_log_odds,
+                                  seen_entropy, seen_sharpness, order_shift, order_pair);
     check(!seen_revealed || !draft_logits, OP, ": seen states do not go with draft_logits");
     check_values(p);
     const control::PlanTensors out = control::plan_outputs(

@@ -133,7 +133,8 @@ class Growth {
     SIMSD_CONTROL Proposal proposal() const {
         const Seen& seen = p_.seen;
         const int block = now_.block;
-        const int nearest = block == 0 && seen.count > 0 ? Team::greatest(seen.count, [&](int m) { return near(m); }) : -1;
+        const int nearest =
+            block == 0 && seen.count > 0 ? Team::greatest(seen.count, [&](int m) { return near(m); }) : -1;
         if (nearest < 0 || near(nearest) < 0.0) {
             const Drafted& drafted = p_.drafted;
             return {drafted.token[b_][block],
@@ -229,7 +230,8 @@ class Growth {
     }
 
   private:
-    // How many positions a seen state reveals that leads to the newest one; negative where it does not, or there is none.
+    // How many positions a seen state reveals that leads to the newest one; negative where it does not, or there is
+    // none.
     SIMSD_CONTROL double near(int m) const {
         const uint64_t known = static_cast<uint64_t>(*p_.seen.revealed.at(b_, m)) & full_;
         if (known == full_ || (known & ~now_.revealed) != 0) return -1.0;

@@ -104,8 +104,8 @@ control::PlanTensors plan_block(const Tensor text, const Tensor revealed, const 
                              draft_end, prob, log_odds, entropy, draft_calibration, order_sharpness, min_visit_prob,
                              row_budget, schedule, steps, strategy, threshold, sub_blocks, mask_id, pending, max_states,
                              logits_rows, scratch, kv_slots, stride);
-    p.seen = control::seen_states(check_same_device, p, text, seen_revealed, seen_tokens, seen_prob, seen_log_odds, seen_entropy,
-                                  seen_sharpness, order_shift, order_pair);
+    p.seen = control::seen_states(check_same_device, p, text, seen_revealed, seen_tokens, seen_prob, seen_log_odds,
+                                  seen_entropy, seen_sharpness, order_shift, order_pair);
     check(!seen_revealed || !draft_logits, OP, ": seen states do not go with draft_logits");
     sample::Params draw{};
     Tensor logits = text;  // keeps a copy alive
