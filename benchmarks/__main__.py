@@ -132,9 +132,10 @@ def settings_of(name: str, changes: list[str], rehearsal: bool) -> dict:
         except ValueError:
             found = None
         numbers = [value for value in (found if isinstance(found, list) else [found]) if not isinstance(value, str)]
-        if any(value is None or not 0 <= value < float("inf") or (default and not value) for value in numbers):
+        positive = default and 0 not in (default if isinstance(default, list) else [default])
+        if any(value is None or not 0 <= value < float("inf") or (positive and not value) for value in numbers):
             raise ValueError(
-                f"{key} of {name} must be like {shown(default)}{', above 0' if default else ''}; got {text!r}"
+                f"{key} of {name} must be like {shown(default)}{', above 0' if positive else ''}; got {text!r}"
             )
         settings[key] = found
     return settings

@@ -192,6 +192,7 @@ def test_the_time_of_a_cpu_benchmark_is_not_taken_from_those_of_a_gpu(tmp_path, 
         (["build", "--set", "pairs=3"], "build has no setting pairs: choose from none"),
         (["loop", "--set", "batches=1,x"], "batches of loop must be like 1,8,32,64, above 0; got '1,x'"),
         (["loop", "--set", "batches=0"], "batches of loop must be like 1,8,32,64, above 0; got '0'"),
+        (["graph_shapes", "--set", "temperatures=-1"], "temperatures of graph_shapes must be like 0.0,0.8; got '-1'"),
         (["attention_cpu", "--set", "seconds=inf"], "seconds of attention_cpu must be like 3.0, above 0; got 'inf'"),
     ],
 )
@@ -210,6 +211,11 @@ def test_names_that_would_go_unheard_are_refused(given, capsys):
 def test_a_setting_is_of_its_kind():
     found = command.settings_of("tiny_pair", ["modes=native,exact-self", "temperature=0", "batches=2"], False)
     assert found == {"items": 100, "batches": [2], "modes": ["native", "exact-self"], "temperature": 0.0}
+
+
+def test_zero_is_a_setting_where_it_is_among_the_default_ones():
+    found = command.settings_of("graph_shapes", ["temperatures=0", "block_lengths=8,16"], False)
+    assert (found["temperatures"], found["block_lengths"]) == ([0.0], [8, 16])
 
 
 # Results
