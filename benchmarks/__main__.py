@@ -77,6 +77,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, help="seconds for all of a GPU's, start and end included")
     parser.add_argument("--commit", help="what the results name where there is no git")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, in short")
+    parser.add_argument("--json", action="store_true", help="the figures in one line of JSON, too, the last one")
     hidden = {"--child": str, "--state": Path, "--until": float, "--settings": str, "--kind": str}
     for option, kind in hidden.items():
         parser.add_argument(option, type=kind, help=argparse.SUPPRESS)
@@ -208,6 +209,8 @@ def run(plan: dict[str, float], budget: float, folder: Path, given: argparse.Nam
             print(f"{path}\n{path.with_suffix('.md')}")
     for path in of_gpu:
         report.pack(logs, archive_of(path))
+    if given.json:
+        print(json.dumps({name: one["rows"] for whole in reports.values() for name, one in whole["benchmarks"].items()}))
     wrong = [problem for whole in reports.values() for problem in report.wrong(whole)]
     return 0 if all(status.startswith("done") for status in statuses) and not wrong else 1
 

@@ -104,6 +104,13 @@ BENCHMARKS = {
         {"pairs": 25, "items": 2, "max_new_tokens": 96},
         {"pairs": 1, "items": 1, "max_new_tokens": 8},
     ),
+    "useless_head": Benchmark(
+        "cpu.useless_head:run",
+        "Automatic drafting with an order head of random weights: what it costs over doing without one, as a share of"
+        " native decoding's wall time; medians of interleaved rounds and their 95% interval; batch 1.",
+        {"rounds": 15, "items": 2, "block_lengths": [8, 16, 32], "max_new_tokens": 128},
+        {"rounds": 1, "items": 1, "block_lengths": [8], "max_new_tokens": 8},
+    ),
     "lookup": Benchmark(
         "cpu.lookup:run",
         "Drafts from the text itself, the built-in pair: target forwards and wall time over those of native decoding"

@@ -178,6 +178,8 @@ def _commands(batch: Batch, shape: Shape, taken: list[bool], draw: random.Random
         "runs": [int(here and draw.random() < 0.9) for here in taken],
         "mode": [draw.choice(modes) for _ in taken],
         "depth": [draw.randint(0, shape.draft_blocks) for _ in taken],
+        "peeks": [draw.randint(0, 1) for _ in taken],
+        "head": [draw.randint(0, 1) for _ in taken],
         "calibration": [draw.choice((0.3, 0.8, 1.0)) for _ in taken],
         "min_visit_prob": [draw.choice((0.0, 0.001, 0.1)) for _ in taken],
         "row_budget": [draw.choice((0, most // 3, most))] * len(taken),

@@ -40,7 +40,7 @@ def opened(target, draft, shape: Shape, prompts=PROMPTS, new: int = 12, **settin
 
 def command(batch: Batch, shape: Shape, **commands) -> None:
     """What is not given: everybody runs, drafted for by the model as deep as the shape is."""
-    one = {"runs": 1, "mode": MODEL_DRAFT, "depth": shape.draft_blocks}
+    one = {"runs": 1, "mode": MODEL_DRAFT, "depth": shape.draft_blocks, "peeks": 0, "head": 0}
     one |= {"calibration": 1.0, "min_visit_prob": 0.0, "row_budget": 0}
     batch.commands.write(**{name: [value] * len(PROMPTS) for name, value in one.items()} | commands)
 

@@ -126,7 +126,7 @@ def runner_of(parts: Parts) -> Runner:
 
 
 def columns(depth: int) -> dict[str, list]:
-    given = {"runs": 1, "mode": MODEL_DRAFT if depth else NO_DRAFT, "depth": depth}
+    given = {"runs": 1, "mode": MODEL_DRAFT if depth else NO_DRAFT, "depth": depth, "peeks": 0, "head": 0}
     given |= {"calibration": 1.0, "min_visit_prob": 0.0, "row_budget": 36}
     return {name: [value] * 3 for name, value in given.items()}
 

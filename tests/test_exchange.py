@@ -156,6 +156,7 @@ def test_a_copy_takes_logarithms_along():
 def test_commands_are_written_by_slot_and_copied_whole():
     host, device = Commands(3, "cpu"), Commands(3, "cpu")
     given = {"runs": [1, 0, 1], "mode": [2, 0, 1], "depth": [3, 0, 0], "row_budget": [9, 8, 7]}
+    given |= {"peeks": [1, 1, 0], "head": [0, 1, 0]}
     given |= {"calibration": [0.5, 1.0, 0.25], "min_visit_prob": [0.125, 0.0, 1.0]}
     host.write(**given)
     device.copy(host)

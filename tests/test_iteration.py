@@ -159,7 +159,16 @@ def batch_of(target, draft, shape: Shape, packed: bool = False) -> Batch:
 
 
 def command(batch: Batch, **commands) -> None:
-    one = {"runs": 1, "mode": MODEL_DRAFT, "depth": 2, "calibration": 1.0, "min_visit_prob": 0.0, "row_budget": 60}
+    one = {
+        "runs": 1,
+        "mode": MODEL_DRAFT,
+        "depth": 2,
+        "peeks": 0,
+        "head": 1,
+        "calibration": 1.0,
+        "min_visit_prob": 0.0,
+        "row_budget": 60,
+    }
     batch.commands.write(**{name: [value] * 3 for name, value in one.items()} | commands)
 
 
@@ -191,7 +200,7 @@ def test_a_slot_that_does_not_run_keeps_every_bit(target, close_draft, shape, pa
     # Rows of the target's last logits: they are others' now.
     if shape.keeps_logits:
         assert (after.pop("last_rows") == -1).all() and (after.pop("seen_revealed") == -1).all()
-    others = "last_rows", "seen_rows", "seen_tokens"
+    others = "last_rows", "seen_rows", "seen_tokens", "seen_block", "seen_exact"
     after = {name: x for name, x in after.items() if name not in others}
     assert [name for name, x in after.items() if not torch.equal(x, before[name])] == []
 

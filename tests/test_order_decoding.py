@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
 import simsd
 from simsd import questionnaires
 from simsd.decode.iteration import Parts
+from simsd.engine.tuner import Tuner
 from simsd.order.head import OrderHead, save_order_head
 
 LENGTH = 16
@@ -44,7 +47,7 @@ def file(tmp_path_factory, target):
     return save
 
 
-def decode(target, prompts, order_head=None, parts=None, **settings):
+def decode(target, prompts, order_head="none", parts=None, **settings):
     config = {
         "block_length": LENGTH,
         "max_new_tokens": 32,
@@ -77,8 +80,37 @@ def test_a_head_changes_the_forwards_and_not_the_text(target, prompts, file, set
     assert (taken != taken_without) == ("temperature" not in settings)
 
 
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "static"])
+def test_a_head_that_is_not_asked_is_as_none(target, prompts, file, packed, monkeypatch):
+    parts = Parts(packed=packed)
+    asked = decode(target, prompts, file(0.5), parts)
+    monkeypatch.setattr(Tuner, "heads", lambda self, has_head: [False] * len(self.modes))
+    not_asked = decode(target, prompts, file(0.5), parts)
+    assert not_asked == decode(target, prompts, parts=parts) != asked
+
+
 def test_a_head_for_other_blocks_is_refused(target, prompts, file):
     with pytest.raises(
         simsd.SimsdError, match=r"is for blocks of 16 tokens, long-target is decoded in blocks of 8: train"
     ):
         decode(target, prompts, file(0.0), block_length=8)
+
+
+def test_a_head_beside_the_weights_is_taken_by_itself(target, prompts, file, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(target.folder, folder)
+    for found in folder.glob("order-*"):
+        found.unlink()
+    shutil.copy(file(0.5), folder / "order-16.safetensors")
+    beside = simsd.load(folder)
+    given = decode(target, prompts, folder / "order-16.safetensors")
+    assert decode(beside, prompts, "auto") == given
+    without = decode(target, prompts, "none")
+    assert decode(beside, prompts, "none") == without
+    assert given[0] == without[0] and given[1] != without[1]
+    # For other blocks there is none.
+    assert decode(beside, prompts, "auto", block_length=8) == decode(target, prompts, "none", block_length=8)
+
+
+def test_a_module_in_memory_has_none_beside_it(target, prompts):
+    assert decode(simsd.load(target.model), prompts, "auto") == decode(target, prompts, "none")

@@ -7,6 +7,7 @@ import torch
 
 from simsd import EngineConfig
 from simsd.decode.exchange import LOOKUP_DRAFT, MODEL_DRAFT, SELF_DRAFT
+from simsd.engine.head_trial import TURN
 from simsd.engine.tuner import (
     FIRST_PATIENCE,
     IDLE,
@@ -183,6 +184,22 @@ def test_an_explicit_row_budget_replaces_the_floor():
     assert tuner(max_rows=64).min_visit_prob() == 0.0
 
 
+def test_an_order_head_is_asked_where_the_target_drafts_for_itself():
+    made = tuner(slots=4)
+    choose(made, [2, 2, 0, 2], [2, 0, 0, 3], has_model=False, drafter="self")
+    assert made.heads(True) == [True, None, None, True]
+    assert made.heads(False) == [None] * 4
+
+
+def test_one_batch_asks_the_head_for_all_that_auto_decides_for():
+    made = tuner(slots=2)
+    seen = set()
+    for _ in range(2 * TURN):
+        choose(made, [2, 2], [2, 2], has_model=False)
+        seen.add(tuple(made.heads(True)))
+    assert seen == {(True, True), (False, False)}
+
+
 def test_calibration_follows_acceptance_by_slot():
     made = tuner(slots=2)
     choose(made, [9, 9], [2, 2], False)
@@ -199,3 +216,30 @@ def test_a_named_drafter_is_almodes_used(drafter, masked, mode):
     made = tuner()
     teach_all(made, model=0, further=0, own=0, own_further=0)
     assert choose(made, [9], [masked], True, drafter) == [mode] and made.calibration() == [1.0]
+
+
+@pytest.mark.parametrize(
+    "rows, masked, peeks", [(128, 8, True), (128, 9, False), (512, 32, True), (16, 1, True), (16, 2, False)]
+)
+def test_the_next_block_is_looked_at_where_there_are_rows_for_that(rows, masked, peeks):
+    made = tuner(max_rows=rows)
+    situation = Situation("self", 2, masked)
+    made.choose([situation], False)
+    assert made.peeks([situation], rows) == [peeks]
+
+
+def test_no_block_is_looked_at_that_is_not_there_or_that_a_model_drafts():
+    made = tuner(max_rows=512)
+    for drafter, blocks_left, masked in (("self", 1, 3), ("model", 3, 3), ("none", 3, 3), ("self", 3, 0)):
+        situation = Situation(drafter, blocks_left, masked)
+        made.choose([situation], True)
+        assert made.peeks([situation], 512) == [False]
+
+
+def test_the_next_block_is_not_looked_at_where_rows_cost_as_much_as_steps():
+    made, situation = tuner(slots=64), Situation("self", 3, 2)
+    for active in (1, 64):
+        teach(made, OWN, 3, 60, masked=2, active=active)
+        situations = [situation] * active + [IDLE] * (64 - active)
+        made.choose(situations, False)
+        assert made.peeks(situations, 128) == [active == 1] + [False] * 63

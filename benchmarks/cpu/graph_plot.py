@@ -12,8 +12,9 @@ LINES = {
     "order tree": (OTHERS, "--"),
     "model chain": (OTHERS, "-."),
     "self": (OURS, "--"),
+    "self, head": (OURS, "-"),
     "model": (OURS, "-."),
-    "auto": (OURS, "-"),
+    "auto": (OURS, ":"),
 }
 
 

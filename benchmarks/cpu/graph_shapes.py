@@ -4,7 +4,8 @@ Every contestant decodes the same prompts exactly, and may add as many rows to a
 drafts: a block's length for each state, and as much again for the finished block that brings the next one along, as
 `plan_block` counts. Finished blocks that wait for their keys and values come on top, for all alike. Ours, and the chain
 in the draft model's order, run in the engine, and every text is compared with native's. The others are replayed along
-native's path (`traces`, `planners`), which exact verification never leaves.
+native's path (`traces`, `planners`), which exact verification never leaves. `self, head` asks the order head that lies
+beside the target's weights, as `auto` does.
 
 Counts forwards and rows, no time, so other work on the machine changes nothing. All but `auto` spend what rows they
 have; `auto` drafts where measured times make it pay, which for a small model on a CPU may be nowhere, and differs from
@@ -37,12 +38,13 @@ PAIRS = {"tiny": ("tiny-target", "tiny-draft", tasks), "long": ("long-target", "
 CHAIN = 1e30  # an `order_sharpness` that leaves one order, the draft's own
 ENGINE = {
     "model chain": {"drafter": "model", "order_sharpness": CHAIN},
-    "self": {"drafter": "self"},
+    "self": {"drafter": "self", "order_head": "none"},
+    "self, head": {"drafter": "self"},
     "model": {"drafter": "model"},
     "auto": {"drafter": "auto"},
 }
 BASELINES = ("self chain", "calibrated graph", "order tree", "model chain")
-OURS = ("self", "model", "auto")
+OURS = ("self", "self, head", "model", "auto")
 TABLE = Table(
     [
         *(("block", "{block_length}"), ("T", "{temperature:g}"), ("rows", "{max_rows}")),

@@ -21,9 +21,9 @@ struct Drafted {
     View<const float, 3> prob, log_odds, entropy;
 };
 
-// States of the current block that the target has seen, M of each slot, and what it drew there; all may be without
-// data.
+// States that the target has seen, M of each slot, and what it drew there; all may be without data.
 struct Seen {
+    View<const int32_t, 2> block, exact;           // [B, M]
     View<const int64_t, 2> revealed;               // [B, M]
     View<const int64_t, 3> tokens;                 // [B, M, L]
     View<const float, 3> prob, log_odds, entropy;  // [B, M, L]
@@ -53,6 +53,7 @@ struct PlanParams {
     View<const int32_t, 1> proposal_depth, draft_end;  // [B]
     Drafted drafted;                                   // [B, K, L]
     Seen seen;
+    View<const int32_t, 1> peeks;                            // [B], may be without data
     View<const float, 1> draft_calibration, min_visit_prob;  // [B]
     View<const float, 2> order_sharpness;                    // [B, K]
     View<const int32_t, 1> row_budget;                       // [1]

@@ -63,6 +63,7 @@ void grow(const PlanParams& p, const Extent& extent, const Taken& taken) {
             for (growth.begin(); !growth.complete(); growth.advance()) {
                 if (growth.expands()) growth.expand(growth.proposal());
             }
+            growth.peek();
         }
     });
 }
@@ -99,7 +100,7 @@ void grow(const PlanParams& p, const Extent& extent, const Taken& taken, const D
     for (bool growing = true; growing;) {
         growing = false;
         tasks.clear();
-        for (const Growth& growth : growths) {
+        for (Growth& growth : growths) {
             if (!growth.expands() || ready[home(growth)]) continue;
             // The first state of a block that comes up has the fewest positions revealed: later ones need no more.
             ready[home(growth)] = shares(growth.slot());
@@ -122,7 +123,8 @@ void grow(const PlanParams& p, const Extent& extent, const Taken& taken, const D
             if (growth.expands()) {
                 const int64_t first = home(growth) * p.length;
                 growth.expand({control::contiguous<const int64_t>(draws.token.data() + first), draws.statistics(first),
-                               *p.order_sharpness.at(growth.slot(), growth.progress().block)});
+                               *p.order_sharpness.at(growth.slot(), growth.progress().block),
+                               p.draft_calibration[growth.slot()]});
             }
             growth.advance();
             growing = true;
@@ -130,29 +132,27 @@ void grow(const PlanParams& p, const Extent& extent, const Taken& taken, const D
     }
 }
 
-control::PlanTensors plan_block(const Tensor text, const Tensor revealed, const Tensor start, const Tensor end,
-                                const Tensor step, const Tensor kv_len, const Tensor draft_tokens,
-                                const Tensor proposal_depth, const Tensor draft_end, const Tensor prob,
-                                const Tensor log_odds, const Tensor entropy, const Tensor draft_calibration,
-                                const Tensor order_sharpness, const Tensor min_visit_prob, const Tensor row_budget,
-                                const Tensor schedule, const Tensor steps, const Tensor strategy,
-                                const Tensor threshold, const std::optional<Tensor> sub_blocks,
-                                const std::optional<Tensor> draft_logits, const std::optional<Tensor> temperature,
-                                const std::optional<Tensor> top_k, const std::optional<Tensor> top_p,
-                                const std::optional<Tensor> seed, const std::optional<Tensor> banned,
-                                const std::optional<Tensor> seen_revealed, const std::optional<Tensor> seen_tokens,
-                                const std::optional<Tensor> seen_prob, const std::optional<Tensor> seen_log_odds,
-                                const std::optional<Tensor> seen_entropy, const std::optional<Tensor> seen_sharpness,
-                                const std::optional<Tensor> order_shift, const std::optional<Tensor> order_pair,
-                                int64_t mask_id, int64_t pending, int64_t max_states, int64_t logits_rows,
-                                int64_t scratch, int64_t kv_slots, int64_t stride) {
+control::PlanTensors plan_block(
+    const Tensor text, const Tensor revealed, const Tensor start, const Tensor end, const Tensor step,
+    const Tensor kv_len, const Tensor draft_tokens, const Tensor proposal_depth, const Tensor draft_end,
+    const Tensor prob, const Tensor log_odds, const Tensor entropy, const Tensor draft_calibration,
+    const Tensor order_sharpness, const Tensor min_visit_prob, const Tensor row_budget, const Tensor schedule,
+    const Tensor steps, const Tensor strategy, const Tensor threshold, const std::optional<Tensor> sub_blocks,
+    const std::optional<Tensor> draft_logits, const std::optional<Tensor> temperature,
+    const std::optional<Tensor> top_k, const std::optional<Tensor> top_p, const std::optional<Tensor> seed,
+    const std::optional<Tensor> banned, const std::optional<Tensor> peeks, const std::optional<Tensor> seen_block,
+    const std::optional<Tensor> seen_exact, const std::optional<Tensor> seen_revealed,
+    const std::optional<Tensor> seen_tokens, const std::optional<Tensor> seen_prob,
+    const std::optional<Tensor> seen_log_odds, const std::optional<Tensor> seen_entropy,
+    const std::optional<Tensor> seen_sharpness, const std::optional<Tensor> order_shift,
+    const std::optional<Tensor> order_pair, int64_t mask_id, int64_t pending, int64_t max_states, int64_t logits_rows,
+    int64_t scratch, int64_t kv_slots, int64_t stride) {
     PlanParams p = control::plan_params(
         check_cpu, text, revealed, start, end, step, kv_len, draft_tokens, proposal_depth, draft_end, prob, log_odds,
         entropy, draft_calibration, order_sharpness, min_visit_prob, row_budget, schedule, steps, strategy, threshold,
         sub_blocks, mask_id, pending, max_states, logits_rows, scratch, kv_slots, stride);
-    p.seen = control::seen_states(check_cpu, p, text, seen_revealed, seen_tokens, seen_prob, seen_log_odds,
-                                  seen_entropy, seen_sharpness, order_shift, order_pair);
-    check(!seen_revealed || !draft_logits, OP, ": seen states do not go with draft_logits");
+    control::add_seen(check_cpu, p, text, draft_logits.has_value(), peeks, seen_block, seen_exact, seen_revealed,
+                      seen_tokens, seen_prob, seen_log_odds, seen_entropy, seen_sharpness, order_shift, order_pair);
     check_values(p);
     const control::PlanTensors out = control::plan_outputs(
         p, [](std::initializer_list<int64_t> sizes, ScalarType type) { return allocate(sizes, type); });

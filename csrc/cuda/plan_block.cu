@@ -27,14 +27,16 @@ __global__ void __launch_bounds__(WARP, 1) grow(const PlanWork w) {
     for (growth.begin(); !growth.complete(); growth.advance()) {
         if (growth.expands()) growth.expand(growth.proposal());
     }
+    growth.peek();
 }
 
 SIMSD_DEVICE Proposal proposal_at(const int64_t* token, const float* prob, const float* log_odds, const float* entropy,
-                                  int64_t first, double sharpness) {
+                                  int64_t first, double sharpness, double calibration) {
     return {contiguous<const int64_t>(token + first),
             {contiguous<const float>(prob + first), contiguous<const float>(log_odds + first),
              contiguous<const float>(entropy + first)},
-            sharpness};
+            sharpness,
+            calibration};
 }
 
 __global__ void __launch_bounds__(WARP, 1) step(const PlanWork w) {
@@ -72,10 +74,11 @@ __global__ void __launch_bounds__(WARP, 1) step(const PlanWork w) {
         if (!growth.expands()) continue;
         const int64_t block = blocks + growth.progress().block;
         if (shares ? !d.ready[block] : !drawn) break;
-        const double sharpness = *p.order_sharpness.at(b, growth.progress().block);
+        const double sharpness = *p.order_sharpness.at(b, growth.progress().block),
+                     calibration = p.draft_calibration[b];
         growth.expand(shares ? proposal_at(d.shared_token, d.shared_prob, d.shared_log_odds, d.shared_entropy,
-                                           block * p.length, sharpness)
-                             : proposal_at(d.token, d.prob, d.log_odds, d.entropy, first, sharpness));
+                                           block * p.length, sharpness, calibration)
+                             : proposal_at(d.token, d.prob, d.log_odds, d.entropy, first, sharpness, calibration));
     }
     const Progress now = growth.progress();
     Warp::sync();

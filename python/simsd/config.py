@@ -225,8 +225,9 @@ class EngineConfig:
             its own. None: on the target's device, in its turn. Texts of exact verification do not depend on it.
         top_logprobs: ids, 0 to 20, that `Result.top_logprobs` tells of each token: the most probable ones under the
             target at the state at which the token was revealed.
-        order_head: a file of `simsd train-order` for the target and the block length: it tells the order in which the
-            target goes on from what it saw. Texts do not depend on it.
+        order_head: a file of `simsd train-order` for the target and the block length L, which tells the order in which
+            the target goes on from what it saw; "auto": order-L.safetensors beside the target's weights, where it is
+            there; "none". Texts do not depend on it.
     """
 
     block_length: int | None = None
@@ -241,7 +242,7 @@ class EngineConfig:
     prefix_cache: bool = True
     draft_device: str | None = None
     top_logprobs: int = 0
-    order_head: str | os.PathLike[str] | None = None
+    order_head: str | os.PathLike[str] = "auto"
 
     def __post_init__(self) -> None:
         _plain_values(self)
@@ -266,12 +267,10 @@ class EngineConfig:
             raise SimsdError(
                 f'draft_device must be the name of a device, "cuda:1" say, or None, got {self.draft_device!r:.80}'
             )
-        if self.order_head is not None:
-            if not isinstance(self.order_head, str | os.PathLike) or not os.fspath(self.order_head):
-                raise SimsdError(
-                    f"order_head must be a file of simsd train-order, or None, got {self.order_head!r:.80}"
-                )
-            object.__setattr__(self, "order_head", os.fspath(self.order_head))
+        if not isinstance(self.order_head, str | os.PathLike) or not os.fspath(self.order_head):
+            what = "auto, none or a file of simsd train-order"
+            raise SimsdError(f"order_head must be {what}, got {self.order_head!r:.80}")
+        object.__setattr__(self, "order_head", os.fspath(self.order_head))
         if self.max_rows is not None:
             integer("max_rows", self.max_rows, 0)
             object.__setattr__(self, "max_rows", min(self.max_rows, INT32_MAX))

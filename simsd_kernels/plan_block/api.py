@@ -62,9 +62,9 @@ def plan_block(*given, backend: str | None = None, **named) -> Plan:
     finished as drafted leads to the next one: its rows come along and count. Of all that are taken, the best stay that
     fit row_budget and, with the current states, the N rows of logits.
 
-    Of states of the current block that the target has seen, the one that reveals most of what a state reveals, with the
-    same tokens, says what that state draws next. An order head tells how its log-odds change with what is revealed
-    since; a token's probability is then the sigmoid of its log-odds.
+    Of the states of a block that the target has seen, the one that reveals most of what a state reveals, with the same
+    tokens, says what that state draws next; where it is that state itself, for certain. An order head tells how its
+    log-odds change with what is revealed since; a token's probability is then the sigmoid of its log-odds.
 
     With K = 0 the current states are alone, which is also how a draft's own forward is laid out.
 
@@ -127,8 +127,8 @@ def _check_seen(given: dict) -> None:
         raise ValueError(f"{OP}: order_shift and order_pair come together, got only {order[0]}")
     if missing and (order or len(missing) < len(seen)):
         raise ValueError(f"{OP}: states seen need all of {', '.join(seen)}, got no {', '.join(missing)}")
-    if not missing and given["draft_logits"] is not None:
-        raise ValueError(f"{OP}: states seen do not go with draft_logits, got both")
+    if given["draft_logits"] is not None and (not missing or given["peeks"] is not None):
+        raise ValueError(f"{OP}: states seen and peeks do not go with draft_logits, got both")
 
 
 def obstacle(backend: str, draft_logits: Tensor | None) -> str | None:

@@ -70,10 +70,25 @@ SIGNATURE = Signature(
         *OPTIONS[:-1],
         dataclasses.replace(OPTIONS[-1], high=None),
         Argument(
+            *("peeks", torch.int32, "B"),
+            "1: the next block's empty state comes along, too, behind the current block as drafted, however probable."
+            " Not with draft_logits.",
+            optional=True,
+        ),
+        Argument(
+            *("seen_block", torch.int32, "B M"),
+            "States that the target has seen: their blocks, counted from the current one. What it drew in the one"
+            " nearest to a state is the proposal there, draft_tokens where there is none. Not with draft_logits.",
+            optional=True,
+        ),
+        Argument(
+            *("seen_exact", torch.int32, "B M"),
+            "1: it would draw the same there now; 0: the text before the block may have been another.",
+            optional=True,
+        ),
+        Argument(
             *("seen_revealed", torch.int64, "B M"),
-            "States of the current block that the target has seen: sets of revealed positions (all of L: no state)."
-            " What it drew in the one nearest to a state is the proposal there, draft_tokens where there is none. Not"
-            " with draft_logits.",
+            "Their sets of revealed positions (all of L: no state).",
             optional=True,
         ),
         Argument(

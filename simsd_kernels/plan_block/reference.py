@@ -3,181 +3,29 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from simsd_kernels import rows
 from simsd_kernels.plan_block.arguments import SIGNATURE
-from simsd_kernels.reveal.arguments import STRATEGIES
-from simsd_kernels.sample_logits.reference import sample_logits
+from simsd_kernels.plan_block.slots import Rule, Slot, State, signed, slot_of
 
 MAX_CHILDREN = 64  # continuations of one state that are looked at, the likeliest
 COPY_ALIGNMENT = 16
-
-
-@dataclass
-class State:
-    """A partial reveal of block number `block` (0: the current one) at denoising step `step`."""
-
-    block: int
-    revealed: int
-    tokens: tuple[int, ...]  # -1 where masked
-    step: int
-    reach: float  # the draft's estimate that the target's walk visits it
-    cost: int = 1  # in blocks of rows: 2 where the finished block before it has to come along
-    score: float = field(default=0.0)
-
-    def masked(self) -> list[int]:
-        return [i for i in range(len(self.tokens)) if not self.revealed >> i & 1]
-
-
-@dataclass
-class Rule:
-    """How a slot is denoised."""
-
-    counts: list[int]  # positions to reveal at each step
-    strategy: str
-    threshold: float
-    sub_blocks: int = 0  # set of positions at which one begins
-
-    def open(self, masked: list[int]) -> list[int]:
-        """Of masked positions those that a step before the last one may reveal."""
-        later = (i for i in range(masked[0] + 1, masked[-1] + 1) if self.sub_blocks >> i & 1)
-        end = next(later, masked[-1] + 1)
-        return [i for i in masked if i < end]
-
-
-@dataclass
-class Seen:
-    """What the target drew in a state of the current block that it has seen, [L] each; `pair` [L, L]."""
-
-    revealed: int
-    tokens: list[int]
-    prob: list[float]
-    log_odds: list[float]
-    entropy: list[float]
-    shift: list[float] | None
-    pair: list[list[float]] | None
-
-    def leads_to(self, state: State) -> bool:
-        known = [i for i in range(len(self.tokens)) if self.revealed >> i & 1]
-        return all(state.revealed >> i & 1 and state.tokens[i] == self.tokens[i] for i in known)
-
-    def proposal(self, state: State) -> tuple[list, list, list, list]:
-        more = [i for i in range(len(self.tokens)) if (state.revealed & ~self.revealed) >> i & 1]
-        if self.shift is None or not more:
-            return self.tokens, self.prob, self.log_odds, self.entropy
-        log_odds = []
-        for before, change, of_pair in zip(self.log_odds, self.shift, self.pair, strict=True):
-            for j in more:
-                change += of_pair[j]
-            log_odds.append(_float32(before + change))
-        return self.tokens, [_float32(_probability(x)) for x in log_odds], log_odds, self.entropy
-
-
-@dataclass
-class Slot:
-    """One slot's arguments. Blocks are counted from the current one."""
-
-    root: State
-    start: int
-    rule: Rule
-    depth: int  # blocks that the draft has a proposal for
-    blocks_left: int  # that the walk may enter
-    calibration: float
-    min_visit_prob: float
-    draft_tokens: list[list[int]]  # [K, L], and so on
-    statistics: tuple[list[list[float]], ...]  # prob, log_odds, entropy
-    sharpness: list[float]
-    logits: Tensor | None  # [K, L, V]
-    sampling: dict[str, Tensor | None]
-    seen: list[Seen] = field(default_factory=list)
-    seen_sharpness: float = 0.0
-
-    def proposal(self, state: State) -> tuple[list, list, list, list, float]:
-        """token, prob, log_odds and entropy of each position, as the draft would draw them in `state`, and how far
-        they are believed to tell the order."""
-        nearest = max((s for s in self.seen if s.leads_to(state)), key=lambda s: s.revealed.bit_count(), default=None)
-        if nearest is not None and state.block == 0:
-            return *nearest.proposal(state), self.seen_sharpness
-        sharpness = self.sharpness[state.block]
-        if self.logits is None:
-            return *(of_blocks[state.block] for of_blocks in (self.draft_tokens, *self.statistics)), sharpness
-        logits, length = self.logits[state.block], len(state.tokens)
-        first = self.start + state.block * length
-        key = 0 if self.rule.strategy == "sequential" else _signed(state.revealed)
-
-        def every(name: str, default: float, dtype: torch.dtype) -> Tensor:
-            value = self.sampling[name]
-            value = torch.tensor(default, dtype=dtype, device=logits.device) if value is None else value
-            return value.expand(length)
-
-        out = sample_logits(
-            logits,
-            every("temperature", 0.0, torch.float32),
-            every("top_k", 0, torch.int32),
-            every("top_p", 1.0, torch.float32),
-            every("seed", 0, torch.int64),
-            torch.arange(first, first + length, dtype=torch.int32, device=logits.device),
-            torch.full((length,), key, dtype=torch.int64, device=logits.device),
-            self.sampling["banned"],
-        )
-        return *(x.tolist() for x in out[:4]), sharpness
+PEEKED = math.inf  # a score above all others
 
 
 def plan_block(*arguments) -> tuple[Tensor, ...]:
     """See `api.plan_block`. Reads its arguments on the host."""
     given = SIGNATURE.named(arguments)
     batch, _, length = given["draft_tokens"].shape
-    slots = [_slot(given, b) if int(given["start"][b]) >= 0 else None for b in range(batch)]
+    slots = [slot_of(given, b) if int(given["start"][b]) >= 0 else None for b in range(batch)]
     graphs = [_grow(slot, given["max_states"]) if slot else [] for slot in slots]
     _fit(graphs, int(given["row_budget"][0]) // length, given["logits_rows"])
     with torch.device("cpu"):  # whatever torch.set_default_device says
         laid_out = *_lay_out(graphs, given), *_ask_for_logits(graphs, given)
     return tuple(x.to(given["text"].device) for x in laid_out)
-
-
-def _slot(given: dict, b: int) -> Slot:
-    _, ahead, length = given["draft_tokens"].shape
-
-    def of_slot(name: str):
-        return given[name][b].tolist()
-
-    start, revealed = of_slot("start"), of_slot("revealed") & ((1 << length) - 1)
-    known = given["text"][b, start : start + length].tolist()
-    tokens = tuple(token if revealed >> i & 1 else -1 for i, token in enumerate(known))
-    strategy = STRATEGIES[of_slot("strategy")]
-    sub_blocks = 0 if given["sub_blocks"] is None else of_slot("sub_blocks")
-    of_slots = ("temperature", "top_k", "top_p", "seed")
-    return Slot(
-        root=State(0, revealed, tokens, of_slot("step"), reach=1.0),
-        start=start,
-        rule=Rule(of_slot("schedule")[: of_slot("steps")], strategy, of_slot("threshold"), sub_blocks),
-        depth=min(of_slot("proposal_depth"), ahead),
-        blocks_left=min((of_slot("end") - start) // length, of_slot("draft_end")),
-        calibration=of_slot("draft_calibration"),
-        min_visit_prob=of_slot("min_visit_prob"),
-        draft_tokens=of_slot("draft_tokens"),
-        statistics=(of_slot("prob"), of_slot("log_odds"), of_slot("entropy")),
-        sharpness=of_slot("order_sharpness"),
-        logits=None if given["draft_logits"] is None else given["draft_logits"][b],
-        sampling={name: None if given[name] is None else given[name][b] for name in of_slots}
-        | {"banned": given["banned"]},
-        seen=_seen(given, b, (1 << length) - 1),
-        seen_sharpness=0.0 if given["seen_sharpness"] is None else of_slot("seen_sharpness"),
-    )
-
-
-def _seen(given: dict, b: int, full: int) -> list[Seen]:
-    if given["seen_revealed"] is None:
-        return []
-    names = "tokens", "prob", "log_odds", "entropy"
-    fields = [given[f"seen_{name}"][b].tolist() for name in names]
-    sets = [revealed & full for revealed in given["seen_revealed"][b].tolist()]
-    orders = [[None] * len(sets) if given[n] is None else given[n][b].tolist() for n in ("order_shift", "order_pair")]
-    return [Seen(*state) for state in zip(sets, *fields, *orders, strict=True) if state[0] != full]
 
 
 def _grow(slot: Slot, max_states: int) -> list[State]:
@@ -192,19 +40,22 @@ def _grow(slot: Slot, max_states: int) -> list[State]:
         taken.append(state)
         if len(taken) == max_states:
             break
-        if state.block < slot.depth:
-            token, prob, *order, sharpness = slot.proposal(state)
+        proposal = slot.proposal(state)
+        if proposal is not None:
+            token, prob, *order, sharpness, calibration = proposal
             for chosen, likelihood in continuations(state, prob, *order, slot.rule, sharpness):
                 reach = state.reach * likelihood
                 for i in sorted(chosen):
-                    reach *= slot.calibration * prob[i]
+                    reach *= 1.0 if calibration is None else calibration * prob[i]
                 if not reach > 0:
                     continue
                 tokens = tuple(token[i] if i in chosen else t for i, t in enumerate(state.tokens))
                 bits = state.revealed | sum(1 << i for i in chosen)
                 child = State(state.block, bits, tokens, state.step + 1, reach)
                 if bits == full:  # finished: no state of it, but the next block may follow
-                    if list(tokens) != slot.draft_tokens[state.block] or state.block + 1 >= slot.blocks_left:
+                    if state.block >= slot.depth or state.block + 1 >= slot.blocks_left:
+                        continue
+                    if list(tokens) != slot.draft_tokens[state.block]:
                         continue
                     child = State(state.block + 1, 0, (-1,) * length, 0, reach, cost=2)
                 key = child.block, child.revealed, child.tokens
@@ -224,7 +75,13 @@ def _grow(slot: Slot, max_states: int) -> list[State]:
         best.score = min(taken[-1].score, worth) if len(taken) > 1 else worth
         del candidates[key]
         state = best
-    return taken
+    wanted = slot.peeks and slot.depth > 0 and slot.blocks_left > 1 and max_states > 1
+    if wanted:
+        masked = (-1,) * length
+        next_block = next((s for s in taken if (s.block, s.revealed) == (1, 0)), State(1, 0, masked, 0, 0.0, cost=2))
+        next_block.score = PEEKED
+        taken = [taken[0], next_block, *(s for s in taken[1:] if s is not next_block)]
+    return taken[:max_states]
 
 
 def continuations(
@@ -338,7 +195,7 @@ def _lay_out(graphs: list[list[State]], given: dict) -> tuple[Tensor, ...]:
             position[at] = start + state.block * length + index
             kv_slot[at] = given["scratch"] + n * copy_stride(length) + index
             clock[at], born[at], dies[at] = rows.copy_rows(n, number + state.block, stride)
-            states[b, n], sets[b, n] = torch.tensor([max(t, 0) for t in state.tokens]), _signed(state.revealed)
+            states[b, n], sets[b, n] = torch.tensor([max(t, 0) for t in state.tokens]), signed(state.revealed)
             block[b, n] = state.block
             if state.cost == 2:
                 before = state.block - 1
@@ -386,21 +243,7 @@ def _number(value: float) -> float:
     return -1e30 if math.isnan(value) else min(max(value, -1e30), 1e30)
 
 
-def _probability(log_odds: float) -> float:
-    """Its inverse. Log-odds that are no number make a probability that is none."""
-    return 1.0 / (1.0 + math.exp(min(-log_odds, 700.0)))
-
-
-def _float32(value: float) -> float:
-    return torch.tensor(value, dtype=torch.float32).item()
-
-
 def _logit(p: float) -> float:
     if p <= 0 or p >= 1:
         return -1e30 if p <= 0 else 1e30
     return math.log(p / (1 - p))
-
-
-def _signed(bits: int) -> int:
-    """A 64-bit set as the int64 that stores it."""
-    return bits - (1 << 64) if bits >= 1 << 63 else bits

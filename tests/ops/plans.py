@@ -19,6 +19,7 @@ VOCABULARY = 20
 NEVER = 2**30  # draft_end of a draft that did not end the text
 SHARED = ("row_budget", "banned")  # by all slots
 SEEN = (
+    *("seen_block", "seen_exact"),
     *("seen_revealed", "seen_tokens", "seen_prob", "seen_log_odds", "seen_entropy", "seen_sharpness"),
     *("order_shift", "order_pair"),
 )
@@ -63,6 +64,7 @@ def arguments(batch=1, ahead=1, length=4, number=0, rules=None, blocks_left=None
         "row_budget": ints(10**6),
         **rule(length, *(rules or [(even(length, length), "low_confidence_static", 0.9)] * batch)),
         **dict.fromkeys(("draft_logits", "temperature", "top_k", "top_p", "seed", "banned")),
+        "peeks": None,
         **dict.fromkeys(SEEN),
         "mask_id": MASK,
         "pending": 1,
@@ -120,8 +122,8 @@ def sizes(out, slot=0):
 
 
 def with_seen(made, number, count=6, head=True):
-    """The same where the target has seen `count` states of each current block: what is known, and more of what is
-    drafted or of something else."""
+    """The same where the target has seen `count` states of each slot, most of the current block, some of the next one:
+    what is known, and more of what is drafted or of something else."""
     generator = torch.Generator().manual_seed(number)
     batch, ahead, length = made["draft_tokens"].shape
     shape = batch, count, length
@@ -131,15 +133,22 @@ def with_seen(made, number, count=6, head=True):
 
     index = made["start"].clamp(min=0).long()[:, None] + torch.arange(length)
     known = (made["revealed"][:, None] >> torch.arange(length)) & 1 == 1  # [B, L]
-    current = torch.where(known, made["text"].gather(1, index), 0)
-    drafted = made["draft_tokens"][:, 0] if ahead else current
-    drawn = torch.where(uniform() < 0.8, drafted[:, None], torch.randint(0, VOCABULARY, shape, generator=generator))
-    revealed = known[:, None] | (uniform() < torch.rand(batch, count, 1, generator=generator) ** 2)
+    current = torch.where(known, made["text"].gather(1, index), 0)[:, None]
+    block = (torch.rand(batch, count, generator=generator) < 0.3).int()
+    is_next = block[..., None] == 1
+    known = known[:, None] & ~is_next
+    first, second = (made["draft_tokens"][:, min(k, ahead - 1), None] if ahead else current for k in (0, 1))
+    drafted = torch.where(is_next, second, first)
+    drawn = torch.where(uniform() < 0.8, drafted, torch.randint(0, VOCABULARY, shape, generator=generator))
+    revealed = known | (uniform() < torch.rand(batch, count, 1, generator=generator) ** 2)
     revealed |= (uniform() < 0.05).all(2, keepdim=True)
     prob = uniform() ** 0.3
     return made | {
+        "peeks": torch.randint(0, 2, (batch,), generator=generator, dtype=torch.int32),
+        "seen_block": block,
+        "seen_exact": torch.randint(0, 2, (batch, count), generator=generator, dtype=torch.int32),
         "seen_revealed": (revealed.long() << torch.arange(length)).sum(2),
-        "seen_tokens": torch.where(known[:, None], current[:, None], drawn),
+        "seen_tokens": torch.where(known, current, drawn),
         "seen_prob": prob,
         "seen_log_odds": torch.logit(prob.double(), eps=1e-9).float(),
         "seen_entropy": uniform() * 2,

@@ -10,7 +10,7 @@ from hypothesis import given
 from backends import backends, kernels, needs_compiled_ops
 from plans import arguments, assert_same, cases, ints, plan, random_case, strided
 from rules import STRATEGIES, even
-from simsd_kernels.plan_block import reference
+from simsd_kernels.plan_block import slots
 from test_plan_block import REFUSED, bounded, good_arguments, sample_logits
 
 OP = "plan_block"
@@ -29,7 +29,7 @@ def test_same_plan_as_the_reference_to_the_last_bit(backend, made):
 def test_same_plan_as_the_reference_would_make_of_the_same_draws(monkeypatch, backend, made):
     out = plan(made, backend)
     with monkeypatch.context() as patched:
-        patched.setattr(reference, "sample_logits", functools.partial(sample_logits, backend=backend))
+        patched.setattr(slots, "sample_logits", functools.partial(sample_logits, backend=backend))
         assert_same(out, plan(made, "reference"))
 
 

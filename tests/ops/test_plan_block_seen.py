@@ -13,12 +13,14 @@ LENGTH = 4
 SHARP = 1e6  # leaves of the order only the most probable
 
 
-def seen_by(made, *states, shift=None, pair=None, sharpness=SHARP):
-    """The same where the target has seen states of the only slot's block: set -> (tokens, log-odds)."""
+def seen_by(made, *states, block=0, exact=0, shift=None, pair=None, sharpness=SHARP):
+    """The same where the target has seen states of a block of the only slot's: set -> (tokens, log-odds)."""
     sets, tokens, odds = zip(*((bits, t, o) for bits, (t, o) in states), strict=True)
     log_odds = torch.tensor([odds], dtype=torch.float32)
     length = log_odds.shape[2]
     given = {
+        "seen_block": torch.full((1, len(states)), block, dtype=torch.int32),
+        "seen_exact": torch.full((1, len(states)), exact, dtype=torch.int32),
         "seen_revealed": torch.tensor([sets]),
         "seen_tokens": torch.tensor([tokens]),
         "seen_prob": log_odds.sigmoid(),
@@ -79,17 +81,87 @@ def test_where_none_leads_to_a_state_the_draft_speaks(backend):
     made = seen_by(empty(), (2, ([0, 3, 0, 0], [9.0] * 4)), (15, ([1, 2, 3, 4], [9.0] * 4)))
     assert_same(plan(made, backend), plan(empty(), backend))
     nobody = {
-        name: value[:, :0] if name != "seen_sharpness" else value for name, value in made.items() if name in SEEN[:6]
+        name: value[:, :0] if name != "seen_sharpness" else value for name, value in made.items() if name in SEEN[:8]
     }
     assert_same(plan(made | nobody, backend), plan(empty(), backend))
 
 
-def test_only_the_current_block_has_been_seen(backend):
-    two = {"draft_tokens": torch.tensor([[[1, 2], [3, 4]]]), "blocks_left": ints(2), "draft_calibration": torch.ones(1)}
-    made = arguments(1, 2, 2, **two)
-    made = seen_by(made, (0, ([1, 2], [1.0, 0.0])))
-    deeper = {tokens for block, _, tokens in graph(plan(made, backend)) if block == 1}
-    assert deeper == {(None, None), (3, None), (None, 4)}
+def test_a_state_speaks_for_its_own_block_alone(backend):
+    two = {"draft_tokens": torch.tensor([[[1, 2], [3, 4]]]), "blocks_left": ints(2)}
+    made = seen_by(arguments(1, 2, 2, **two), (0, ([1, 2], [1.0, 0.0])))
+    assert {tokens for block, _, tokens in graph(plan(made, backend)) if block == 1} == {
+        (None, None),
+        (3, None),
+        (None, 4),
+    }
+    made = seen_by(arguments(1, 2, 2, **two), (0, ([5, 6], [1.0, 0.0])), block=1)
+    found = graph(plan(made, backend))
+    assert {tokens for block, _, tokens in found if block == 0} == {(None, None), (1, None), (None, 2)}
+    assert {tokens for block, _, tokens in found if block == 1} == {(None, None), (5, None)}
+
+
+def test_a_block_that_the_target_has_seen_is_planned_where_nothing_is_drafted(backend):
+    """Of the next block its empty state was seen: the plan goes on from there, but not beyond what is drafted."""
+    made = arguments(1, 1, 2, draft_tokens=torch.tensor([[[1, 2]]]), blocks_left=ints(3))
+    assert {block for block, *_ in graph(plan(made, backend))} == {0, 1}
+    found = graph(plan(seen_by(made, (0, ([5, 6], [1.0, 0.0])), block=1), backend))
+    assert [tokens for block, _, tokens in found if block == 1] == [(None, None), (5, None)]
+    assert {block for block, *_ in found} == {0, 1}
+
+
+def test_where_a_state_itself_was_seen_the_target_does_the_same_again(backend):
+    """Position 1 came as 6 with a chance of a half, and was about as likely to come as position 0: it is certain."""
+    saw = (0, ([5, 6, 7, 8], [0.0, 0.1, -1.0, -1.0]))
+    made = seen_by(empty(), saw, sharpness=1.0)
+    floor = {"min_visit_prob": torch.tensor([0.99])}
+    assert states(made | floor, backend) == [(0, (None,) * 4)]
+    exact = seen_by(empty(), saw, sharpness=1.0, exact=1)
+    assert states(exact | floor, backend) == [(0, (None,) * 4), (2, (None, 6, None, None))]
+    assert {bits for bits, _ in states(exact, backend) if bits.bit_count() == 1} == {2}
+
+
+PEEK = {"peeks": ints(1), "blocks_left": ints(2)}
+
+
+def test_a_peek_shows_the_next_block_however_improbable_it_is(backend):
+    made = empty(**PEEK)
+    made["min_visit_prob"] = torch.tensor([0.6])  # two states, nothing of the next block
+    without = graph(plan(made | {"peeks": None}, backend))
+    assert [(block, bits) for block, bits, _ in without] == [(0, 0), (0, 1), (0, 3), (0, 7)]
+    out = plan(made, backend)
+    assert graph(out) == [without[0], (1, 0, (None,) * LENGTH), *without[1:]]
+    assert out.draft_blocks_in_rows.tolist() == [1]
+    assert (out.state_rows[0, 1] >= 0).all()  # its logits are asked for
+
+
+def test_a_peek_takes_the_place_of_the_least_probable_state(backend):
+    made = empty(**PEEK, max_states=3)
+    assert [(block, bits) for block, bits, _ in graph(plan(made, backend))] == [(0, 0), (1, 0), (0, 1)]
+    # And its rows from whoever is less probable: two blocks of them.
+    made = empty(**PEEK, row_budget=ints(3 * LENGTH))
+    assert [(block, bits) for block, bits, _ in graph(plan(made, backend))] == [(0, 0), (1, 0), (0, 1)]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"blocks_left": ints(1)},
+        {"proposal_depth": ints(0)},
+        {"draft_end": ints(1)},
+        {"peeks": ints(0)},
+        {"max_states": 1},
+        {"start": ints(-1)},
+    ],
+    ids=str,
+)
+def test_there_is_no_peek_where_no_block_follows_or_nobody_asks(backend, changes):
+    made = empty(**{**PEEK, "min_visit_prob": torch.tensor([0.6])} | changes)
+    assert 1 not in {block for block, *_ in graph(plan(made, backend))}
+
+
+def test_a_block_that_is_there_anyway_is_not_there_twice(backend):
+    found = [(block, bits) for block, bits, _ in graph(plan(empty(**PEEK), backend))]
+    assert found == [(0, 0), (1, 0), (0, 1), (0, 3), (0, 7)]
 
 
 def test_a_pair_brings_a_position_forward_once_the_other_is_revealed(backend):
@@ -151,15 +223,22 @@ def test_same_plan_as_the_reference_to_the_last_bit(backend, number, head):
 
 
 REFUSED = [
-    ({"seen_tokens": None}, ValueError, "states seen need all of seen_revealed, .*got no seen_tokens"),
+    ({"seen_tokens": None}, ValueError, "states seen need all of seen_block, .*got no seen_tokens"),
     ({"seen_sharpness": None}, ValueError, "got no seen_sharpness"),
-    (dict.fromkeys(SEEN[:6]), ValueError, "states seen need all of"),
+    (dict.fromkeys(SEEN[:8]), ValueError, "states seen need all of"),
     ({"order_pair": None}, ValueError, "order_shift and order_pair come together, got only order_shift"),
     (
         {"draft_logits": torch.zeros(1, 1, 4, 9), "temperature": torch.zeros(1)},
         ValueError,
         "do not go with draft_logits",
     ),
+    (
+        {"draft_logits": torch.zeros(1, 1, 4, 9), "temperature": torch.zeros(1), "peeks": ints(1)}
+        | dict.fromkeys(SEEN),
+        *(ValueError, "peeks do not go with draft_logits"),
+    ),
+    ({"seen_block": None}, ValueError, "got no seen_block"),
+    ({"seen_exact": torch.zeros(1, 2, dtype=torch.int32)}, ValueError, r"seen_exact must be \[B, M\]"),
     ({"seen_revealed": torch.zeros(1, 3, dtype=torch.int64)}, ValueError, "M"),
     ({"seen_revealed": torch.zeros(1, 1, dtype=torch.int32)}, TypeError, "seen_revealed must be torch.int64"),
     ({"seen_prob": torch.zeros(1, 1, 3)}, ValueError, r"seen_prob must be \[B, M, L\]"),
@@ -180,9 +259,21 @@ def test_what_does_not_fit_together_is_refused(backend, changes, error, message)
 @backends("cpu", "cuda")
 def test_compiled_op_refuses_states_that_are_not_whole(backend):
     good = seen_by(empty(), (0, ([5, 6, 7, 8], [3.0, 2.0, 1.0, 0.0])), shift=[[0.0] * LENGTH])
-    for name in SEEN[1:]:
+    for name in SEEN:
         with pytest.raises((RuntimeError, ValueError), match="plan_block: "):
             torch.ops.simsd.plan_block(**good | {name: None})
+
+
+@pytest.mark.parametrize(
+    "peeks, error, message",
+    [
+        (torch.zeros(2, dtype=torch.int32), ValueError, r"peeks must be \[B\] = \[1\], got \[2\]"),
+        (torch.zeros(1), TypeError, "peeks must be torch.int32"),
+    ],
+)
+def test_peeks_of_another_shape_or_dtype_are_refused(backend, peeks, error, message):
+    with pytest.raises(error, match=message):
+        plan(empty(peeks=peeks), backend)
 
 
 def test_opcheck():

@@ -68,21 +68,29 @@ inline PlanParams plan_params(DeviceCheck check_device, const Tensor& text, cons
     return p;
 }
 
-// The states that the target has seen.
-inline Seen seen_states(DeviceCheck check_device, const PlanParams& p, const Tensor& text,
-                        const std::optional<Tensor>& revealed, const std::optional<Tensor>& tokens,
-                        const std::optional<Tensor>& prob, const std::optional<Tensor>& log_odds,
-                        const std::optional<Tensor>& entropy, const std::optional<Tensor>& sharpness,
-                        const std::optional<Tensor>& shift, const std::optional<Tensor>& pair) {
+// The states that the target has seen, and where it is to look at the next block, which do not go with draft_logits.
+inline void add_seen(DeviceCheck check_device, PlanParams& p, const Tensor& text, bool draws,
+                     const std::optional<Tensor>& peeks, const std::optional<Tensor>& block,
+                     const std::optional<Tensor>& exact, const std::optional<Tensor>& revealed,
+                     const std::optional<Tensor>& tokens, const std::optional<Tensor>& prob,
+                     const std::optional<Tensor>& log_odds, const std::optional<Tensor>& entropy,
+                     const std::optional<Tensor>& sharpness, const std::optional<Tensor>& shift,
+                     const std::optional<Tensor>& pair) {
     const Arguments take("plan_block", check_device, text);
-    if (!revealed) return {};
-    check(tokens && prob && log_odds && entropy && sharpness && shift.has_value() == pair.has_value(), take.expect.op,
-          ": seen_revealed, seen_tokens, seen_prob, seen_log_odds, seen_entropy and seen_sharpness come together, and"
-          " order_shift with order_pair");
-    Seen seen{};
+    const bool any = block || exact || revealed || tokens || prob || log_odds || entropy || sharpness || shift || pair;
+    check(!draws || !(any || peeks), take.expect.op, ": states seen and peeks do not go with draft_logits");
     const int64_t batch = p.batch, length = p.length;
+    p.peeks = take.view<const int32_t>("peeks", peeks, {batch}, "[B]");
+    if (!any) return;
+    check(block && exact && revealed && tokens && prob && log_odds && entropy && sharpness, take.expect.op,
+          ": states seen need all of seen_block, seen_exact, seen_revealed, seen_tokens, seen_prob, seen_log_odds,"
+          " seen_entropy and seen_sharpness");
+    check(shift.has_value() == pair.has_value(), take.expect.op, ": order_shift and order_pair come together");
+    Seen& seen = p.seen;
     seen.revealed = take.view<const int64_t>("seen_revealed", *revealed, {batch, -1}, "[B, M]");
     const int64_t count = revealed->size(1);
+    seen.block = take.view<const int32_t>("seen_block", *block, {batch, count}, "[B, M]");
+    seen.exact = take.view<const int32_t>("seen_exact", *exact, {batch, count}, "[B, M]");
     seen.tokens = take.view<const int64_t>("seen_tokens", *tokens, {batch, count, length}, "[B, M, L]");
     seen.prob = take.view<const float>("seen_prob", *prob, {batch, count, length}, "[B, M, L]");
     seen.log_odds = take.view<const float>("seen_log_odds", *log_odds, {batch, count, length}, "[B, M, L]");
@@ -91,7 +99,6 @@ inline Seen seen_states(DeviceCheck check_device, const PlanParams& p, const Ten
     seen.shift = take.view<const float>("order_shift", shift, {batch, count, length}, "[B, M, L]");
     seen.pair = take.view<const float>("order_pair", pair, {batch, count, length, length}, "[B, M, L, L]");
     seen.count = static_cast<int32_t>(count);
-    return seen;
 }
 
 // How states are drawn from `draft_logits`.

@@ -2,6 +2,8 @@
 // probably visits. The Python definition is `_grow` in plan_block/reference.py.
 #pragma once
 
+#include <limits>
+
 #include "control/plan/continuations.h"
 #include "control/plan_block.h"
 
@@ -64,11 +66,15 @@ struct Progress {
     int32_t complete;
 };
 
-// What is proposed for a block in a state, [L], read where the state is masked; and how far it tells the order.
+constexpr double CERTAIN = 1e30;                                    // a sharpness that leaves one order
+constexpr double PEEKED = std::numeric_limits<double>::infinity();  // a score above all others
+
+// What is proposed for a block in a state, [L], read where the state is masked; how far it tells the order, and how far
+// its probabilities are believed (negative: it is certain).
 struct Proposal {
     View<const int64_t, 1> token;
     Statistics statistics;
-    double sharpness;
+    double sharpness, calibration;
 };
 
 template <typename Team>
@@ -126,25 +132,36 @@ class Growth {
     SIMSD_CONTROL int64_t slot() const { return b_; }
     SIMSD_CONTROL bool complete() const { return now_.complete; }
     // Whether the draft has a proposal for what follows the newest state.
-    SIMSD_CONTROL bool expands() const { return !now_.complete && now_.block < depth_; }
+    // Whether anything is proposed for the newest state: what the target drew in the nearest state that it has seen, or
+    // what the draft says.
+    SIMSD_CONTROL bool expands() {
+        if (now_.complete) return false;
+        nearest_ = p_.seen.count > 0 ? Team::greatest(p_.seen.count, [&](int m) { return near(m); }) : -1;
+        if (nearest_ >= 0 && near(nearest_) < 0.0) nearest_ = -1;
+        return nearest_ >= 0 || now_.block < depth_;
+    }
     SIMSD_CONTROL uint64_t masked() const { return full_ & ~now_.revealed; }
 
-    // For the newest state: what the target drew in the nearest state that it has seen, or what the draft says.
+    // That for the newest state, which expands.
     SIMSD_CONTROL Proposal proposal() const {
         const Seen& seen = p_.seen;
-        const int block = now_.block;
-        const int nearest =
-            block == 0 && seen.count > 0 ? Team::greatest(seen.count, [&](int m) { return near(m); }) : -1;
-        if (nearest < 0 || near(nearest) < 0.0) {
+        const int block = now_.block, nearest = nearest_;
+        if (nearest < 0) {
             const Drafted& drafted = p_.drafted;
             return {drafted.token[b_][block],
                     {drafted.prob[b_][block], drafted.log_odds[b_][block], drafted.entropy[b_][block]},
-                    *p_.order_sharpness.at(b_, block)};
+                    *p_.order_sharpness.at(b_, block),
+                    calibration_};
         }
         Proposal found{seen.tokens[b_][nearest],
                        {seen.prob[b_][nearest], seen.log_odds[b_][nearest], seen.entropy[b_][nearest]},
-                       seen.sharpness[b_]};
+                       seen.sharpness[b_],
+                       calibration_};
         const uint64_t more = now_.revealed & ~static_cast<uint64_t>(*seen.revealed.at(b_, nearest));
+        if (more == 0 && *seen.exact.at(b_, nearest) != 0) {  // the target will do there what it would have done
+            found.sharpness = CERTAIN;
+            found.calibration = -1.0;
+        }
         if (!seen.shift.data || more == 0) return found;
         Team::each(masked(), [&](int i) {
             double change = *seen.shift.at(b_, nearest, i);
@@ -165,7 +182,7 @@ class Growth {
         const int newest = now_.size - 1;
         const uint64_t masked = this->masked();
         Team::each(masked, [&](int i) {
-            room_.factor[i] = product(calibration_, drawn.statistics.prob[i]);
+            room_.factor[i] = drawn.calibration < 0.0 ? 1.0 : product(drawn.calibration, drawn.statistics.prob[i]);
             if (taken_.proposed) taken_.proposed[place(newest, i)] = drawn.token[i];
         });
         continuations_.find(rule_, now_.step, masked, drawn.statistics, drawn.sharpness);
@@ -174,7 +191,8 @@ class Growth {
         // A finished block: no state of it, but the next block may follow.
         const uint64_t children = full_set(continuations_.size());
         const auto finishes = [&](int n) { return continuations_.chosen(n) == masked; };
-        const bool goes_on = now_.block + 1 < blocks_left_ && Team::where(children, finishes) != 0 && as_drafted(drawn);
+        const bool goes_on = now_.block < depth_ && now_.block + 1 < blocks_left_ &&
+                             Team::where(children, finishes) != 0 && as_drafted(drawn);
 
         // Children differ in what they reveal, so none is another.
         const auto child = [&](int n, double reach) {
@@ -229,11 +247,49 @@ class Growth {
         note(state, now_.size > 1 && now_.score < worth ? now_.score : worth, state.cost);
     }
 
+    // Where that is asked for: the next block's empty state, behind this one as drafted, comes right behind the current
+    // state, in place of the least likely one of a full graph. What is seen there can be proposed once the text is
+    // there.
+    SIMSD_CONTROL void peek() {
+        if (!p_.peeks.data || p_.peeks[b_] == 0 || start_ < 0 || depth_ < 1 || blocks_left_ < 2 || p_.max_states < 2)
+            return;
+        const auto is_there = [&](int n) {
+            return p_.out.block[first_ + n] == 1 && p_.out.state_revealed[first_ + n] == 0;
+        };
+        int from = 1;  // where it is, or would be
+        while (from < now_.size && !is_there(from)) ++from;
+        Team::sync();
+        const bool added = from == now_.size;
+        if (from == p_.max_states) --from;
+        for (int n = from; n > 1; --n) {
+            Team::each(full_, [&](int i) { p_.out.states[place(n, i)] = p_.out.states[place(n - 1, i)]; });
+            if (Team::leads()) {
+                p_.out.state_revealed[first_ + n] = p_.out.state_revealed[first_ + n - 1];
+                p_.out.block[first_ + n] = p_.out.block[first_ + n - 1];
+                taken_.score[first_ + n] = taken_.score[first_ + n - 1];
+                taken_.blocks[first_ + n] = taken_.blocks[first_ + n - 1] + 2;
+                taken_.logits[first_ + n] = taken_.logits[first_ + n - 1] + p_.length;
+            }
+            Team::sync();
+        }
+        Team::each(full_, [&](int i) { p_.out.states[place(1, i)] = 0; });
+        if (Team::leads()) {
+            p_.out.state_revealed[first_ + 1] = 0;
+            p_.out.block[first_ + 1] = 1;
+            taken_.score[first_ + 1] = PEEKED;
+            taken_.blocks[first_ + 1] = 2;
+            taken_.logits[first_ + 1] = p_.length;
+            if (added) taken_.size[b_] = from + 1;
+        }
+        Team::sync();
+    }
+
   private:
     // How many positions a seen state reveals that leads to the newest one; negative where it does not, or there is
     // none.
     SIMSD_CONTROL double near(int m) const {
         const uint64_t known = static_cast<uint64_t>(*p_.seen.revealed.at(b_, m)) & full_;
+        if (*p_.seen.block.at(b_, m) != now_.block) return -1.0;
         if (known == full_ || (known & ~now_.revealed) != 0) return -1.0;
         for (uint64_t rest = known; rest != 0; rest &= rest - 1) {
             const int i = lowest_bit(rest);
@@ -334,6 +390,7 @@ class Growth {
     const int64_t blocks_left_;
     const double calibration_, floor_;
     Progress now_ = {};
+    int nearest_ = -1;  // of the states seen, to the newest one
 };
 
 }  // namespace simsd::control

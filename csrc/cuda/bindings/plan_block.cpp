@@ -82,31 +82,30 @@ bool fold_rows(const Tensor& logits, sample::Params& draw) {
     return length <= 1 || logits.stride(1) == length * logits.stride(2);
 }
 
-control::PlanTensors plan_block(const Tensor text, const Tensor revealed, const Tensor start, const Tensor end,
-                                const Tensor step, const Tensor kv_len, const Tensor draft_tokens,
-                                const Tensor proposal_depth, const Tensor draft_end, const Tensor prob,
-                                const Tensor log_odds, const Tensor entropy, const Tensor draft_calibration,
-                                const Tensor order_sharpness, const Tensor min_visit_prob, const Tensor row_budget,
-                                const Tensor schedule, const Tensor steps, const Tensor strategy,
-                                const Tensor threshold, const std::optional<Tensor> sub_blocks,
-                                const std::optional<Tensor> draft_logits, const std::optional<Tensor> temperature,
-                                const std::optional<Tensor> top_k, const std::optional<Tensor> top_p,
-                                const std::optional<Tensor> seed, const std::optional<Tensor> banned,
-                                const std::optional<Tensor> seen_revealed, const std::optional<Tensor> seen_tokens,
-                                const std::optional<Tensor> seen_prob, const std::optional<Tensor> seen_log_odds,
-                                const std::optional<Tensor> seen_entropy, const std::optional<Tensor> seen_sharpness,
-                                const std::optional<Tensor> order_shift, const std::optional<Tensor> order_pair,
-                                int64_t mask_id, int64_t pending, int64_t max_states, int64_t logits_rows,
-                                int64_t scratch, int64_t kv_slots, int64_t stride) {
+control::PlanTensors plan_block(
+    const Tensor text, const Tensor revealed, const Tensor start, const Tensor end, const Tensor step,
+    const Tensor kv_len, const Tensor draft_tokens, const Tensor proposal_depth, const Tensor draft_end,
+    const Tensor prob, const Tensor log_odds, const Tensor entropy, const Tensor draft_calibration,
+    const Tensor order_sharpness, const Tensor min_visit_prob, const Tensor row_budget, const Tensor schedule,
+    const Tensor steps, const Tensor strategy, const Tensor threshold, const std::optional<Tensor> sub_blocks,
+    const std::optional<Tensor> draft_logits, const std::optional<Tensor> temperature,
+    const std::optional<Tensor> top_k, const std::optional<Tensor> top_p, const std::optional<Tensor> seed,
+    const std::optional<Tensor> banned, const std::optional<Tensor> peeks, const std::optional<Tensor> seen_block,
+    const std::optional<Tensor> seen_exact, const std::optional<Tensor> seen_revealed,
+    const std::optional<Tensor> seen_tokens, const std::optional<Tensor> seen_prob,
+    const std::optional<Tensor> seen_log_odds, const std::optional<Tensor> seen_entropy,
+    const std::optional<Tensor> seen_sharpness, const std::optional<Tensor> order_shift,
+    const std::optional<Tensor> order_pair, int64_t mask_id, int64_t pending, int64_t max_states, int64_t logits_rows,
+    int64_t scratch, int64_t kv_slots, int64_t stride) {
     control::PlanWork w{};
     PlanParams& p = w.given;
     p = control::plan_params(check_same_device, text, revealed, start, end, step, kv_len, draft_tokens, proposal_depth,
                              draft_end, prob, log_odds, entropy, draft_calibration, order_sharpness, min_visit_prob,
                              row_budget, schedule, steps, strategy, threshold, sub_blocks, mask_id, pending, max_states,
                              logits_rows, scratch, kv_slots, stride);
-    p.seen = control::seen_states(check_same_device, p, text, seen_revealed, seen_tokens, seen_prob, seen_log_odds,
-                                  seen_entropy, seen_sharpness, order_shift, order_pair);
-    check(!seen_revealed || !draft_logits, OP, ": seen states do not go with draft_logits");
+    control::add_seen(check_same_device, p, text, draft_logits.has_value(), peeks, seen_block, seen_exact,
+                      seen_revealed, seen_tokens, seen_prob, seen_log_odds, seen_entropy, seen_sharpness, order_shift,
+                      order_pair);
     sample::Params draw{};
     Tensor logits = text;  // keeps a copy alive
     control::Sampling sampling{};

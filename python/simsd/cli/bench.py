@@ -64,7 +64,7 @@ def bench(
     max_new_tokens: opt.MaxNewTokens = 128,
     lookahead: opt.Lookahead = opt.DEFAULTS.lookahead,
     max_rows: opt.MaxRows = opt.DEFAULTS.max_rows,
-    order_head: opt.OrderHead = None,
+    order_head: opt.OrderHead = opt.DEFAULTS.order_head,
     rejected_tail: opt.RejectedTail = opt.DEFAULTS.rejected_tail,
     strategy: opt.Strategy = opt.DEFAULTS.strategy,
     steps: opt.Steps = None,

@@ -80,7 +80,7 @@ def evaluate(
     max_new_tokens: opt.MaxNewTokens = opt.DEFAULTS.max_new_tokens,
     lookahead: opt.Lookahead = opt.DEFAULTS.lookahead,
     max_rows: opt.MaxRows = opt.DEFAULTS.max_rows,
-    order_head: opt.OrderHead = None,
+    order_head: opt.OrderHead = opt.DEFAULTS.order_head,
     rejected_tail: opt.RejectedTail = opt.DEFAULTS.rejected_tail,
     strategy: opt.Strategy = opt.DEFAULTS.strategy,
     steps: opt.Steps = None,

@@ -60,7 +60,7 @@ def generate(
     drafter: opt.Drafter = opt.DEFAULTS.drafter,
     lookahead: opt.Lookahead = opt.DEFAULTS.lookahead,
     max_rows: opt.MaxRows = None,
-    order_head: opt.OrderHead = None,
+    order_head: opt.OrderHead = opt.DEFAULTS.order_head,
     accept: opt.Accept = opt.DEFAULTS.accept,
     rejected_tail: opt.RejectedTail = opt.DEFAULTS.rejected_tail,
     strategy: opt.Strategy = opt.DEFAULTS.strategy,

@@ -116,7 +116,10 @@ MaxRows = Annotated[
     int | None, _loop("max-rows", "Rows of drafted states per exact verification; by timing if not given.")
 ]
 OrderHead = Annotated[
-    str | None, _loop("order-head", "File of simsd train-order for this target and block length.", metavar="FILE")
+    str,
+    _loop(
+        "order-head", "File of simsd train-order, or none; auto: order-L.safetensors beside the target, of blocks L."
+    ),
 ]
 Accept = Annotated[str, _choice("accept", "temporal: rule that accepts a drafted token.", RULES)]
 RejectedTail = Annotated[

@@ -73,7 +73,7 @@ def serve(
     ] = None,
     lookahead: opt.Lookahead = DEFAULTS.lookahead,
     max_rows: opt.MaxRows = None,
-    order_head: opt.OrderHead = None,
+    order_head: opt.OrderHead = DEFAULTS.order_head,
     top_logprobs: Annotated[
         int, _engine("top-logprobs", f"Most top_logprobs that a request may ask for, up to {MAX_TOP_LOGPROBS}.")
     ] = DEFAULTS.top_logprobs,

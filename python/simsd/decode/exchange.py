@@ -21,6 +21,8 @@ _COMMANDS = {
     "runs": (torch.int32, ()),
     "mode": (torch.int32, ()),
     "depth": (torch.int32, ()),
+    "peeks": (torch.int32, ()),
+    "head": (torch.int32, ()),
     "calibration": (torch.float32, ()),
     "min_visit_prob": (torch.float32, ()),
     "row_budget": (torch.int32, ()),
@@ -34,6 +36,8 @@ class Commands:
         runs: int32, 1 where the slot takes part.
         mode: int32, who proposes the current block. depth: int32, blocks that the draft model goes ahead, the current
             one included; 0: it is not asked.
+        peeks: int32, 1: the target looks at the next block, too, whether or not it comes to it.
+        head: int32, 1: an order head is asked, where there is one and the target itself proposes.
         calibration: float32, how far the draft's probabilities are believed.
         min_visit_prob: float32, the least probability of being visited at which a drafted state is worth its rows.
         row_budget: int32, rows that drafted states may add over the batch; the first slot's counts.
@@ -95,19 +99,19 @@ class Report:
     Behind that are the logarithms of a temporal iteration, and `Tops` of N ids a token.
 
     Attributes:
-        finished, draft_lag, draft_forwards: columns, [B].
+        finished, self_draftable, draft_lag, draft_forwards: columns, [B].
     """
 
     HEADER, COLUMNS = 16, 5
-    FINISHED, LAG, FORWARDS = 2, 14, 15
+    FINISHED, SELF_DRAFTABLE, LAG, FORWARDS = 2, 12, 14, 15
 
     def __init__(self, buffer: Tensor, lookahead: int, length: int, top_logprobs: int = 0) -> None:
         """`buffer`: at least as many columns and L + 2 N (K + 2) L more; those of K = `lookahead` drafted blocks are
         used."""
         self._whole, self._length, self._text = buffer, length, (lookahead + 2) * length
         self.buffer = buffer[:, : self.HEADER + self.COLUMNS * self._text]
-        self.finished, self.draft_lag, self.draft_forwards = (
-            self.buffer[:, column] for column in (self.FINISHED, self.LAG, self.FORWARDS)
+        self.finished, self.self_draftable, self.draft_lag, self.draft_forwards = (
+            self.buffer[:, column] for column in (self.FINISHED, self.SELF_DRAFTABLE, self.LAG, self.FORWARDS)
         )
         first = self.HEADER + 2 * self._text
         self._floats = self.buffer[:, first : first + 2 * self._text].view(torch.float32)

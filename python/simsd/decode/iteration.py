@@ -144,7 +144,7 @@ def verify(
         topping.keep(slots, tops, report.finished)
     if shape.keeps_logits:
         target.keep_logits(logits)
-        seeing.keep(slots, commands, plan, report.finished)
+        seeing.keep(slots, commands, plan, report)
 
 
 def plan_states(slots: Slots, commands: Commands, target: ModelRunner, shape: Shape) -> kernels.Plan:
@@ -157,7 +157,8 @@ def plan_states(slots: Slots, commands: Commands, target: ModelRunner, shape: Sh
         *(commands.calibration, drafted.sharpness, commands.min_visit_prob, commands.row_budget[:1]),
         *(slots.schedule, slots.steps, slots.strategy, slots.threshold, slots.sub_blocks),
         *drafting.noise_of(slots, shape),
-        *(seeing.seen_states(slots, commands, target, shape) or (None,) * 8),
+        None if shape.noise else commands.peeks,
+        *(seeing.seen_states(slots, commands, target, shape) or (None,) * 10),
         target.mask_token_id,
         shape.pending,
         *(shape.states, shape.logits_rows, target.scratch, target.kv_slots, STRIDE),

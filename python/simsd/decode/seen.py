@@ -1,5 +1,5 @@
-"""States of the current block that the target saw in its last forward, visited or not: what it would draw in each is
-the best that is known of the states behind it."""
+"""States that the target saw in its last forward, visited or not, of the current block and of the next one: what it
+would draw in each is the best that is known of the states behind it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 import simsd_kernels as kernels
 from simsd.decode.draft import OWN
-from simsd.decode.exchange import LOOKUP_DRAFT, SELF_DRAFT, Commands
+from simsd.decode.exchange import LOOKUP_DRAFT, SELF_DRAFT, Commands, Report
 from simsd.decode.slots import Slots
 from simsd.models.attention import unchecked
 from simsd.models.runner import ModelRunner
@@ -22,9 +22,11 @@ NO_STATE = -1  # a set of everything
 
 
 class Seen(NamedTuple):
-    """M states of each slot's current block as `plan_block` takes them: revealed [B, M], the others but sharpness [B]
+    """M states of each slot as `plan_block` takes them: block, exact, revealed [B, M], the others but sharpness [B]
     [B, M, L]; of an order head, shift and pair [B, M, L, L]."""
 
+    block: Tensor
+    exact: Tensor
     revealed: Tensor
     tokens: Tensor
     prob: Tensor
@@ -35,20 +37,28 @@ class Seen(NamedTuple):
     pair: Tensor | None = None
 
 
-def keep(slots: Slots, commands: Commands, plan: kernels.Plan, finished: Tensor) -> None:
-    """Notes which states of a forward are of the blocks that are now current, `finished` (int32 [B]) blocks on; to be
-    called when the slots have gone on, where the target keeps that forward's logits."""
+def keep(slots: Slots, commands: Commands, plan: kernels.Plan, report: Report) -> None:
+    """Notes which states of a forward are of the blocks that are now current, or of later ones; to be called when the
+    slots have gone on, where the target keeps that forward's logits."""
+    ran, finished = (commands.runs > 0)[:, None], report.finished[:, None]
     # Where a slot sat out, its rows are those of other logits.
-    slots.last_rows.masked_fill_((commands.runs == 0).unsqueeze(1), -1)
-    # The walk has ended within the block: what finished blocks it is behind is then as it came.
-    inside = (slots.last_rows >= 0).any(1)
-    of_block = inside[:, None] & (plan.block == finished[:, None])
-    count = plan.block.shape[1]
+    slots.last_rows.masked_fill_(~ran, -1)
+    # The walk has ended within the block: the text before it is then what it was in the rows.
+    inside = (slots.last_rows >= 0).any(1, keepdim=True)
+    ahead = plan.block - finished  # [B, C]
+    count, live = plan.block.shape[1], ran & (ahead >= 0)
     slots.seen_revealed.fill_(NO_STATE)
-    slots.seen_revealed[:, :count] = torch.where(of_block, plan.state_revealed, NO_STATE)
+    slots.seen_revealed[:, :count] = torch.where(live, plan.state_revealed, NO_STATE)
+    slots.seen_block[:, :count] = ahead
+    slots.seen_exact[:, :count] = inside & (ahead == 0)
     slots.seen_rows.fill_(-1)
     slots.seen_rows[:, :count] = plan.state_rows
     slots.seen_tokens[:, :count] = plan.states
+    # A block that the walk has just come to was seen behind what was drafted: nearly what is there now.
+    fresh = live & (ahead == 0) & (plan.state_revealed == 0)
+    rows = plan.state_rows[slots.index, fresh.int().argmax(1)]
+    slots.last_rows.copy_(torch.where(~inside & fresh.any(1, keepdim=True), rows, slots.last_rows))
+    report.self_draftable.copy_((slots.last_rows >= 0).sum(1))
 
 
 def seen_states(slots: Slots, commands: Commands, target: ModelRunner, shape: Shape) -> Seen | None:
@@ -69,20 +79,23 @@ def seen_states(slots: Slots, commands: Commands, target: ModelRunner, shape: Sh
     row = slots.seen_rows.clamp(min=0).long()
     token, prob, log_odds, entropy = (x[row] for x in drawn[:4])
     own = (commands.mode == SELF_DRAFT) | (commands.mode == LOOKUP_DRAFT)
-    own &= (slots.last_rows >= 0).any(1)  # else they are of who had the slot before
     revealed, sharpness = slots.bits_in(slots.seen_revealed), slots.order_sharpness[:, OWN]
     seen = Seen(
+        *(slots.seen_block, slots.seen_exact),
         torch.where(own[:, None], slots.seen_revealed, NO_STATE),
         torch.where(revealed, slots.seen_tokens, token),
         *(prob, log_odds, entropy, sharpness),
     )
-    head = target.order_head
-    if head is None:
+    head, asked = target.order_head, commands.head > 0
+    if head is None or (target.packed and not asked.any()):
         return seen
     if not target.packed:
         shift, pair = head(revealed, prob, log_odds, entropy)
+        shift = torch.where(asked[:, None, None], shift, 0)
+        pair = torch.where(asked[:, None, None, None], pair, 0)
     else:  # the host may look: only where there is a state
-        live = (seen.revealed != NO_STATE).nonzero(as_tuple=True)
+        live = ((seen.revealed != NO_STATE) & asked[:, None]).nonzero(as_tuple=True)
         shift, pair = torch.zeros_like(prob), prob.new_zeros((*prob.shape, slots.length))
         shift[live], pair[live] = head(*(x[live] for x in (revealed, prob, log_odds, entropy)))
-    return seen._replace(sharpness=sharpness * head.sharpness, shift=shift, pair=pair)
+    sharpness = torch.where(asked, sharpness * head.sharpness, sharpness)
+    return seen._replace(sharpness=sharpness, shift=shift, pair=pair)

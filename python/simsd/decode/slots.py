@@ -85,8 +85,9 @@ class Slots:
             the standing proposal, proposal_depth (int32) blocks of it; draft_end: int32, blocks after which the draft
             has ended the text.
         draft_logits: [B, K, L, V], what proposals are drawn from; None until `allow_noise`.
-        seen_revealed: int64 [B, M], seen_tokens: int64, seen_rows: int32 [B, M, L]: states of the current block whose
-            logits are among the target's last ones, in rows as those of last_rows; every bit of a set: no state.
+        seen_block, seen_exact int32, seen_revealed int64 [B, M], seen_tokens int64, seen_rows int32 [B, M, L]: states
+            of the current block (0) and the next ones whose logits are among the target's last ones, in rows as those
+            of last_rows; exact: behind the text as it is. Every bit of a set: no state.
         draft_forwards: int32, forwards of the draft model that the sequence took part in.
         top_ids int32, top_margin float32 [B, L, N]: `Tops` of what is revealed of the current block; None where N, the
             `top_logprobs` ids that are told of each token, is 0.
@@ -120,6 +121,8 @@ class Slots:
         self.draft_sharpness = torch.zeros(proposal[:2], dtype=torch.float32, device=device)
         self.draft_logits: Tensor | None = None
         self.seen_revealed = torch.full((count, states), -1, dtype=torch.int64, device=device)
+        self.seen_block = torch.zeros((count, states), dtype=torch.int32, device=device)
+        self.seen_exact = torch.zeros((count, states), dtype=torch.int32, device=device)
         self.seen_tokens = torch.zeros((count, states, length), dtype=torch.int64, device=device)
         self.seen_rows = torch.full((count, states, length), -1, dtype=torch.int32, device=device)
         self.top_ids: Tensor | None = None
@@ -183,6 +186,7 @@ class Slots:
             "draft_forwards": 0,
         }
         self.text[slot, : len(tokens)].copy_(torch.tensor(tokens, dtype=torch.int64), non_blocking=True)
+        self.seen_revealed[slot].fill_(-1)
         self._fields.write_row(slot, values | settings)
 
     def twin(self, device: torch.device) -> Slots:

@@ -18,7 +18,7 @@ from simsd.engine.scheduler import Occupant
 from simsd.engine.shapes import Group, drafted_blocks, prefill_chunk, row_budget, shape_of
 from simsd.engine.tuner import IDLE, Tuner
 from simsd.models.loading import LoadedModel
-from simsd.order.head import load_order_head
+from simsd.order.head import order_head_for
 
 
 class Prefilled(NamedTuple):
@@ -56,8 +56,7 @@ class Batch:
         kept = config.max_batch * places.states * block_length
         beside = config.draft_device is not None
         self._tables, *runners = places.runners(target, draft, parts.packed, kept, beside)
-        if config.order_head is not None:
-            runners[0].order_head = load_order_head(config.order_head, target, block_length)
+        runners[0].order_head = order_head_for(target, config.order_head, block_length)
         self._worker = DraftWorker(self.slots, draft.device) if beside else None
         self.runner = Runner(self.slots, *runners, parts, self._worker)
         self._versions = [model.version for model in runners if model]
@@ -140,7 +139,7 @@ class Batch:
 
     def run(self, group: Group, members: list[int], occupants: list[Occupant | None], tuner: Tuner) -> list[Outcome]:
         """One iteration of the slots `members`; returns the outcomes that are known by then, whose notes are (epoch,
-        draft mode) of each slot."""
+        draft mode, whether an order head was asked) of each slot."""
         situations = [IDLE] * len(occupants)
         for slot in members:
             situations[slot] = occupants[slot].situation(self.block_length)
@@ -152,14 +151,21 @@ class Batch:
             *(group, running, [modes[slot] for slot in members], config, self.block_length, len(modes)),
             *(self.runner.static, self_drafts, self._worker is not None),
         )
+        heads = tuner.heads(self.runner.target.order_head is not None)
+        budget = row_budget(config, len(members))
         ahead = 1 if self._worker is None else 2  # what the target judges meanwhile, and as much behind that
         columns = {
             "runs": [int(slot in members) for slot in range(len(modes))],
             "mode": [mode.kind for mode in modes],
             "depth": [min(ahead * mode.depth, slots.lookahead) for mode in modes],
+            "peeks": [int(peeks) for peeks in tuner.peeks(situations, budget / len(members))],
+            "head": [int(bool(asked)) for asked in heads],
             "calibration": tuner.calibration(),
             "min_visit_prob": [tuner.min_visit_prob()] * len(modes),
-            "row_budget": [row_budget(config, len(members))] * len(modes),
+            "row_budget": [budget] * len(modes),
         }
-        note = [None if occupant is None else (occupant.epoch, modes[slot]) for slot, occupant in enumerate(occupants)]
+        note = [
+            None if occupant is None else (occupant.epoch, modes[slot], heads[slot])
+            for slot, occupant in enumerate(occupants)
+        ]
         return self.runner.run(columns, shape, note)

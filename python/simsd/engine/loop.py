@@ -204,7 +204,7 @@ class Loop:
                 self._update(request)
 
     def _observe(self, slot: int, outcome: Outcome, report: SlotReport, drafted: int) -> None:
-        _, mode = outcome.note[slot]
+        _, mode, _ = outcome.note[slot]
         if mode != NONE:
             extra_rows = (report.states - 1) * self.block_length
             self.tuner.observe(slot, mode, report.judged, report.accepted, report.taken - 1, extra_rows, drafted)

@@ -14,12 +14,16 @@ from torch import nn
 
 from simsd.config import EngineConfig
 from simsd.decode.exchange import LOOKUP_DRAFT, MODEL_DRAFT, NO_DRAFT, SELF_DRAFT
+from simsd.engine.head_trial import HeadTrial
 
 if TYPE_CHECKING:
     from simsd.engine.runner import Outcome
 
 FIRST_PATIENCE = 64  # iterations that a draft mode rests which others surpass; doubled each time it is tried in vain
 MAX_PATIENCE = 2048
+# By trial (blocks of 8, 16 and 32, 128 and 512 rows): a look at the next block pays with so many rows for each position
+# that is masked, and costs about as much as a state that is visited half the time.
+ROWS_PER_MASKED, PEEK_FLOOR = 16, 0.5
 TRIES = 2  # before a draft mode is judged by its record
 
 
@@ -146,9 +150,10 @@ class History:
         self.forget()
 
     def forget(self) -> None:
-        """What drafts brought: the models' weights have changed. Times stay."""
+        """What drafts and an order head brought: the models' weights have changed. Times stay."""
         self.acceptance = {kind: Acceptance() for kind in _KINDS}
         self.records: dict[tuple[int, int, bool, DraftMode], Record] = {}
+        self.head = HeadTrial()
 
     def record(self, active: int, quarter: int, mode: DraftMode, repeats: bool = False) -> Record:
         return self.records.setdefault((active.bit_length(), quarter, repeats, mode), Record())
@@ -279,6 +284,25 @@ class Tuner:
         extra = record.mean("extra")
         return (extra * self.step_seconds() - spent) / (steps + extra)
 
+    def peeks(self, situations: list[Situation], rows: float) -> list[bool]:
+        """By slot, whether the target should look at the next block, too, to draft there at once when it comes to it:
+        where it may soon, and the rows, those of two states, are no large share of those that a slot may have."""
+        pays = self.min_visit_prob() <= PEEK_FLOOR
+        return [
+            pays and mode == OWN and now.blocks_left > 1 and now.masked <= rows / ROWS_PER_MASKED
+            for mode, now in zip(self.modes, situations, strict=True)
+        ]
+
+    def heads(self, has_head: bool) -> list[bool | None]:
+        """By slot, whether an order head is asked; None: it would have nothing to tell. Where "auto" decides, all of a
+        batch do as one, so that what it costs is seen."""
+        drafters = [
+            drafter if has_head and mode.kind in (SELF_DRAFT, LOOKUP_DRAFT) else None
+            for drafter, mode in zip(self._drafters, self.modes, strict=True)
+        ]
+        used = "auto" in drafters and self.history.head.next()
+        return [None if drafter is None else used or drafter != "auto" for drafter in drafters]
+
     def calibration(self) -> list[float]:
         """By slot, how far the draft's probabilities are believed; a lookup has none of its own."""
         overall, kinds = self.history.acceptance, {"auto": _KINDS, "lookup": (LOOKUP_DRAFT,)}
@@ -308,6 +332,10 @@ class Tuner:
     def observe_times(self, outcome: Outcome, draft_forwards: int) -> None:
         """What an iteration took, with `draft_forwards` of the draft model."""
         self.target.observe(outcome.target_rows, outcome.target_seconds)
+        asked = {note[2] for note in outcome.note if note is not None} - {None}
+        if len(asked) == 1:
+            steps = sum(report.taken for _, report in outcome.reports)
+            self.history.head.observe(asked.pop(), steps, outcome.target_seconds)
         if not draft_forwards:
             return
         if self.history.waits is None:

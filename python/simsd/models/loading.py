@@ -50,6 +50,7 @@ class LoadedModel:
     deterministic: bool = False  # see `load`
     thin_linear: bool = False  # see `load`
     load_seconds: float = 0.0  # that `load` took, a download included
+    folder: Path | None = None  # of its weights; None: it was a module in memory
 
     @property
     def config(self):
@@ -279,6 +280,7 @@ def load(
         deterministic=deterministic and layers_of(model).row_invariant,
         thin_linear=thin_linear,
         load_seconds=time.perf_counter() - begin,
+        folder=folder,
     )
 
 

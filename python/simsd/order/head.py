@@ -176,6 +176,16 @@ def load_order_head(file: str | Path, model: LoadedModel, block_length: int | No
     return head.to(model.device).eval().requires_grad_(False)
 
 
+def order_head_for(model: LoadedModel, choice: str, block_length: int) -> OrderHead | None:
+    """The head for decoding in blocks of that length, see `EngineConfig.order_head`. Raises as `load_order_head`."""
+    if choice == "none":
+        return None
+    if choice == "auto":
+        file = None if model.folder is None else model.folder / f"order-{block_length}.safetensors"
+        return load_order_head(file, model, block_length) if file is not None and file.exists() else None
+    return load_order_head(choice, model, block_length)
+
+
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not file.exists():
         raise NotFoundError(f"{file} is not there: simsd train-order writes one")

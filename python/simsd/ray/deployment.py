@@ -81,7 +81,7 @@ class Arguments(pydantic.BaseModel, extra="forbid"):
     block_length: int | None = None
     lookahead: int = EngineConfig.lookahead
     max_rows: int | None = None
-    order_head: str | None = None
+    order_head: str = "auto"
     top_logprobs: int = 0
 
     @property
