@@ -42,6 +42,17 @@ class Benchmark:
         _named(self.picture)(rows, path)
 
 
+SIMSD_BENCH = {
+    "items": 50,
+    "batches": [1],
+    "modes": ["native", "exact-model", "exact-self", "exact-auto"],
+    "temperature": 0.0,
+    "pair": "tiny",
+    "block_length": 4,
+    "strategy": "low_confidence_static",
+}
+
+
 def _named(place: str) -> Callable:
     module, _, name = place.partition(":")
     return getattr(importlib.import_module(f"benchmarks.{module}"), name)
@@ -274,18 +285,32 @@ BENCHMARKS = {
     "tiny_pair": Benchmark(
         "cpu.commands:bench",
         "`simsd bench` of the built-in pair: every mode on the same prompts in the same run.",
-        {"items": 100, "batches": [1, 8], "modes": [], "temperature": 0.0},
+        SIMSD_BENCH | {"items": 100, "batches": [1, 8], "modes": []},
         {"items": 1, "batches": [1, 2]},
     ),
     "tiny_pair_t08": Benchmark(
         "cpu.commands:bench",
         "`simsd bench` of the built-in pair at temperature 0.8: modes on the same prompts in the same run.",
-        {
-            "items": 50,
-            "batches": [1],
-            "modes": ["native", "exact-model", "exact-self", "exact-auto"],
-            "temperature": 0.8,
-        },
+        SIMSD_BENCH | {"temperature": 0.8},
+        {"items": 1},
+    ),
+    "tiny_pair_dynamic": Benchmark(
+        "cpu.commands:bench",
+        "`simsd bench` of the built-in pair where native decoding reveals all that it is confident of"
+        " (low_confidence_dynamic, threshold 0.85).",
+        SIMSD_BENCH | {"batches": [1, 8], "strategy": "low_confidence_dynamic"},
+        {"items": 1},
+    ),
+    "long_pair": Benchmark(
+        "cpu.commands:bench",
+        "`simsd bench` of the built-in pair for long answers in blocks of 16, with its order head.",
+        SIMSD_BENCH | {"items": 10, "pair": "long", "block_length": 16},
+        {"items": 1, "modes": ["exact-auto"]},
+    ),
+    "long_pair_dynamic": Benchmark(
+        "cpu.commands:bench",
+        "The same where native decoding reveals all that it is confident of (low_confidence_dynamic, threshold 0.85).",
+        SIMSD_BENCH | {"items": 10, "pair": "long", "block_length": 16, "strategy": "low_confidence_dynamic"},
         {"items": 1},
     ),
     "busy": Benchmark(

@@ -13,13 +13,23 @@ from hypothesis import strategies as st
 from benchmarks import contest, report
 from benchmarks.cpu import exactness, exactness_mixed, exactness_settings
 from benchmarks.cpu.exactness_mixed import MIXED
-from benchmarks.cpu.exactness_settings import FACTORS, NEAR, ONE_FACTOR, PAIRWISE, RANDOM, UNLIKE, UNPROMISED
+from benchmarks.cpu.exactness_settings import (
+    FACTORS,
+    LONG,
+    LONG_FACTORS,
+    NEAR,
+    ONE_FACTOR,
+    PAIRWISE,
+    RANDOM,
+    UNLIKE,
+    UNPROMISED,
+)
 from simsd import Decoder, GenerationConfig
 from simsd.config import DRAFTERS, STRATEGIES, VERIFIERS, SamplingParams
 from simsd.decode import iteration
 from simsd.decode.slots import Slots
 from simsd.models import families
-from simsd.order.head import OrderHead, save_order_head
+from simsd.order.head import OrderHead, order_head_for, save_order_head
 from simsd_kernels import INF
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -33,10 +43,10 @@ def outcomes():
     return exactness.compare_all(QUICK, exactness.Natives())
 
 
-@pytest.mark.parametrize("group", [ONE_FACTOR, PAIRWISE, RANDOM, MIXED])
-def test_the_text_and_the_step_map_are_native_decodings(outcomes, group):
+@pytest.mark.parametrize("group, least", [(ONE_FACTOR, 50), (PAIRWISE, 50), (LONG, 30), (RANDOM, 50), (MIXED, 50)])
+def test_the_text_and_the_step_map_are_native_decodings(outcomes, group, least):
     chosen = [outcome for outcome in outcomes if outcome.setting.group == group]
-    assert sum(outcome.comparisons for outcome in chosen) > 50
+    assert sum(outcome.comparisons for outcome in chosen) > least
     assert [str(found) for outcome in chosen for found in outcome.differences] == []
 
 
@@ -59,12 +69,18 @@ def test_sequences_are_cancelled_on_their_way(outcomes):
     assert sum(outcome.cancelled for outcome in outcomes) >= 2
 
 
-def test_every_pair_of_factor_values_is_among_the_settings():
-    names = list(FACTORS)
-    rows = exactness_settings.covering_array([len(values) for values in FACTORS.values()])
+@pytest.mark.parametrize("factors", [FACTORS, LONG_FACTORS], ids=["tiny", "long"])
+def test_every_pair_of_factor_values_is_among_the_settings(factors):
+    names = list(factors)
+    rows = exactness_settings.covering_array([len(values) for values in factors.values()])
     for a, b in itertools.combinations(range(len(names)), 2):
         pairs = {(row[a], row[b]) for row in rows}
-        assert len(pairs) == len(FACTORS[names[a]]) * len(FACTORS[names[b]]), (names[a], names[b])
+        assert len(pairs) == len(factors[names[a]]) * len(factors[names[b]]), (names[a], names[b])
+
+
+def test_long_blocks_are_drafted_with_an_order_head():
+    target = exactness_settings.model("long-target")
+    assert all(order_head_for(target, "auto", length) for length in LONG_FACTORS["block_length"])
 
 
 def test_every_family_is_among_the_settings_and_drafts_predict_as_their_targets_and_otherwise():

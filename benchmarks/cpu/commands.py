@@ -33,10 +33,20 @@ def audit(bench: Bench, items: int, seeds: int, max_new_tokens: int) -> None:
         raise RuntimeError("a required check failed")
 
 
-def bench(bench: Bench, items: int, batches: list[int], modes: list[str], temperature: float) -> None:
+def bench(
+    bench: Bench,
+    items: int,
+    batches: list[int],
+    modes: list[str],
+    temperature: float,
+    pair: str,
+    block_length: int,
+    strategy: str,
+) -> None:
     chosen = ["--modes", ",".join(modes)] if modes else []
-    sizes = ",".join(map(str, batches))
-    keep(bench, *simsd("bench", "--items", items, "--batch", sizes, "--temperature", temperature, *chosen))
+    models = ["--target", f"{pair}-target", "--draft", f"{pair}-draft"]
+    decoded = ["--temperature", temperature, "--block-length", block_length, "--strategy", strategy]
+    keep(bench, *simsd("bench", "--items", items, "--batch", ",".join(map(str, batches)), *models, *decoded, *chosen))
 
 
 def keep(bench: Bench, figures: dict, text: str) -> None:

@@ -11,17 +11,20 @@ from typing import Any
 import torch
 
 import simsd
+from simsd import questionnaires, tasks
 from simsd.config import STRATEGIES, GenerationConfig
 from simsd.models import families
 from simsd.models.loading import LoadedModel
-from simsd.tasks import FAMILIES, held_out
+from simsd.tasks import FAMILIES
 
 ONE_FACTOR = "built-in pair, one factor changed"
 PAIRWISE = "built-in pair, every pair of factor values"
+LONG = "built-in pair for long blocks, with its order heads, every pair of factor values"
 RANDOM = "random weights"
 UNPROMISED = "random weights as loaded, where the same bits are not promised"
 
 VOCABULARY, END, MASK = 64, 60, 61  # of the random models
+EACH = 75  # prompts of each family
 
 
 # At 0.8 the built-in target nearly always says what it says at 0; here its seeds differ.
@@ -98,6 +101,8 @@ BUILT_IN = {
     "tiny-target": {},
     "tiny-draft": {},
     "tiny-target, deterministic": {"deterministic": True},
+    "long-target": {},
+    "long-draft": {},
 }
 # Two drafts for every shape. One is of another size and seldom agrees; the other is the target with noise on its
 # weights, so that the target's walk through what it drafts gets long.
@@ -149,7 +154,8 @@ def random_model(shape: Shape, seed: int, noise: float) -> LoadedModel:
 def prompts(target: str) -> list[list[int]]:
     """What a model is asked, the families taking turns; random tokens of ragged lengths for random weights."""
     if target in BUILT_IN:
-        families = [held_out(family, 75) for family in FAMILIES]
+        asked = questionnaires if target.startswith("long") else tasks
+        families = [asked.held_out(family, EACH) for family in FAMILIES]
         return [model(target).encode_prompt(task.prompt) for turn in zip(*families, strict=True) for task in turn]
     rng = random.Random(target)
     # Attention sums keys in splits of 256 slots; every seventh prompt is about that long.
@@ -187,7 +193,8 @@ def settings(quick: bool = False) -> list[Setting]:
     """All of them, or as many on few prompts each."""
     return [
         *one_factor(12 if quick else 300),
-        *pairwise(2 if quick else 20),
+        *pairwise(PAIRWISE, FACTORS, "tiny", 2 if quick else 20),
+        *pairwise(LONG, LONG_FACTORS, "long", 1 if quick else 20),
         *random_weights(2 if quick else 50, quick),
     ]
 
@@ -264,6 +271,15 @@ FACTORS: dict[str, tuple] = {
     "draft_steps": (None, 1, 2),
     "block_length": (4, 8),
 }
+LONG_FACTORS: dict[str, tuple] = {
+    "block_length": (8, 16, 32),
+    "strategy": STRATEGIES,
+    "sampling": ({}, {"temperature": 0.8}),
+    "drafter": ("self", "auto", "lookup"),
+    "max_rows": (None, 128, 512),
+    "batch": (1, 3, 8),
+    "steps": (None, 4),
+}
 
 
 def sub_block_lengths(length: int, steps: int | None, strategy: str) -> range:
@@ -306,17 +322,18 @@ def covering_array(sizes: list[int]) -> list[list[int]]:
     return rows
 
 
-def pairwise(count: int) -> list[Setting]:
+def pairwise(group: str, factors: dict[str, tuple], pair: str, count: int) -> list[Setting]:
+    """Of a built-in pair, by the beginning of its models' names."""
     found = []
-    available = 4 * 75
-    for n, row in enumerate(covering_array([len(values) for values in FACTORS.values()])):
-        change = {name: values[i] for (name, values), i in zip(FACTORS.items(), row, strict=True)}
+    available = len(FAMILIES) * EACH
+    for n, row in enumerate(covering_array([len(values) for values in factors.values()])):
+        change = {name: values[i] for (name, values), i in zip(factors.items(), row, strict=True)}
         name = ", ".join(f"{key} {value}" for key, value in change.items() if key != "sampling")
         sampling, batch = change.pop("sampling"), change.pop("batch")
         config = GenerationConfig(max_new_tokens=64, **change, **sampling)
         name = ", ".join([f"{key} {value}" for key, value in sampling.items()] or ["temperature 0"]) + ", " + name
         numbers = tuple((n * count + i) % available for i in range(max(count, 3) if batch > 1 else count))
-        found.append(Setting(PAIRWISE, name, "tiny-target", "tiny-draft", config, numbers, batch))
+        found.append(Setting(group, name, f"{pair}-target", f"{pair}-draft", config, numbers, batch))
     return found
 
 
