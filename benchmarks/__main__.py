@@ -210,7 +210,9 @@ def run(plan: dict[str, float], budget: float, folder: Path, given: argparse.Nam
     for path in of_gpu:
         report.pack(logs, archive_of(path))
     if given.json:
-        print(json.dumps({name: one["rows"] for whole in reports.values() for name, one in whole["benchmarks"].items()}))
+        print(
+            json.dumps({name: one["rows"] for whole in reports.values() for name, one in whole["benchmarks"].items()})
+        )
     wrong = [problem for whole in reports.values() for problem in report.wrong(whole)]
     return 0 if all(status.startswith("done") for status in statuses) and not wrong else 1
 

@@ -164,6 +164,12 @@ def test_a_picture_lies_beside_the_results_that_show_it(tmp_path, rows_of_graph_
     assert page == report.markdown(report.load(tmp_path / "graph_shapes.json"))
 
 
+def test_the_figures_are_the_last_line_as_json_where_that_is_asked_for(tmp_path, rows_of_graph_shapes, capsys):
+    assert command.main(["graph_shapes", "--json", "--out", str(tmp_path)]) == 0
+    kept = report.load(tmp_path / "graph_shapes.json")["benchmarks"]["graph_shapes"]["rows"]
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"graph_shapes": kept}
+
+
 def test_without_matplotlib_the_results_are_kept_without_a_picture(tmp_path, rows_of_graph_shapes, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert command.main(["graph_shapes", "--out", str(tmp_path)]) == 0
@@ -210,7 +216,8 @@ def test_names_that_would_go_unheard_are_refused(given, capsys):
 
 def test_a_setting_is_of_its_kind():
     found = command.settings_of("tiny_pair", ["modes=native,exact-self", "temperature=0", "batches=2"], False)
-    assert found == {"items": 100, "batches": [2], "modes": ["native", "exact-self"], "temperature": 0.0}
+    changed = {"batches": [2], "modes": ["native", "exact-self"], "temperature": 0.0}
+    assert found == registry.BENCHMARKS["tiny_pair"].settings | changed
 
 
 def test_zero_is_a_setting_where_it_is_among_the_default_ones():

@@ -4,14 +4,17 @@ answers decodes questionnaires in long blocks."""
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 
 import pytest
+from safetensors import safe_open
 
 import simsd
 from benchmarks.environment import ROOT
 from simsd import questionnaires
 from simsd.models.folders import BUILT_IN, LONG_PAIR, PAIR
+from simsd.order.head import KEY, load_order_head
 
 README = ROOT / "examples" / "tiny_pair" / "README.md"
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -31,6 +34,22 @@ def test_the_weights_are_those_of_the_recipe():
     assert set(told) == set(BUILT_IN)
     for name, digest in told.items():
         assert hashlib.sha256((PAIR / name / "model.safetensors").read_bytes()).hexdigest() == digest, name
+
+
+def test_the_order_heads_are_those_of_the_recipe(long):
+    text = README.read_text(encoding="utf-8")
+    told = {int(length): digest for length, digest in re.findall(r"blocks of (\d+) \| `([0-9a-f]{64})`", text)}
+    files = {length: PAIR / "long-target" / f"order-{length}.safetensors" for length in told}
+    assert {hashlib.sha256(file.read_bytes()).hexdigest() for file in files.values()} == set(told.values())
+    shares = [[] for _ in range(4)]  # by reveals since the state seen: head and log-odds, for each length
+    for length, file in files.items():
+        load_order_head(file, long[0], length)
+        with safe_open(file, "pt") as opened:
+            kept = json.loads(opened.metadata()[KEY])["training"]["held_out"]
+        for row, accuracy in zip(shares, kept, strict=True):
+            row += [accuracy["head"], accuracy["rule"]]
+    for n, row in enumerate(shares, 1):
+        assert f"| {n} | {' | '.join(f'{share:.3f}'.lstrip('0') for share in row)} |" in text
 
 
 def test_all_weights_together_are_small():

@@ -153,8 +153,9 @@ def test_a_plan_that_takes_more_than_its_rows_is_refused():
 @pytest.mark.parametrize("length", [4, 8, 16])
 def test_the_replayed_self_chain_takes_the_forwards_that_the_engine_takes(length, temperature, monkeypatch):
     """The built-in target's own chain, run in the engine and replayed along native's path: the same forwards. From the
-    last state visited, as the published chain is."""
-    monkeypatch.setattr("simsd.decode.seen.seen_states", lambda *_: None)
+    last state visited, as the published chain is, and from no other that was seen."""
+    for name in ("keep", "seen_states"):
+        monkeypatch.setattr(f"simsd.decode.seen.{name}", lambda *_: None)
     target = simsd.load("tiny-target")
     prompts = [target.encode_prompt(task.prompt) for family in tasks.FAMILIES for task in tasks.held_out(family, 2)]
     settings = {"max_new_tokens": 48, "block_length": length, "temperature": temperature, "seed": 0}

@@ -1,5 +1,5 @@
-"""What an order head costs under `drafter="auto"` when it is of no use: one of random weights, on the built-in target for
-long blocks. Automatic drafting has to find that out by itself, and does again in each process.
+"""What an order head costs under `drafter="auto"` when it is of no use: one of random weights, on the built-in target
+for long blocks. Automatic drafting has to find that out by itself.
 """
 
 from __future__ import annotations

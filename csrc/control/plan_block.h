@@ -28,6 +28,7 @@ struct Seen {
     View<const int64_t, 3> tokens;                 // [B, M, L]
     View<const float, 3> prob, log_odds, entropy;  // [B, M, L]
     View<const float, 1> sharpness;                // [B]
+    View<const int32_t, 3> rows;                   // [B, M, L], of logits; where each state has draws of its own
     View<const float, 3> shift;                    // [B, M, L]
     View<const float, 4> pair;                     // [B, M, L, L]
     int32_t count;                                 // M

@@ -27,7 +27,7 @@ using control::Taken;
 using Growth = control::Growth<Alone>;
 
 // What decides where the op reads and writes.
-void check_values(const PlanParams& p) {
+void check_values(const PlanParams& p, int64_t seen_logits) {
     for (int64_t b = 0; b < p.batch; ++b) {
         const int64_t start = p.start[b], most = std::min<int64_t>(p.text_length, p.scratch) - p.length;
         if (start < 0) continue;
@@ -37,6 +37,14 @@ void check_values(const PlanParams& p) {
         const int64_t kv_len = p.kv_len[b], room = int64_t{p.pending} * p.length;
         check(kv_len >= 0 && start - kv_len <= room, OP, ": kv_len must be >= 0 and at most ", room,
               " before start, which is pending, got ", kv_len, " with start ", start);
+        for (int m = 0; p.seen.rows.data && m < p.seen.count; ++m) {
+            const uint64_t full = control::full_set(p.length);
+            Alone::each(full & ~static_cast<uint64_t>(*p.seen.revealed.at(b, m)), [&](int i) {
+                const int32_t row = *p.seen.rows.at(b, m, i);
+                check(row >= 0 && row < seen_logits, OP, ": seen_rows must be in [0, ", seen_logits,
+                      ") where masked, got ", row);
+            });
+        }
     }
 }
 
@@ -68,10 +76,12 @@ void grow(const PlanParams& p, const Extent& extent, const Taken& taken) {
     });
 }
 
-// What the draft draws, from which every state has draws of its own.
+// From which every state has draws of its own: what the draft says, and the states that the target has seen.
 struct DraftLogits {
     const Tensor& tensor;
     vocabulary::SlotLogits logits;
+    const Tensor* seen_tensor;
+    const vocabulary::SlotLogits* seen;
 };
 
 void grow(const PlanParams& p, const Extent& extent, const Taken& taken, const DraftLogits& draft) {
@@ -84,14 +94,17 @@ void grow(const PlanParams& p, const Extent& extent, const Taken& taken, const D
         growths.back().begin();
     }
     // Places of draws: a block's of its slot where its states share them, else those of the slot's first block.
-    vocabulary::Draws draws(p.batch * p.blocks * p.length);
-    std::vector<char> ready(p.batch * p.blocks, 0);
+    const int64_t blocks = std::max(p.blocks, 1);
+    vocabulary::Draws draws(p.batch * blocks * p.length);
+    std::vector<char> ready(p.batch * blocks, 0);
     const auto strategy = [&](int64_t b) { return static_cast<Strategy>(p.rules.strategy[b]); };
     const auto shares = [&](int64_t b) { return strategy(b) == Strategy::sequential || !draft.logits.noisy(b); };
     const auto home = [&](const Growth& growth) {
         const int64_t b = growth.slot();
-        return b * p.blocks + (shares(b) ? growth.progress().block : 0);
+        return b * blocks + (shares(b) ? growth.progress().block : 0);
     };
+    // Where states share draws, what was drawn in a seen one is given.
+    const auto given = [&](const Growth& growth) { return growth.nearest() >= 0 && shares(growth.slot()); };
     struct Task {
         const Growth* growth;
         int position;
@@ -101,7 +114,7 @@ void grow(const PlanParams& p, const Extent& extent, const Taken& taken, const D
         growing = false;
         tasks.clear();
         for (Growth& growth : growths) {
-            if (!growth.expands() || ready[home(growth)]) continue;
+            if (!growth.expands() || given(growth) || ready[home(growth)]) continue;
             // The first state of a block that comes up has the fewest positions revealed: later ones need no more.
             ready[home(growth)] = shares(growth.slot());
             Alone::each(growth.masked(), [&](int i) { tasks.push_back({&growth, i}); });
@@ -112,24 +125,27 @@ void grow(const PlanParams& p, const Extent& extent, const Taken& taken, const D
                 const auto [growth, i] = tasks[n];
                 const int64_t b = growth->slot(), block = growth->progress().block;
                 const Tensor& logits = draft.tensor;
-                const int64_t offset = b * logits.stride(0) + block * logits.stride(1) + i * logits.stride(2);
-                draft.logits.draw(b, offset, static_cast<int32_t>(p.start[b] + block * p.length + i),
-                                  control::noise_key(strategy(b), growth->progress().revealed), work, draws,
-                                  home(*growth) * p.length + i);
+                int64_t offset = b * logits.stride(0) + block * logits.stride(1) + i * logits.stride(2);
+                const bool seen = growth->nearest() >= 0;
+                if (seen) offset = *p.seen.rows.at(b, growth->nearest(), i) * draft.seen_tensor->stride(0);
+                (seen ? *draft.seen : draft.logits)
+                    .draw(b, offset, static_cast<int32_t>(p.start[b] + block * p.length + i),
+                          control::noise_key(strategy(b), growth->progress().revealed), work, draws,
+                          home(*growth) * p.length + i);
             }
         });
         for (Growth& growth : growths) {
             if (growth.complete()) continue;
             if (growth.expands()) {
                 const int64_t first = home(growth) * p.length;
-                growth.expand({control::contiguous<const int64_t>(draws.token.data() + first), draws.statistics(first),
-                               *p.order_sharpness.at(growth.slot(), growth.progress().block),
-                               p.draft_calibration[growth.slot()]});
+                const auto token = control::contiguous<const int64_t>(draws.token.data() + first);
+                growth.expand(given(growth) ? growth.proposal() : growth.proposal(token, draws.statistics(first)));
             }
             growth.advance();
             growing = true;
         }
     }
+    for (Growth& growth : growths) growth.peek();
 }
 
 control::PlanTensors plan_block(
@@ -144,16 +160,18 @@ control::PlanTensors plan_block(
     const std::optional<Tensor> seen_exact, const std::optional<Tensor> seen_revealed,
     const std::optional<Tensor> seen_tokens, const std::optional<Tensor> seen_prob,
     const std::optional<Tensor> seen_log_odds, const std::optional<Tensor> seen_entropy,
-    const std::optional<Tensor> seen_sharpness, const std::optional<Tensor> order_shift,
+    const std::optional<Tensor> seen_sharpness, const std::optional<Tensor> seen_rows,
+    const std::optional<Tensor> seen_logits, const std::optional<Tensor> order_shift,
     const std::optional<Tensor> order_pair, int64_t mask_id, int64_t pending, int64_t max_states, int64_t logits_rows,
     int64_t scratch, int64_t kv_slots, int64_t stride) {
     PlanParams p = control::plan_params(
         check_cpu, text, revealed, start, end, step, kv_len, draft_tokens, proposal_depth, draft_end, prob, log_odds,
         entropy, draft_calibration, order_sharpness, min_visit_prob, row_budget, schedule, steps, strategy, threshold,
         sub_blocks, mask_id, pending, max_states, logits_rows, scratch, kv_slots, stride);
-    control::add_seen(check_cpu, p, text, draft_logits.has_value(), peeks, seen_block, seen_exact, seen_revealed,
-                      seen_tokens, seen_prob, seen_log_odds, seen_entropy, seen_sharpness, order_shift, order_pair);
-    check_values(p);
+    control::add_seen(check_cpu, p, text, draft_logits, peeks, seen_block, seen_exact, seen_revealed, seen_tokens,
+                      seen_prob, seen_log_odds, seen_entropy, seen_sharpness, seen_rows, seen_logits, order_shift,
+                      order_pair);
+    check_values(p, seen_logits ? seen_logits->size(0) : 0);
     const control::PlanTensors out = control::plan_outputs(
         p, [](std::initializer_list<int64_t> sizes, ScalarType type) { return allocate(sizes, type); });
 
@@ -166,7 +184,13 @@ control::PlanTensors plan_block(
     if (draft_logits) {
         const control::Sampling sampling =
             control::draft_sampling(check_cpu, p, text, *draft_logits, temperature, top_k, top_p, seed, banned);
-        grow(p, extent, taken, {*draft_logits, {OP, *draft_logits, sampling, banned, p.batch}});
+        std::optional<vocabulary::SlotLogits> seen;
+        if (seen_logits) seen.emplace(OP, *seen_logits, sampling, banned, p.batch);
+        grow(p, extent, taken,
+             {*draft_logits,
+              {OP, *draft_logits, sampling, banned, p.batch},
+              seen ? &*seen_logits : nullptr,
+              seen ? &*seen : nullptr});
     } else {
         grow(p, extent, taken);
     }

@@ -30,13 +30,11 @@ __global__ void __launch_bounds__(WARP, 1) grow(const PlanWork w) {
     growth.peek();
 }
 
-SIMSD_DEVICE Proposal proposal_at(const int64_t* token, const float* prob, const float* log_odds, const float* entropy,
-                                  int64_t first, double sharpness, double calibration) {
-    return {contiguous<const int64_t>(token + first),
-            {contiguous<const float>(prob + first), contiguous<const float>(log_odds + first),
-             contiguous<const float>(entropy + first)},
-            sharpness,
-            calibration};
+SIMSD_DEVICE Proposal proposal_at(const Growth<Warp>& growth, const int64_t* token, const float* prob,
+                                  const float* log_odds, const float* entropy, int64_t first) {
+    return growth.proposal(contiguous<const int64_t>(token + first),
+                           {contiguous<const float>(prob + first), contiguous<const float>(log_odds + first),
+                            contiguous<const float>(entropy + first)});
 }
 
 __global__ void __launch_bounds__(WARP, 1) step(const PlanWork w) {
@@ -73,19 +71,23 @@ __global__ void __launch_bounds__(WARP, 1) step(const PlanWork w) {
     for (; !growth.complete(); growth.advance(), drawn = false) {
         if (!growth.expands()) continue;
         const int64_t block = blocks + growth.progress().block;
-        if (shares ? !d.ready[block] : !drawn) break;
-        const double sharpness = *p.order_sharpness.at(b, growth.progress().block),
-                     calibration = p.draft_calibration[b];
-        growth.expand(shares ? proposal_at(d.shared_token, d.shared_prob, d.shared_log_odds, d.shared_entropy,
-                                           block * p.length, sharpness, calibration)
-                             : proposal_at(d.token, d.prob, d.log_odds, d.entropy, first, sharpness, calibration));
+        const bool given = shares && growth.nearest() >= 0;  // what was drawn in a state seen
+        if (!given && (shares ? !d.ready[block] : !drawn)) break;
+        growth.expand(given    ? growth.proposal()
+                      : shares ? proposal_at(growth, d.shared_token, d.shared_prob, d.shared_log_odds, d.shared_entropy,
+                                             block * p.length)
+                               : proposal_at(growth, d.token, d.prob, d.log_odds, d.entropy, first));
     }
+    if (growth.complete()) growth.peek();
     const Progress now = growth.progress();
+    const int nearest = growth.nearest();
+    const int64_t drafted = p.batch * p.blocks * p.length;  // rows of logits, those of states seen behind them
     Warp::sync();
     Warp::each(full, [&](int i) {
         const bool wanted = !now.complete && !has(now.revealed, i);
         const int64_t within = int64_t{now.block} * p.length + i;
-        d.row[first + i] = wanted ? static_cast<int32_t>(blocks * p.length + within) : -1;
+        const int64_t row = nearest < 0 ? blocks * p.length + within : drafted + *p.seen.rows.at(b, nearest, i);
+        d.row[first + i] = wanted ? static_cast<int32_t>(row) : -1;
         d.position[first + i] = wanted ? static_cast<int32_t>(p.start[b] + within) : 0;
     });
     if (Warp::leads()) {

@@ -31,7 +31,7 @@ struct Law {
 };
 
 // Draws `rows` rows of logits. Row n draws from row `row_index[n]` of the logits (n without an index); where that is
-// outside [0, logit_rows) nothing is read and the outputs are those of a row with nothing finite.
+// outside [0, logit_rows + more_rows) nothing is read and the outputs are those of a row with nothing finite.
 //
 // Where few of many rows are wanted, `draw_of_row` gives the way back, and work is by row of the logits: row r is drawn
 // as number draw_of_row[r], if that draws from row r at all. Entries of rows that nothing draws from need not be set.
@@ -39,6 +39,9 @@ struct Params {
     const void* logits;  // [logit_rows, V], row r at r / logits_inner * strides[0] + r % logits_inner * strides[1]
     int64_t logits_strides[3];  // of outer rows, inner rows, ids; in elements
     int32_t logits_inner;
+    const void* more_logits;  // [more_rows, V] that go on behind those: row logit_rows + r at r * strides[0]
+    int64_t more_strides[2];  // of rows, ids
+    int32_t more_rows;
     Element element;
     int32_t logit_rows, vocabulary, rows;
     const int32_t* row_index;    // [rows] or nullptr

@@ -63,8 +63,9 @@ def plan_block(*given, backend: str | None = None, **named) -> Plan:
     fit row_budget and, with the current states, the N rows of logits.
 
     Of the states of a block that the target has seen, the one that reveals most of what a state reveals, with the same
-    tokens, says what that state draws next; where it is that state itself, for certain. An order head tells how its
-    log-odds change with what is revealed since; a token's probability is then the sigmoid of its log-odds.
+    tokens, says what that state draws next; where it is that state itself, for certain. Where states have draws of
+    their own, they draw from its logits. An order head tells how its log-odds change with what is revealed since; a
+    token's probability is then the sigmoid of its log-odds.
 
     With K = 0 the current states are alone, which is also how a draft's own forward is laid out.
 
@@ -110,6 +111,10 @@ def check(*arguments) -> None:
     start = given["start"]
     if start.device.type != "cpu" or torch.compiler.is_compiling():
         return
+    if given["seen_rows"] is not None:
+        masked = (given["seen_revealed"][..., None] >> torch.arange(length)) & 1 == 0
+        rows = given["seen_rows"][masked & (start >= 0)[:, None, None]]
+        validate.within(OP, "seen_rows", rows, 0, sizes["R"] - 1, f"in [0, {sizes['R']}) where masked")
     live = start >= 0
     start, kv_len = start[live], given["kv_len"][live]
     validate.within(OP, "start", start % length, 0, 0, f"a multiple of {length}, got remainders")
@@ -121,14 +126,21 @@ def check(*arguments) -> None:
 def _check_seen(given: dict) -> None:
     """That what belongs together is there together."""
     order = [name for name in ("order_shift", "order_pair") if given[name] is not None]
-    seen = [name for name in given if name.startswith("seen_")]
+    drawn = "seen_rows", "seen_logits"
+    seen = [name for name in given if name.startswith("seen_") and name not in drawn]
     missing = [name for name in seen if given[name] is None]
     if len(order) == 1:
         raise ValueError(f"{OP}: order_shift and order_pair come together, got only {order[0]}")
     if missing and (order or len(missing) < len(seen)):
         raise ValueError(f"{OP}: states seen need all of {', '.join(seen)}, got no {', '.join(missing)}")
-    if given["draft_logits"] is not None and (not missing or given["peeks"] is not None):
-        raise ValueError(f"{OP}: states seen and peeks do not go with draft_logits, got both")
+    wanted = given["draft_logits"] is not None and not missing
+    for name in drawn:
+        if (given[name] is not None) != wanted:
+            what = "no" if wanted else "some"
+            raise ValueError(f"{OP}: {name} goes with draft_logits and states seen, got {what} {name}")
+    if wanted and given["seen_logits"].dtype != given["draft_logits"].dtype:
+        dtypes = (given[name].dtype for name in ("draft_logits", "seen_logits"))
+        raise TypeError(f"{OP}: seen_logits must be of draft_logits' dtype {next(dtypes)}, got {next(dtypes)}")
 
 
 def obstacle(backend: str, draft_logits: Tensor | None) -> str | None:

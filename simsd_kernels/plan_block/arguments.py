@@ -71,14 +71,13 @@ SIGNATURE = Signature(
         dataclasses.replace(OPTIONS[-1], high=None),
         Argument(
             *("peeks", torch.int32, "B"),
-            "1: the next block's empty state comes along, too, behind the current block as drafted, however probable."
-            " Not with draft_logits.",
+            "1: the next block's empty state comes along, too, behind the current block as drafted, however probable.",
             optional=True,
         ),
         Argument(
             *("seen_block", torch.int32, "B M"),
             "States that the target has seen: their blocks, counted from the current one. What it drew in the one"
-            " nearest to a state is the proposal there, draft_tokens where there is none. Not with draft_logits.",
+            " nearest to a state is the proposal there, the draft's where there is none.",
             optional=True,
         ),
         Argument(
@@ -93,7 +92,7 @@ SIGNATURE = Signature(
         ),
         Argument(
             *("seen_tokens", torch.int64, "B M L"),
-            "Their tokens where revealed, elsewhere what it drew ...",
+            "Their tokens where revealed, elsewhere what it drew (where all states share draws) ...",
             optional=True,
         ),
         Argument("seen_prob", torch.float32, "B M L", "... with these probabilities ...", optional=True),
@@ -105,6 +104,18 @@ SIGNATURE = Signature(
             high=FLOAT32_MAX,
             bounds="finite and >= 0",
             optional=True,
+        ),
+        Argument(
+            *("seen_rows", torch.int32, "B M L"),
+            "With draft_logits: the rows of seen_logits of their masked positions, in [0, R), from which each state"
+            " draws where it has noise of its own.",
+            optional=True,
+        ),
+        Argument(
+            *("seen_logits", FLOATING, "R V"),
+            "With draft_logits, and of their dtype: what the target's last forward gave.",
+            optional=True,
+            least=(("R", 1),),
         ),
         Argument(
             *("order_shift", torch.float32, "B M L"),

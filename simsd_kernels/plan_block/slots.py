@@ -12,7 +12,7 @@ from simsd_kernels.reveal.arguments import STRATEGIES
 from simsd_kernels.sample_logits.reference import sample_logits
 
 CERTAIN = 1e30  # a sharpness that leaves one order
-ORDER = ("order_shift", "order_pair")
+OPTIONAL = ("seen_rows", "order_shift", "order_pair")  # of states seen
 
 
 @dataclass
@@ -58,6 +58,7 @@ class Seen:
     prob: list[float]
     log_odds: list[float]
     entropy: list[float]
+    rows: list[int] | None  # of logits, where each state has draws of its own
     shift: list[float] | None
     pair: list[list[float]] | None
 
@@ -69,16 +70,19 @@ class Seen:
         same = (state.revealed >> i & 1 and state.tokens[i] == self.tokens[i] for i in self.known)
         return self.block == state.block and all(same)
 
-    def proposal(self, state: State) -> tuple[list, list, list, list]:
+    def proposal(
+        self, state: State, token: list, prob: list, log_odds: list, entropy: list
+    ) -> tuple[list, list, list, list]:
+        """Of what is drawn from the logits of this state: what that makes where more is revealed."""
         more = [i for i in range(len(self.tokens)) if (state.revealed & ~self.revealed) >> i & 1]
         if self.shift is None or not more:
-            return self.tokens, self.prob, self.log_odds, self.entropy
-        log_odds = []
-        for before, change, of_pair in zip(self.log_odds, self.shift, self.pair, strict=True):
+            return token, prob, log_odds, entropy
+        changed = []
+        for before, change, of_pair in zip(log_odds, self.shift, self.pair, strict=True):
             for j in more:
                 change += of_pair[j]
-            log_odds.append(_float32(before + change))
-        return self.tokens, [_float32(_probability(x)) for x in log_odds], log_odds, self.entropy
+            changed.append(_float32(before + change))
+        return token, [_float32(_probability(x)) for x in changed], changed, entropy
 
 
 @dataclass
@@ -99,6 +103,7 @@ class Slot:
     sampling: dict[str, Tensor | None]
     seen: list[Seen]
     seen_sharpness: float
+    seen_logits: Tensor | None  # [N, V]
     peeks: bool
 
     def proposal(self, state: State) -> tuple[list, list, list, list, float, float] | None:
@@ -109,13 +114,26 @@ class Slot:
         if nearest is not None:
             certain = nearest.exact and len(nearest.known) == state.revealed.bit_count()
             belief = (CERTAIN, None) if certain else (self.seen_sharpness, self.calibration)
-            return *nearest.proposal(state), *belief
+            drawn = nearest.tokens, nearest.prob, nearest.log_odds, nearest.entropy
+            if self.draws_apart:
+                drawn = self.drawn(state, self.seen_logits[torch.tensor(nearest.rows).clamp(min=0)])
+            return *nearest.proposal(state, *drawn), *belief
         if state.block >= self.depth:
             return None
         sharpness = self.sharpness[state.block], self.calibration
         if self.logits is None:
             return *(of_blocks[state.block] for of_blocks in (self.draft_tokens, *self.statistics)), *sharpness
-        logits, length = self.logits[state.block], len(state.tokens)
+        return *self.drawn(state, self.logits[state.block]), *sharpness
+
+    @property
+    def draws_apart(self) -> bool:
+        """Whether each state has draws of its own."""
+        noisy = self.logits is not None and self.sampling["seed"] is not None and self.sampling["temperature"] > 0
+        return noisy and self.rule.strategy != "sequential"
+
+    def drawn(self, state: State, logits: Tensor) -> tuple[list, list, list, list]:
+        """token, prob, log_odds and entropy as drawn in `state` from logits [L, V]."""
+        length = len(state.tokens)
         first = self.start + state.block * length
         key = 0 if self.rule.strategy == "sequential" else signed(state.revealed)
 
@@ -134,7 +152,7 @@ class Slot:
             torch.full((length,), key, dtype=torch.int64, device=logits.device),
             self.sampling["banned"],
         )
-        return *(x.tolist() for x in out[:4]), *sharpness
+        return tuple(x.tolist() for x in out[:4])
 
 
 def slot_of(given: dict, b: int) -> Slot:
@@ -165,6 +183,7 @@ def slot_of(given: dict, b: int) -> Slot:
         | {"banned": given["banned"]},
         seen=_seen(given, b, (1 << length) - 1),
         seen_sharpness=0.0 if given["seen_sharpness"] is None else of_slot("seen_sharpness"),
+        seen_logits=given["seen_logits"],
         peeks=given["peeks"] is not None and of_slot("peeks") != 0,
     )
 
@@ -174,7 +193,7 @@ def _seen(given: dict, b: int, full: int) -> list[Seen]:
         return []
     names = "block", "exact", "revealed", "tokens", "prob", "log_odds", "entropy"
     fields = [given[f"seen_{name}"][b].tolist() for name in names]
-    fields += [[None] * len(fields[0]) if given[n] is None else given[n][b].tolist() for n in ORDER]
+    fields += [[None] * len(fields[0]) if given[n] is None else given[n][b].tolist() for n in OPTIONAL]
     states = [Seen(*state) for state in zip(*fields, strict=True)]
     return [state for state in states if state.revealed & full != full]
 

@@ -17,11 +17,11 @@ plan_block = callable_of("plan_block")
 MASK = 99
 VOCABULARY = 20
 NEVER = 2**30  # draft_end of a draft that did not end the text
-SHARED = ("row_budget", "banned")  # by all slots
+SHARED = ("row_budget", "banned", "seen_logits")  # by all slots
 SEEN = (
     *("seen_block", "seen_exact"),
     *("seen_revealed", "seen_tokens", "seen_prob", "seen_log_odds", "seen_entropy", "seen_sharpness"),
-    *("order_shift", "order_pair"),
+    *("seen_rows", "seen_logits", "order_shift", "order_pair"),
 )
 PER_SLOT_RESULTS = (
     *("tokens", "positions", "slots", "clock", "birth", "death"),
@@ -143,6 +143,11 @@ def with_seen(made, number, count=6, head=True):
     revealed = known | (uniform() < torch.rand(batch, count, 1, generator=generator) ** 2)
     revealed |= (uniform() < 0.05).all(2, keepdim=True)
     prob = uniform() ** 0.3
+    rows = logits = None
+    if made["draft_logits"] is not None:
+        number = batch * count * length
+        logits = torch.randn(number + 1, VOCABULARY, generator=generator) * 4
+        rows = torch.randperm(number, generator=generator).view(shape).int()
     return made | {
         "peeks": torch.randint(0, 2, (batch,), generator=generator, dtype=torch.int32),
         "seen_block": block,
@@ -153,6 +158,8 @@ def with_seen(made, number, count=6, head=True):
         "seen_log_odds": torch.logit(prob.double(), eps=1e-9).float(),
         "seen_entropy": uniform() * 2,
         "seen_sharpness": torch.rand(batch, generator=generator) * 2,
+        "seen_rows": None if rows is None else torch.where(revealed, -1, rows),
+        "seen_logits": None if logits is None else logits.to(made["draft_logits"].dtype),
         "order_shift": uniform() * 2 - 1 if head else None,
         "order_pair": uniform(length) * 2 - 1 if head else None,
     }

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from backends import backends
-from plans import SEEN, alone, arguments, assert_same, graph, ints, plan, random_case, strided, with_seen
+from plans import SEEN, VOCABULARY, alone, arguments, assert_same, graph, ints, plan, random_case, strided, with_seen
+from simsd_kernels import sample_logits
 
 OP = "plan_block"
 LENGTH = 4
@@ -195,11 +196,12 @@ def test_the_order_is_believed_as_far_as_the_sharpness_says(backend):
     assert len(states(seen_by(empty(), saw, sharpness=SHARP), backend)) == LENGTH
 
 
+@pytest.mark.parametrize("logits", [False, True], ids=["given", "drawn"])
 @pytest.mark.parametrize("head", [False, True])
-def test_a_slot_gets_the_same_plan_alone_and_in_company(backend, head):
+def test_a_slot_gets_the_same_plan_alone_and_in_company(backend, head, logits):
     changed = 0
     for number in range(30):
-        made = with_seen(random_case(number), number, head=head)
+        made = with_seen(random_case(number, logits), number, head=head)
         made["row_budget"] = ints(10**6)
         made["logits_rows"] = made["text"].shape[0] * made["max_states"] * made["draft_tokens"].shape[2]
         out = plan(made, backend)
@@ -207,6 +209,84 @@ def test_a_slot_gets_the_same_plan_alone_and_in_company(backend, head):
         for b in range(made["text"].shape[0]):
             assert torch.equal(plan(alone(made, b), backend).states[0], out.states[b])
     assert changed > 5
+
+
+def noisy(temperature=0.8, strategy="low_confidence_static", **given):
+    """A fresh block of four, drawn from logits with noise, of which the target has seen the empty state and that with
+    position 1 revealed as 6."""
+    generator = torch.Generator().manual_seed(1)
+    made = empty(
+        draft_logits=torch.randn(1, 1, LENGTH, VOCABULARY, generator=generator),
+        temperature=torch.tensor([temperature]),
+        seed=torch.tensor([5]),
+        rules=[([1] * LENGTH, strategy, 0.9)],
+    )
+    tokens, odds = [5, 6, 7, 8], [3.0, 2.0, 1.0, 0.0]
+    made = seen_by(made, (0, (tokens, odds)), (0b0010, (tokens, odds)))
+    return made | {
+        "seen_rows": ints([0, 1, 2, 3], [4, -1, 5, 6])[None],
+        "seen_logits": torch.randn(7, VOCABULARY, generator=generator) * 3,
+        **given,
+    }
+
+
+def drawn(made, rows, bits):
+    """Tokens and log-odds that these rows of the logits seen give in the state `bits` of the only block."""
+    first = int(made["start"][0])
+    out = sample_logits(
+        made["seen_logits"][rows],
+        made["temperature"].expand(LENGTH),
+        torch.zeros(LENGTH, dtype=torch.int32),
+        torch.ones(LENGTH),
+        made["seed"].expand(LENGTH),
+        torch.arange(first, first + LENGTH, dtype=torch.int32),
+        torch.full((LENGTH,), bits),
+        backend="reference",
+    )
+    return out.token.tolist(), out.log_odds
+
+
+def test_with_noise_each_state_draws_its_own_from_the_logits_of_the_nearest_one_seen(backend):
+    made = noisy(temperature=5.0)
+    found = states(made, backend)
+    before, known = 0, (None,) * LENGTH
+    assert found[0] == (before, known)
+    for bits, tokens in found[1:]:
+        near = [4, 0, 5, 6] if before & 0b0010 and known[1] == 6 else [0, 1, 2, 3]
+        token, log_odds = drawn(made, near, before)
+        log_odds[[i for i in range(LENGTH) if before >> i & 1]] = -math.inf
+        best = int(log_odds.argmax())
+        assert bits == before | 1 << best and tokens[best] == token[best]
+        before, known = bits, tokens
+    assert len(found) == LENGTH
+    assert states(noisy(temperature=5.0, seed=torch.tensor([6])), backend) != found
+
+
+@pytest.mark.parametrize("temperature, strategy", [(0.0, "low_confidence_static"), (0.8, "sequential")])
+def test_states_that_share_draws_take_those_of_the_state_seen(backend, temperature, strategy):
+    made = noisy(temperature, strategy)
+    shown = {tokens[i] for _, tokens in states(made, backend) for i in range(LENGTH)} - {None}
+    assert shown == {5, 6, 7}  # the last one finishes the block
+
+
+def test_there_is_a_peek_with_noise_too(backend):
+    made = noisy(peeks=ints(1), end=ints(4 * LENGTH))
+    assert [(block, bits) for block, bits, _ in graph(plan(made, backend))][1] == (1, 0)
+
+
+@backends("cpu", "cuda")
+@pytest.mark.parametrize("head", [False, True])
+@pytest.mark.parametrize("number", range(120))
+def test_same_plan_with_draws_of_each_state_as_the_reference_to_the_last_bit(backend, number, head):
+    made = with_seen(random_case(number, logits=True), number, head=head)
+    if number % 4 == 1:  # rows and ids with gaps between them
+        wide = torch.zeros(made["seen_logits"].shape[0], 2 * VOCABULARY + 3)
+        wide[:, : 2 * VOCABULARY : 2] = made["seen_logits"]
+        made["seen_logits"] = wide[:, : 2 * VOCABULARY : 2]
+    if number % 5 == 0:
+        dtype = (torch.bfloat16, torch.float16)[number % 2]
+        made |= {name: made[name].to(dtype) for name in ("draft_logits", "seen_logits")}
+    assert_same(plan(strided(made) if number % 3 == 0 else made, backend), plan(made, "reference"))
 
 
 @backends("cpu", "cuda")
@@ -229,14 +309,9 @@ REFUSED = [
     ({"order_pair": None}, ValueError, "order_shift and order_pair come together, got only order_shift"),
     (
         {"draft_logits": torch.zeros(1, 1, 4, 9), "temperature": torch.zeros(1)},
-        ValueError,
-        "do not go with draft_logits",
+        *(ValueError, "seen_rows goes with draft_logits and states seen, got no seen_rows"),
     ),
-    (
-        {"draft_logits": torch.zeros(1, 1, 4, 9), "temperature": torch.zeros(1), "peeks": ints(1)}
-        | dict.fromkeys(SEEN),
-        *(ValueError, "peeks do not go with draft_logits"),
-    ),
+    ({"seen_logits": torch.zeros(3, 9)}, ValueError, "seen_logits goes with draft_logits and .* got some seen_logits"),
     ({"seen_block": None}, ValueError, "got no seen_block"),
     ({"seen_exact": torch.zeros(1, 2, dtype=torch.int32)}, ValueError, r"seen_exact must be \[B, M\]"),
     ({"seen_revealed": torch.zeros(1, 3, dtype=torch.int64)}, ValueError, "M"),
@@ -256,10 +331,39 @@ def test_what_does_not_fit_together_is_refused(backend, changes, error, message)
         plan(good | changes, backend)
 
 
+@pytest.mark.parametrize(
+    "changes, error, message",
+    [
+        ({"seen_rows": None}, ValueError, "got no seen_rows"),
+        ({"seen_logits": None}, ValueError, "got no seen_logits"),
+        ({"seen_logits": torch.zeros(7, VOCABULARY).half()}, TypeError, "must be of draft_logits' dtype torch.float32"),
+        ({"seen_logits": torch.zeros(7, 9)}, ValueError, "V"),
+        ({"seen_logits": torch.zeros(0, VOCABULARY)}, ValueError, "must have R >= 1"),
+        ({"seen_rows": torch.zeros(1, 2, 3).int()}, ValueError, r"seen_rows must be \[B, M, L\]"),
+    ],
+)
+def test_logits_that_do_not_fit_are_refused(backend, changes, error, message):
+    with pytest.raises(error, match=message):
+        plan(noisy() | changes, backend)
+
+
+@backends("reference", "cpu")
+@pytest.mark.parametrize("row", [-1, 7])
+def test_a_row_of_logits_that_is_not_there_is_refused(backend, row):
+    rows = ints([0, 1, row, 3], [4, -1, 5, 6])[None]
+    with pytest.raises(ValueError, match=rf"seen_rows must be in \[0, 7\) where masked, got {row}"):
+        plan(noisy(seen_rows=rows), backend)
+    with pytest.raises(RuntimeError, match=rf"seen_rows must be in \[0, 7\) where masked, got {row}"):
+        torch.ops.simsd.plan_block.default(*(noisy() | {"seen_rows": rows}).values())
+
+
 @backends("cpu", "cuda")
-def test_compiled_op_refuses_states_that_are_not_whole(backend):
+@pytest.mark.parametrize("logits", [False, True], ids=["given", "drawn"])
+def test_compiled_op_refuses_states_that_are_not_whole(backend, logits):
     good = seen_by(empty(), (0, ([5, 6, 7, 8], [3.0, 2.0, 1.0, 0.0])), shift=[[0.0] * LENGTH])
-    for name in SEEN:
+    if logits:
+        good = noisy(order_shift=torch.zeros(1, 2, LENGTH), order_pair=torch.zeros(1, 2, LENGTH, LENGTH))
+    for name in SEEN if logits else set(SEEN) - {"seen_rows", "seen_logits"}:
         with pytest.raises((RuntimeError, ValueError), match="plan_block: "):
             torch.ops.simsd.plan_block(**good | {name: None})
 
@@ -276,6 +380,7 @@ def test_peeks_of_another_shape_or_dtype_are_refused(backend, peeks, error, mess
         plan(empty(peeks=peeks), backend)
 
 
-def test_opcheck():
-    made = with_seen(arguments(batch=2, ahead=2, max_states=4), 0, count=3)
+@pytest.mark.parametrize("logits", [False, True], ids=["given", "drawn"])
+def test_opcheck(logits):
+    made = with_seen(noisy() if logits else arguments(batch=2, ahead=2, max_states=4), 0, count=3)
     torch.library.opcheck(torch.ops.simsd.plan_block, (), made)

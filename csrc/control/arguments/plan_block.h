@@ -68,17 +68,20 @@ inline PlanParams plan_params(DeviceCheck check_device, const Tensor& text, cons
     return p;
 }
 
-// The states that the target has seen, and where it is to look at the next block, which do not go with draft_logits.
-inline void add_seen(DeviceCheck check_device, PlanParams& p, const Tensor& text, bool draws,
-                     const std::optional<Tensor>& peeks, const std::optional<Tensor>& block,
-                     const std::optional<Tensor>& exact, const std::optional<Tensor>& revealed,
-                     const std::optional<Tensor>& tokens, const std::optional<Tensor>& prob,
-                     const std::optional<Tensor>& log_odds, const std::optional<Tensor>& entropy,
-                     const std::optional<Tensor>& sharpness, const std::optional<Tensor>& shift,
-                     const std::optional<Tensor>& pair) {
+// The states that the target has seen, and where it is to look at the next block.
+inline void add_seen(DeviceCheck check_device, PlanParams& p, const Tensor& text,
+                     const std::optional<Tensor>& draft_logits, const std::optional<Tensor>& peeks,
+                     const std::optional<Tensor>& block, const std::optional<Tensor>& exact,
+                     const std::optional<Tensor>& revealed, const std::optional<Tensor>& tokens,
+                     const std::optional<Tensor>& prob, const std::optional<Tensor>& log_odds,
+                     const std::optional<Tensor>& entropy, const std::optional<Tensor>& sharpness,
+                     const std::optional<Tensor>& rows, const std::optional<Tensor>& logits,
+                     const std::optional<Tensor>& shift, const std::optional<Tensor>& pair) {
     const Arguments take("plan_block", check_device, text);
     const bool any = block || exact || revealed || tokens || prob || log_odds || entropy || sharpness || shift || pair;
-    check(!draws || !(any || peeks), take.expect.op, ": states seen and peeks do not go with draft_logits");
+    const bool draws = any && draft_logits.has_value();
+    check(rows.has_value() == draws && logits.has_value() == draws, take.expect.op,
+          ": seen_rows and seen_logits go with draft_logits and states seen");
     const int64_t batch = p.batch, length = p.length;
     p.peeks = take.view<const int32_t>("peeks", peeks, {batch}, "[B]");
     if (!any) return;
@@ -96,6 +99,12 @@ inline void add_seen(DeviceCheck check_device, PlanParams& p, const Tensor& text
     seen.log_odds = take.view<const float>("seen_log_odds", *log_odds, {batch, count, length}, "[B, M, L]");
     seen.entropy = take.view<const float>("seen_entropy", *entropy, {batch, count, length}, "[B, M, L]");
     seen.sharpness = take.view<const float>("seen_sharpness", *sharpness, {batch}, "[B]");
+    seen.rows = take.view<const int32_t>("seen_rows", rows, {batch, count, length}, "[B, M, L]");
+    if (draws) take.expect.logits("seen_logits", *logits, {-1, draft_logits->size(3)}, "[R, V]");
+    if (draws) {
+        check(logits->scalar_type() == draft_logits->scalar_type(), take.expect.op,
+              ": seen_logits must be of the dtype of draft_logits");
+    }
     seen.shift = take.view<const float>("order_shift", shift, {batch, count, length}, "[B, M, L]");
     seen.pair = take.view<const float>("order_pair", pair, {batch, count, length, length}, "[B, M, L, L]");
     seen.count = static_cast<int32_t>(count);

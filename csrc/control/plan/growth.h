@@ -131,7 +131,6 @@ class Growth {
     SIMSD_CONTROL const Progress& progress() const { return now_; }
     SIMSD_CONTROL int64_t slot() const { return b_; }
     SIMSD_CONTROL bool complete() const { return now_.complete; }
-    // Whether the draft has a proposal for what follows the newest state.
     // Whether anything is proposed for the newest state: what the target drew in the nearest state that it has seen, or
     // what the draft says.
     SIMSD_CONTROL bool expands() {
@@ -142,21 +141,28 @@ class Growth {
     }
     SIMSD_CONTROL uint64_t masked() const { return full_ & ~now_.revealed; }
 
+    // The state seen that is nearest to the newest one, which expands; negative: there is none.
+    SIMSD_CONTROL int nearest() const { return nearest_; }
+
     // That for the newest state, which expands.
     SIMSD_CONTROL Proposal proposal() const {
         const Seen& seen = p_.seen;
         const int block = now_.block, nearest = nearest_;
         if (nearest < 0) {
             const Drafted& drafted = p_.drafted;
-            return {drafted.token[b_][block],
-                    {drafted.prob[b_][block], drafted.log_odds[b_][block], drafted.entropy[b_][block]},
-                    *p_.order_sharpness.at(b_, block),
-                    calibration_};
+            return proposal(drafted.token[b_][block],
+                            {drafted.prob[b_][block], drafted.log_odds[b_][block], drafted.entropy[b_][block]});
         }
-        Proposal found{seen.tokens[b_][nearest],
-                       {seen.prob[b_][nearest], seen.log_odds[b_][nearest], seen.entropy[b_][nearest]},
-                       seen.sharpness[b_],
-                       calibration_};
+        return proposal(seen.tokens[b_][nearest],
+                        {seen.prob[b_][nearest], seen.log_odds[b_][nearest], seen.entropy[b_][nearest]});
+    }
+
+    // Likewise, of what was drawn in it from the logits of the nearest state, or the draft's.
+    SIMSD_CONTROL Proposal proposal(View<const int64_t, 1> token, const Statistics& drawn) const {
+        const Seen& seen = p_.seen;
+        const int nearest = nearest_;
+        if (nearest < 0) return {token, drawn, *p_.order_sharpness.at(b_, now_.block), calibration_};
+        Proposal found{token, drawn, seen.sharpness[b_], calibration_};
         const uint64_t more = now_.revealed & ~static_cast<uint64_t>(*seen.revealed.at(b_, nearest));
         if (more == 0 && *seen.exact.at(b_, nearest) != 0) {  // the target will do there what it would have done
             found.sharpness = CERTAIN;

@@ -94,7 +94,8 @@ control::PlanTensors plan_block(
     const std::optional<Tensor> seen_exact, const std::optional<Tensor> seen_revealed,
     const std::optional<Tensor> seen_tokens, const std::optional<Tensor> seen_prob,
     const std::optional<Tensor> seen_log_odds, const std::optional<Tensor> seen_entropy,
-    const std::optional<Tensor> seen_sharpness, const std::optional<Tensor> order_shift,
+    const std::optional<Tensor> seen_sharpness, const std::optional<Tensor> seen_rows,
+    const std::optional<Tensor> seen_logits, const std::optional<Tensor> order_shift,
     const std::optional<Tensor> order_pair, int64_t mask_id, int64_t pending, int64_t max_states, int64_t logits_rows,
     int64_t scratch, int64_t kv_slots, int64_t stride) {
     control::PlanWork w{};
@@ -103,9 +104,9 @@ control::PlanTensors plan_block(
                              draft_end, prob, log_odds, entropy, draft_calibration, order_sharpness, min_visit_prob,
                              row_budget, schedule, steps, strategy, threshold, sub_blocks, mask_id, pending, max_states,
                              logits_rows, scratch, kv_slots, stride);
-    control::add_seen(check_same_device, p, text, draft_logits.has_value(), peeks, seen_block, seen_exact,
-                      seen_revealed, seen_tokens, seen_prob, seen_log_odds, seen_entropy, seen_sharpness, order_shift,
-                      order_pair);
+    control::add_seen(check_same_device, p, text, draft_logits, peeks, seen_block, seen_exact, seen_revealed,
+                      seen_tokens, seen_prob, seen_log_odds, seen_entropy, seen_sharpness, seen_rows, seen_logits,
+                      order_shift, order_pair);
     sample::Params draw{};
     Tensor logits = text;  // keeps a copy alive
     control::Sampling sampling{};
@@ -115,7 +116,7 @@ control::PlanTensors plan_block(
             control::draft_sampling(check_same_device, p, text, *draft_logits, temperature, top_k, top_p, seed, banned);
         logits = *draft_logits;
         check_vocabulary(OP, "draft_logits", logits.size(3));
-        check_rows(OP, rows * p.blocks);
+        check_rows(OP, rows * p.blocks + (seen_logits ? seen_logits->size(0) : 0));
     }
 
     const OnDevice device(text);
@@ -148,6 +149,12 @@ control::PlanTensors plan_block(
     d.seeded = seed.has_value();
     draw.logits = logits.const_data_ptr();
     draw.logit_rows = static_cast<int32_t>(rows * p.blocks);
+    if (seen_logits) {
+        draw.more_logits = seen_logits->const_data_ptr();
+        draw.more_strides[0] = seen_logits->stride(0);
+        draw.more_strides[1] = seen_logits->stride(1);
+        draw.more_rows = static_cast<int32_t>(seen_logits->size(0));
+    }
     draw.rows = static_cast<int32_t>(rows);
     draw.row_index = d.row;
     draw.temperature = per_row(sampling.temperature, p.length);
@@ -162,7 +169,7 @@ control::PlanTensors plan_block(
     draw.log_odds = d.log_odds;
     draw.entropy = d.entropy;
     control::launch_step(w, true, device.stream());
-    for (int32_t n = 1; n < p.max_states && p.blocks > 0 && rows > 0; ++n) {
+    for (int32_t n = 1; n < p.max_states && (p.blocks > 0 || p.seen.count > 0) && rows > 0; ++n) {
         sample::launch_sample(draw, device.stream());
         control::launch_step(w, false, device.stream());
     }

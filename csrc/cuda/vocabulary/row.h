@@ -168,9 +168,12 @@ template <typename T>
 SIMSD_DEVICE Row<T> unscaled_row_of(const sample::Params& p, int32_t row) {
     const int32_t from = p.row_index ? p.row_index[row] : row;
     Row<T> out{nullptr, p.logits_strides[2], p.vocabulary, false, p.banned, Divisor(1.0f)};
-    if (from < 0 || from >= p.logit_rows) return out;
+    if (from < 0 || from >= p.logit_rows + p.more_rows) return out;
     out.logits = static_cast<const T*>(p.logits);
-    if (p.logits_inner == 1) {
+    if (from >= p.logit_rows) {
+        out.logits = static_cast<const T*>(p.more_logits) + (from - p.logit_rows) * p.more_strides[0];
+        out.stride = p.more_strides[1];
+    } else if (p.logits_inner == 1) {
         out.logits += from * p.logits_strides[0];
     } else {
         out.logits += from / p.logits_inner * p.logits_strides[0] + from % p.logits_inner * p.logits_strides[1];

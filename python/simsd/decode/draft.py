@@ -141,7 +141,7 @@ def state_logits(
         *(nothing.tokens, slots.nothing, slots.draft_end, nothing.prob, nothing.log_odds, nothing.entropy),
         *(slots.prob[:, 0], nothing.sharpness, slots.temperature, slots.nothing[:1]),
         *(slots.schedule, slots.steps, slots.strategy, slots.threshold, slots.sub_blocks),
-        *(None,) * 17,
+        *(None,) * 19,
         *(model.mask_token_id, shape.draft_pending, 1, slots.count * slots.length),
         *(model.scratch, model.kv_slots, STRIDE),
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import simsd_kernels as kernels
-from simsd.decode.draft import OWN
+from simsd.decode.draft import OWN, SEQUENTIAL
 from simsd.decode.exchange import LOOKUP_DRAFT, SELF_DRAFT, Commands, Report
 from simsd.decode.slots import Slots
 from simsd.models.attention import unchecked
@@ -22,8 +22,8 @@ NO_STATE = -1  # a set of everything
 
 
 class Seen(NamedTuple):
-    """M states of each slot as `plan_block` takes them: block, exact, revealed [B, M], the others but sharpness [B]
-    [B, M, L]; of an order head, shift and pair [B, M, L, L]."""
+    """M states of each slot as `plan_block` takes them: block, exact, revealed [B, M], the others [B, M, L] but
+    sharpness [B]; with noise, rows of logits [N, V]; of an order head, shift and pair [B, M, L, L]."""
 
     block: Tensor
     exact: Tensor
@@ -33,6 +33,8 @@ class Seen(NamedTuple):
     log_odds: Tensor
     entropy: Tensor
     sharpness: Tensor
+    rows: Tensor | None = None
+    logits: Tensor | None = None
     shift: Tensor | None = None
     pair: Tensor | None = None
 
@@ -63,8 +65,9 @@ def keep(slots: Slots, commands: Commands, plan: kernels.Plan, report: Report) -
 
 def seen_states(slots: Slots, commands: Commands, target: ModelRunner, shape: Shape) -> Seen | None:
     """What the target's last logits say of each state, in slots of which the target itself proposes the current block;
-    None where nothing of that is known, or tokens are drawn with noise, which each state has its own of."""
-    if not shape.self_draft or shape.noise:
+    None where nothing of that is known. With noise each state draws its own from them, except where a strategy has the
+    same noise in all: there nothing is made of them."""
+    if not shape.self_draft:
         return None
     logits, device = target.last_logits, slots.device
 
@@ -79,6 +82,7 @@ def seen_states(slots: Slots, commands: Commands, target: ModelRunner, shape: Sh
     row = slots.seen_rows.clamp(min=0).long()
     token, prob, log_odds, entropy = (x[row] for x in drawn[:4])
     own = (commands.mode == SELF_DRAFT) | (commands.mode == LOOKUP_DRAFT)
+    own &= (slots.strategy != SEQUENTIAL) | (slots.temperature == 0)
     revealed, sharpness = slots.bits_in(slots.seen_revealed), slots.order_sharpness[:, OWN]
     seen = Seen(
         *(slots.seen_block, slots.seen_exact),
@@ -86,6 +90,8 @@ def seen_states(slots: Slots, commands: Commands, target: ModelRunner, shape: Sh
         torch.where(revealed, slots.seen_tokens, token),
         *(prob, log_odds, entropy, sharpness),
     )
+    if shape.noise:
+        seen = seen._replace(rows=slots.seen_rows, logits=logits)
     head, asked = target.order_head, commands.head > 0
     if head is None or (target.packed and not asked.any()):
         return seen
