@@ -17,6 +17,7 @@ import pytest
 
 import byte_pair
 import simsd
+from plain_checkpoints import write_plain
 from simsd import SimsdError
 from simsd.seeds import row_seed
 
@@ -204,6 +205,21 @@ def test_a_folder_with_something_else_in_it_is_left_alone(ray_cluster, tmp_path)
     with pytest.raises(SimsdError, match="holds other files .thesis.tex."):
         batch(["hello"], "tiny-target", output=tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_folder_that_does_not_say_its_family_is_decoded_as_told(ray_cluster, run, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", ray_cluster)
+    folder = write_plain(tmp_path / "model", "qwen3")
+    (tmp_path / "prompts.txt").write_text("2 + 3\n")
+    options = ("--target", folder, "--family", "qwen3", "--block-length", "8", "--shift", "--drafter", "self")
+    code, _, err = run("batch", tmp_path / "prompts.txt", tmp_path / "out", *options, "--max-new-tokens", "12")
+    assert code == 0, err
+    loaded = simsd.load(folder, family="qwen3", block_length=8, shift=True)
+    (expected,) = simsd.generate(loaded, ["2 + 3"], max_new_tokens=12, seed=row_seed(0, 0))
+    assert rows_of(tmp_path / "out")[0]["tokens"] == expected.tokens
+    told = {"family": "qwen3", "block_length": 8, "drafter": "self", "max_new_tokens": 12, "seed": 0}
+    with pytest.raises(SimsdError, match="of a job with shift True, and this one has False"):
+        batch(["2 + 3"], folder, output=tmp_path / "out", shift=False, **told)
 
 
 def test_the_command_refuses_a_file_where_only_some_prompts_have_ids(ray_cluster, run, tmp_path, assert_one_line_error):

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def work(**settings) -> Work:
-    return Work("tiny-target", None, GenerationConfig(**settings), "cpu", "auto", 1)
+    return Work("tiny-target", None, GenerationConfig(**settings), "cpu", {"dtype": "auto"}, 1)
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,11 @@ from simsd.cli.prompts import read_requests
 from simsd.errors import SimsdError
 from simsd.ray.job import SHARD_ROWS
 
+LOADING = (
+    *("quantize", "family", "mask_token_id", "shift", "revision", "local_files_only"),
+    *("draft_family", "draft_shift", "draft_revision"),
+)
+
 
 def batch(
     prompts: Annotated[
@@ -24,6 +29,16 @@ def batch(
     draft: opt.Draft = None,
     dtype: opt.Dtype = "auto",
     device: Annotated[str, typer.Option("--device", help="Of a worker: auto, cpu or cuda (one GPU).")] = "auto",
+    quantize: opt.Quantize = None,
+    family: opt.Family = None,
+    block_length: opt.BlockLength = None,
+    mask_token_id: opt.MaskTokenId = None,
+    shift: opt.Shift = None,
+    draft_family: opt.DraftFamily = None,
+    draft_shift: opt.DraftShift = None,
+    revision: opt.Revision = None,
+    draft_revision: opt.DraftRevision = None,
+    local_files_only: opt.LocalFilesOnly = None,
     workers: Annotated[int, typer.Option("--workers", help="Processes, each with an engine.")] = 1,
     cpus: Annotated[int, typer.Option("--cpus", help="CPUs of a worker.")] = 1,
     max_batch: Annotated[
@@ -32,10 +47,16 @@ def batch(
     shard_rows: Annotated[int, typer.Option("--shard-rows", help="Rows that a worker gets at a time.")] = SHARD_ROWS,
     max_new_tokens: opt.MaxNewTokens = opt.DEFAULTS.max_new_tokens,
     verify: opt.Verify = opt.DEFAULTS.verify,
+    drafter: opt.Drafter = opt.DEFAULTS.drafter,
+    lookahead: opt.Lookahead = opt.DEFAULTS.lookahead,
+    max_rows: opt.MaxRows = None,
+    order_head: opt.OrderHead = opt.DEFAULTS.order_head,
     strategy: opt.Strategy = opt.DEFAULTS.strategy,
     steps: opt.Steps = None,
     sub_block_length: opt.SubBlockLength = None,
+    draft_steps: opt.DraftSteps = None,
     threshold: opt.Threshold = opt.DEFAULTS.threshold,
+    entropy_bound: opt.EntropyBound = opt.DEFAULTS.entropy_bound,
     temperature: opt.Temperature = opt.DEFAULTS.temperature,
     top_k: opt.TopK = opt.DEFAULTS.top_k,
     top_p: opt.TopP = opt.DEFAULTS.top_p,
@@ -45,7 +66,8 @@ def batch(
 
     Called again after an interrupt, it does what is missing.
     """
-    config = opt.config_from(locals())
+    given = dict(locals())
+    config = opt.config_from(given)
     requests = read_requests(prompts)
     with_ids = [request for request in requests if "id" in request.given]
     if with_ids and len(with_ids) < len(requests):
@@ -69,6 +91,7 @@ def batch(
             device=device,
             dtype=dtype,
             shard_rows=shard_rows,
+            **{name: given[name] for name in LOADING},
         )
     except KeyboardInterrupt:
         print(f"interrupted: the same command goes on from what is in {output}", file=sys.stderr)

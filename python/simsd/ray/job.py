@@ -75,6 +75,8 @@ def batch(
         target, draft: names, checkpoint folders or hub ids, which every node must have.
         config: `GenerationConfig` or a dict of its fields; settings by name override it. With `max_batch` rows at a
             time a worker decodes. `n` is 1, and `seed` one int, or None for one that is drawn and kept for the job.
+        settings: also quantize, family, mask_token_id, shift, revision and local_files_only, as `simsd.load` takes
+            them, and draft_family, draft_shift and draft_revision.
         output: a folder of the machine that this process runs on, a new or an empty one, or that of the same job.
         prompt: the column of prompts.
         id: the column of ids, integers or strings that differ; None: a list's rows are numbered from 0.
@@ -90,7 +92,12 @@ def batch(
         SimsdError: Ray is missing; a wrong argument, model, row or output; what the engine raises; a shard whose
             workers have died again and again. What is done by then stays.
     """
-    others = ("rows", "target", "draft", "config", *batch.__kwdefaults__)
+    from simsd.engine.pair import SETTINGS  # loads torch, which the command line's help does without
+
+    taken = {"device", "dtype", *(field.name for field in dataclasses.fields(GenerationConfig))}
+    loading = {name: settings.pop(name) for name in SETTINGS if name in settings and name not in taken}
+    loading = {name: value for name, value in loading.items() if value is not None}
+    others = ("rows", "target", "draft", "config", *batch.__kwdefaults__, *SETTINGS)
     config = config_with(config, settings, others=others)
     if config.n != 1 or isinstance(config.seed, tuple):
         raise SimsdError("a row has one text and the job one seed, got n or seed for several: give a row per text")
@@ -105,7 +112,7 @@ def batch(
     from simsd.ray.output import Output, fingerprint
     from simsd.ray.rows import scan, source_of
     from simsd.ray.worker import Work
-    from simsd.seeds import fresh_seed  # loads torch, which the command line's help does without
+    from simsd.seeds import fresh_seed
 
     began, device = time.perf_counter(), worker_device(device, cpus)
     with configured(rows), _errors(), contextlib.ExitStack() as stack:
@@ -117,7 +124,7 @@ def batch(
         if config.seed is None:
             config = dataclasses.replace(config, seed=(results.manifest() or {}).get("seed", fresh_seed()))
         models = {name: str(model) for name, model in (("target", target), ("draft", draft)) if model is not None}
-        work = Work(models["target"], models.get("draft"), config, device, str(dtype), cpus)
+        work = Work(models["target"], models.get("draft"), config, device, {"dtype": str(dtype)} | loading, cpus)
         prints = {f"{name} checkpoint": fingerprint(model) for name, model in models.items()}
         results.claim({"rows": len(ids), "data": digest} | models | prints | _settings(work))
         done, failed = results.done()
@@ -159,7 +166,7 @@ def _settings(work: Work) -> dict[str, Any]:
     """What a row's result depends on. `EngineConfig` is about speed, but for these two."""
     sampling = {field.name: getattr(work.config, field.name) for field in dataclasses.fields(SamplingParams)}
     shape = {name: getattr(work.config, name) for name in ("block_length", "max_length")}
-    return sampling | shape | {"device": work.device, "dtype": work.dtype}
+    return sampling | shape | {"device": work.device} | work.loading
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pyarrow as pa
 
@@ -28,13 +29,14 @@ COLUMNS = {
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What all workers of a job do alike. `config.seed` is an int, of which rows' seeds are derived."""
+    """What all workers of a job do alike. `config.seed` is an int, of which rows' seeds are derived; `loading`: see
+    `load_pair`."""
 
     target: str
     draft: str | None
     config: GenerationConfig
     device: str
-    dtype: str
+    loading: dict[str, Any]
     cpus: int
 
 
@@ -44,7 +46,7 @@ class Worker:
     def __init__(self, work: Work) -> None:
         self.config, self.error = work.config, None
         try:
-            loading = {"device": work.device, "dtype": work.dtype}
+            loading = work.loading | {"device": work.device, "block_length": work.config.block_length}
             self.engine = engine_of(work.target, work.draft, work.config.engine(), loading, work.cpus)
             check_params(self.engine.target, self.engine.draft, work.config.sampling(0), self.engine.block_length)
         except SimsdError as error:
