@@ -218,7 +218,7 @@ def test_a_folder_that_does_not_say_its_family_is_decoded_as_told(ray_cluster, r
     (expected,) = simsd.generate(loaded, ["2 + 3"], max_new_tokens=12, seed=row_seed(0, 0))
     assert rows_of(tmp_path / "out")[0]["tokens"] == expected.tokens
     told = {"family": "qwen3", "block_length": 8, "drafter": "self", "max_new_tokens": 12, "seed": 0}
-    with pytest.raises(SimsdError, match="of a job with shift True, and this one has False"):
+    with pytest.raises(SimsdError, match="of a job with shift true, and this one has false"):
         batch(["2 + 3"], folder, output=tmp_path / "out", shift=False, **told)
 
 
