@@ -91,7 +91,7 @@ def seen_states(slots: Slots, commands: Commands, target: ModelRunner, shape: Sh
         *(prob, log_odds, entropy, sharpness),
     )
     if shape.noise:
-        seen = seen._replace(rows=slots.seen_rows, logits=logits)
+        seen = seen._replace(rows=slots.seen_rows, logits=logits.to(slots.draft_logits.dtype))
     head, asked = target.order_head, commands.head > 0
     if head is None or (target.packed and not asked.any()):
         return seen
