@@ -37,10 +37,10 @@ def test_the_faster_of_the_two_is_kept(steps, seconds, worth):
 
 def test_the_slower_one_is_tried_again_less_and_less_and_taken_when_it_became_the_faster():
     trial = HeadTrial()
-    made = asked(trial, 100 * FIRST, {True: 2, False: 4}, {True: 1.0, False: 1.0})
-    early, late = made[FIRST : 20 * FIRST].count(True), made[81 * FIRST :].count(True)
+    made = asked(trial, 400 * FIRST, {True: 2, False: 4}, {True: 1.0, False: 1.0})
+    early, late = made[FIRST : 100 * FIRST].count(True), made[301 * FIRST :].count(True)
     assert early > late > 0
-    made = asked(trial, 200 * FIRST, {True: 5, False: 4}, {True: 1.0, False: 1.0})
+    made = asked(trial, 800 * FIRST, {True: 5, False: 4}, {True: 1.0, False: 1.0})
     assert made[-FIRST:].count(True) > FIRST / 2
 
 

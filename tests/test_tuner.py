@@ -19,6 +19,7 @@ from simsd.engine.tuner import (
     LatencyModel,
     Situation,
     Tuner,
+    history_of,
 )
 
 MODEL, FURTHER, OWN_FURTHER = DraftMode(MODEL_DRAFT, 1), DraftMode(MODEL_DRAFT, 2), DraftMode(SELF_DRAFT, 2)
@@ -198,6 +199,15 @@ def test_one_batch_asks_the_head_for_all_that_auto_decides_for():
         choose(made, [2, 2], [2, 2], has_model=False)
         seen.add(tuple(made.heads(True)))
     assert seen == {(True, True), (False, False)}
+
+
+def test_what_paid_in_blocks_of_one_length_or_with_one_head_says_nothing_of_others():
+    model = torch.nn.Linear(1, 1)
+    told = [
+        history_of(model, None, torch.device("cpu"), False, length, head)
+        for length, head in ((4, "auto"), (4, "auto"), (16, "auto"), (4, "mine.safetensors"))
+    ]
+    assert told[0] is told[1] and len({id(history) for history in told}) == 3
 
 
 def test_calibration_follows_acceptance_by_slot():

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-TURN = 16  # iterations in a row with the head, or without it
-TRIES = 4  # turns of each before they are compared
+TURN = 8  # iterations in a row with the head, or without it
+TRIES = 2  # turns of each before they are compared
 MARGIN = 0.1  # by which it must be slower to be left out: that much is chance
-FIRST_PATIENCE = 8  # turns that the slower of the two rests; doubled each time it is tried in vain
+FIRST_PATIENCE = 16  # turns that the slower of the two rests; doubled each time it is tried in vain
 MAX_PATIENCE = 256
 
 

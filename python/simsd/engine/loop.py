@@ -52,7 +52,8 @@ class Loop:
         self.target, self.draft, self.config, self.parts = target, draft, config, parts
         self.block_length, self.capacity = block_length, capacity
         beside = config.draft_device is not None
-        history = history_of(target.model, None if draft is None else draft.model, target.device, beside)
+        models = target.model, None if draft is None else draft.model
+        history = history_of(*models, target.device, beside, block_length, str(config.order_head))
         self.tuner = Tuner(config, block_length, config.max_batch, history)
         self.places = places_of(
             *(target, draft),

@@ -160,15 +160,23 @@ class History:
 
 
 # Kept while the models live, so that a call of `generate` need not learn anew what the last one found out.
-_histories: weakref.WeakKeyDictionary[nn.Module, weakref.WeakKeyDictionary[nn.Module, dict[bool, History]]]
+_histories: weakref.WeakKeyDictionary[nn.Module, weakref.WeakKeyDictionary[nn.Module, dict[tuple, History]]]
 _histories = weakref.WeakKeyDictionary()
 
 
-def history_of(target: nn.Module, draft: nn.Module | None, device: torch.device, beside: bool = False) -> History:
-    """`beside`: whether the draft works beside the target."""
+def history_of(
+    target: nn.Module,
+    draft: nn.Module | None,
+    device: torch.device,
+    beside: bool = False,
+    block_length: int = 0,
+    order_head: str = "none",
+) -> History:
+    """`beside`: whether the draft works beside the target. What pays in blocks of one length, or with one order head,
+    says nothing of others."""
     of_target = _histories.setdefault(target, weakref.WeakKeyDictionary())
     of_pair = of_target.setdefault(target if draft is None else draft, {})
-    return of_pair.setdefault(beside, History(device, beside))
+    return of_pair.setdefault((beside, block_length, order_head), History(device, beside))
 
 
 @dataclasses.dataclass(frozen=True)
