@@ -23,7 +23,10 @@ MODES = {
 def headline() -> str:
     measured = json.loads(MEASURED.read_text(encoding="utf-8"))["benchmarks"]["tiny_pair"]
     rows = [row["cells"] for row in measured["rows"] if row["table"].startswith("All items")]
-    lines = ["| | target forwards per token | over native | tokens/s over native | same text |", "|---|---:|---:|---:|---:|"]
+    lines = [
+        "| | target forwards per token | over native | tokens/s over native | same text |",
+        "|---|---:|---:|---:|---:|",
+    ]
     for mode, _, same, _, per_token, over_native, _, _, speed, *_ in rows:
         if mode in MODES:
             lines.append(f"| {MODES[mode]} | {per_token} | {over_native} | {speed} | {same} |")

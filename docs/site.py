@@ -12,6 +12,7 @@ import click
 import typer
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+
 from simsd.cli.app import app
 
 ROOT = Path(__file__).parents[1]
@@ -59,8 +60,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 RESULTS_PAGE = """# Results
 
-Every table is written by `python -m benchmarks NAME` and tells the machine, the settings and the day; `make bench` makes all of
-them anew. Nothing has been timed on a GPU unless a page here says which.
+Every table is written by `python -m benchmarks NAME` and tells the machine, the settings and the day; `make bench`
+makes all of them anew. Nothing has been timed on a GPU unless a page here says which.
 """
 
 

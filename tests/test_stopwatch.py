@@ -65,7 +65,9 @@ def test_times_are_asked_for_after_the_iterations_one_read(monkeypatch, draft_st
     monkeypatch.setattr("simsd.engine.runner.Stopwatch", Watch)
     monkeypatch.setattr(Report, "read", lambda *args, **named: order.append("read") or read(*args, **named))
     seen = []
-    monkeypatch.setattr(LatencyModel, "observe", lambda model, rows, seconds: seen.append((rows, seconds)))
+    monkeypatch.setattr(
+        LatencyModel, "observe", lambda model, rows, seconds, judging=False: seen.append((rows, seconds))
+    )
     settings = simsd.GenerationConfig(
         max_new_tokens=4, drafter="model", lookahead=1, draft_steps=draft_steps, max_rows=64
     )

@@ -64,6 +64,25 @@ def test_a_latency_model_is_recovered_from_what_was_seen():
     assert model.base == pytest.approx(2e-3, rel=0.02) and model.slope == pytest.approx(25e-6, rel=0.05)
 
 
+def test_what_judging_costs_besides_its_rows_is_told_apart():
+    model = LatencyModel(1 / 80)
+    for rows in (4, 64, 16, 100) * 10:
+        model.observe(rows, 2e-3 + 25e-6 * rows)
+        model.observe(rows + 60, 2e-3 + 25e-6 * (rows + 60) + 0.8e-3, judging=True)
+    assert model.base == pytest.approx(2e-3, rel=0.02) and model.slope == pytest.approx(25e-6, rel=0.05)
+    assert model.overhead == pytest.approx(0.8e-3, rel=0.05)
+
+
+def test_where_judging_costs_more_than_it_saves_nothing_is_drafted():
+    made = tuner()
+    for _ in range(10):
+        made.observe(0, OWN, 4, 1, 0.4, 4, 0)
+    saved = made.saved(0, OWN)
+    for rows in (4, 64, 16, 100) * 5:
+        made.target.observe(rows, 2e-3 + 25e-6 * rows + 2e-3, judging=True)
+    assert saved > 0 > made.saved(0, OWN)
+
+
 @pytest.mark.parametrize("slow", [(), (0,), (3, 10, 17)], ids=["steady", "slow at first", "hiccups"])
 def test_a_latency_model_stays_sane_whatever_it_sees(slow):
     model = LatencyModel(1 / 80)

@@ -27,47 +27,80 @@ ROWS_PER_MASKED, PEEK_FLOOR = 16, 0.5
 TRIES = 2  # before a draft mode is judged by its record
 
 
-class LatencyModel:
-    """seconds = base + slope * rows, fitted to what was seen, the latest weighing most."""
+@dataclasses.dataclass
+class Sums:
+    """Of rows x and seconds y, the latest weighing most."""
 
-    DECAY = 0.97
+    DECAY: ClassVar[float] = 0.97
 
-    def __init__(self, slope_over_base: float) -> None:
-        self.prior = slope_over_base
-        self.n = self.x = self.y = self.xx = self.xy = 0.0
+    n: float = 0.0
+    x: float = 0.0
+    y: float = 0.0
+    xx: float = 0.0
+    xy: float = 0.0
 
-    def observe(self, rows: float, seconds: float) -> None:
-        expected = self.base + self.slope * rows
-        if self.n >= 2 and seconds > 4 * expected:
-            return  # an outlier: ignored
-        if self.n and seconds < expected / 4:  # what came before was one: the first forward of a process, say
-            self.n = self.x = self.y = self.xx = self.xy = 0.0
-        for name, value in (("n", 1.0), ("x", rows), ("y", seconds), ("xx", rows * rows), ("xy", rows * seconds)):
+    def observe(self, x: float, y: float) -> None:
+        for name, value in (("n", 1.0), ("x", x), ("y", y), ("xx", x * x), ("xy", x * y)):
             setattr(self, name, getattr(self, name) * self.DECAY + value)
 
     @property
+    def means(self) -> tuple[float, float]:
+        return (self.x / self.n, self.y / self.n) if self.n else (0.0, 1.0)
+
+
+class LatencyModel:
+    """seconds = base + slope * rows, and `overhead` more where drafts are judged, whatever their rows: fitted to what
+    was seen."""
+
+    def __init__(self, slope_over_base: float) -> None:
+        self.prior = slope_over_base
+        self.forget()
+
+    def forget(self) -> None:
+        self._plain, self._judging = Sums(), Sums()
+
+    def observe(self, rows: float, seconds: float, judging: bool = False) -> None:
+        sums = self._judging if judging else self._plain
+        expected = self.base + self.slope * rows + (self.overhead if judging else 0)
+        if sums.n >= 2 and seconds > 4 * expected:
+            return  # an outlier: ignored
+        if self.n and seconds < expected / 4:  # what came before was one: the first forward of a process, say
+            self.forget()
+        sums = self._judging if judging else self._plain
+        sums.observe(rows, seconds)
+
+    @property
+    def n(self) -> float:
+        return self._plain.n + self._judging.n
+
+    @property
     def base(self) -> float:
-        return self._mean() / (1 + self._ratio() * self._rows())
+        rows, seconds = (self._plain if self._plain.n else self._judging).means
+        return seconds / (1 + self._ratio() * rows)
 
     @property
     def slope(self) -> float:
         return self.base * self._ratio()
 
+    @property
+    def overhead(self) -> float:
+        if min(self._plain.n, self._judging.n) < 2:
+            return 0.0
+        rows, seconds = self._judging.means
+        return max(seconds - self.base - self.slope * rows, 0.0)
+
     def _ratio(self) -> float:
         """slope / base; never far from the prior, however much the times scatter."""
-        spread = self.n * self.xx - self.x * self.x
-        if self.n < 4 or spread < 0.05 * self.x * self.x:  # rows hardly vary
+        seen = [sums for sums in (self._plain, self._judging) if sums.n]
+        between = sum(sums.x * sums.x / sums.n for sums in seen)
+        spread = sum(sums.xx for sums in seen) - between
+        if self.n < 4 or spread < 0.05 * between:  # rows hardly vary
             return self.prior
-        slope = (self.n * self.xy - self.x * self.y) / spread
-        base = (self.y - slope * self.x) / self.n
+        slope = sum(sums.xy - sums.x * sums.y / sums.n for sums in seen) / spread
+        rows, seconds = seen[0].means
+        base = seconds - slope * rows
         ratio = slope / base if base > 0 else 4 * self.prior
         return min(max(ratio, self.prior / 20), 4 * self.prior)
-
-    def _mean(self) -> float:
-        return self.y / self.n if self.n else 1.0
-
-    def _rows(self) -> float:
-        return self.x / self.n if self.n else 0.0
 
 
 @dataclasses.dataclass
@@ -289,6 +322,7 @@ class Tuner:
         """Seconds per step that a draft mode saves by its record, `steps` being those that it takes anyway."""
         record = self.history.record(self.active, quarter, mode, repeats)
         spent = record.mean("rows") * self.target.slope + record.mean("forwards") * self.draft_seconds()
+        spent += self.target.overhead / self.active
         extra = record.mean("extra")
         return (extra * self.step_seconds() - spent) / (steps + extra)
 
@@ -339,8 +373,10 @@ class Tuner:
 
     def observe_times(self, outcome: Outcome, draft_forwards: int) -> None:
         """What an iteration took, with `draft_forwards` of the draft model."""
-        self.target.observe(outcome.target_rows, outcome.target_seconds)
-        asked = {note[2] for note in outcome.note if note is not None} - {None}
+        notes = [note for note in outcome.note if note is not None]
+        judging = any(mode != NONE for _, mode, _ in notes)
+        self.target.observe(outcome.target_rows, outcome.target_seconds, judging)
+        asked = {asked for _, _, asked in notes} - {None}
         if len(asked) == 1:
             steps = sum(report.taken for _, report in outcome.reports)
             self.history.head.observe(asked.pop(), steps, outcome.target_seconds)
@@ -348,7 +384,7 @@ class Tuner:
             return
         if self.history.waits is None:
             self.draft.observe(outcome.draft_rows, outcome.draft_seconds / draft_forwards)
-        elif any(note[1].depth for note in outcome.note if note is not None):  # else it was in the target's turn
+        elif any(mode.depth for _, mode, _ in notes):  # else it was in the target's turn
             self.history.waits.observe(outcome.draft_seconds / draft_forwards)
 
     def observe(
