@@ -1,4 +1,4 @@
-# make demo | test | compat | nightly | bench | gpu | wheel | lint | setup | clean. PYTHON picks the interpreter, whose torch is
+# make demo | test | docs | compat | nightly | bench | gpu | wheel | lint | setup | clean. PYTHON picks the interpreter, whose torch is
 # used where it has one; VENV the virtual environment; CONSTRAINTS the versions in place of both that torch's and
 # constraints.txt's.
 PYTHON ?= python3
@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
 SOURCES := pyproject.toml setup.py $(VENV)/constraints.txt $(shell find csrc -type f)
 
-.PHONY: setup demo test test-python test-interpreted test-emulated test-sanitized test-transformers compat nightly bench gpu wheel lint clean
+.PHONY: setup demo docs test test-python test-interpreted test-emulated test-sanitized test-transformers compat nightly bench gpu wheel lint clean
 
 setup: $(VENV)/.installed
 
@@ -23,7 +23,7 @@ $(VENV)/.installed: $(SOURCES)
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(PIP) install -c $(VENV)/constraints.txt --no-build-isolation -e ".[test,triton,plot,dev,release]"
+	$(PIP) install -c $(VENV)/constraints.txt --no-build-isolation -e ".[test,triton,plot,dev,docs,release]"
 	touch $@
 
 demo: $(VENV)/.installed
@@ -91,6 +91,10 @@ bench: $(VENV)/.installed-test
 gpu:
 	@PYTHONPATH=.:python:$$PYTHONPATH $(PYTHON) -m benchmarks $(or $(SECTION),gpu) \
 		$(if $(OUTPUT),--out $(OUTPUT)) $(if $(BUDGET),--budget $(BUDGET))
+
+# The site, in build/site: a link that leads nowhere is an error. `mkdocs serve` shows it while you write.
+docs: $(VENV)/.installed-test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 # The sdist and the wheel as they are published, with CUDA kernels unless SIMSD_BUILD_CUDA=0, tried in a fresh environment.
 wheel: $(VENV)/.installed-test

@@ -75,7 +75,7 @@ def test_a_fresh_environment_has_every_op_compiled_and_the_built_in_models(pytho
 
 
 def test_the_sdist_s_tests_pass_with_the_wheel(sources, python):
-    few = ["tests/test_readme.py", "tests/test_noise.py", "tests/ops/test_store_kv.py", "-k", "not example"]
+    few = ["tests/test_docs.py", "tests/test_noise.py", "tests/ops/test_store_kv.py", "-k", "not example"]
     # -P keeps the sdist's own packages, which have no compiled ops, off the path.
     command = [python, "-P", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *few]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}

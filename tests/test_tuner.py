@@ -68,7 +68,8 @@ def test_what_judging_costs_besides_its_rows_is_told_apart():
     model = LatencyModel(1 / 80)
     for rows in (4, 64, 16, 100) * 10:
         model.observe(rows, 2e-3 + 25e-6 * rows)
-        model.observe(rows + 60, 2e-3 + 25e-6 * (rows + 60) + 0.8e-3, judging=True)
+        model.observe(rows + 60, 2e-3 + 25e-6 * (rows + 60) + 0.8e-3, judging=False)
+        model.observe(rows + 60, 2e-3 + 25e-6 * (rows + 60) + 2.8e-3, judging=True)  # an order head's evaluation
     assert model.base == pytest.approx(2e-3, rel=0.02) and model.slope == pytest.approx(25e-6, rel=0.05)
     assert model.overhead == pytest.approx(0.8e-3, rel=0.05)
 
@@ -79,7 +80,7 @@ def test_where_judging_costs_more_than_it_saves_nothing_is_drafted():
         made.observe(0, OWN, 4, 1, 0.4, 4, 0)
     saved = made.saved(0, OWN)
     for rows in (4, 64, 16, 100) * 5:
-        made.target.observe(rows, 2e-3 + 25e-6 * rows + 2e-3, judging=True)
+        made.target.observe(rows, 2e-3 + 25e-6 * rows + 2e-3, judging=False)
     assert saved > 0 > made.saved(0, OWN)
 
 

@@ -54,28 +54,28 @@ class LatencyModel:
 
     def __init__(self, slope_over_base: float) -> None:
         self.prior = slope_over_base
-        self.forget()
+        self._forget()
 
-    def forget(self) -> None:
-        self._plain, self._judging = Sums(), Sums()
+    def _forget(self) -> None:
+        # By whether an order head was asked; None: nothing was judged.
+        self._sums = {None: Sums(), False: Sums(), True: Sums()}
 
-    def observe(self, rows: float, seconds: float, judging: bool = False) -> None:
-        sums = self._judging if judging else self._plain
-        expected = self.base + self.slope * rows + (self.overhead if judging else 0)
-        if sums.n >= 2 and seconds > 4 * expected:
+    def observe(self, rows: float, seconds: float, judging: bool | None = None) -> None:
+        """`judging`: whether an order head was asked for drafts that were judged; None: nothing was."""
+        expected = self.base + self.slope * rows + (0.0 if judging is None else self._beyond(judging))
+        if self._sums[judging].n >= 2 and seconds > 4 * expected:
             return  # an outlier: ignored
         if self.n and seconds < expected / 4:  # what came before was one: the first forward of a process, say
-            self.forget()
-        sums = self._judging if judging else self._plain
-        sums.observe(rows, seconds)
+            self._forget()
+        self._sums[judging].observe(rows, seconds)
 
     @property
     def n(self) -> float:
-        return self._plain.n + self._judging.n
+        return sum(sums.n for sums in self._sums.values())
 
     @property
     def base(self) -> float:
-        rows, seconds = (self._plain if self._plain.n else self._judging).means
+        rows, seconds = self._first.means
         return seconds / (1 + self._ratio() * rows)
 
     @property
@@ -84,20 +84,28 @@ class LatencyModel:
 
     @property
     def overhead(self) -> float:
-        if min(self._plain.n, self._judging.n) < 2:
+        """Without an order head where that is known: whether a head pays is not decided by this."""
+        return self._beyond(self._sums[False].n < 2)
+
+    @property
+    def _first(self) -> Sums:
+        return next((sums for sums in self._sums.values() if sums.n), self._sums[None])
+
+    def _beyond(self, judging: bool) -> float:
+        if min(self._sums[None].n, self._sums[judging].n) < 2:
             return 0.0
-        rows, seconds = self._judging.means
+        rows, seconds = self._sums[judging].means
         return max(seconds - self.base - self.slope * rows, 0.0)
 
     def _ratio(self) -> float:
         """slope / base; never far from the prior, however much the times scatter."""
-        seen = [sums for sums in (self._plain, self._judging) if sums.n]
+        seen = [sums for sums in self._sums.values() if sums.n]
         between = sum(sums.x * sums.x / sums.n for sums in seen)
         spread = sum(sums.xx for sums in seen) - between
         if self.n < 4 or spread < 0.05 * between:  # rows hardly vary
             return self.prior
         slope = sum(sums.xy - sums.x * sums.y / sums.n for sums in seen) / spread
-        rows, seconds = seen[0].means
+        rows, seconds = self._first.means
         base = seconds - slope * rows
         ratio = slope / base if base > 0 else 4 * self.prior
         return min(max(ratio, self.prior / 20), 4 * self.prior)
@@ -374,9 +382,9 @@ class Tuner:
     def observe_times(self, outcome: Outcome, draft_forwards: int) -> None:
         """What an iteration took, with `draft_forwards` of the draft model."""
         notes = [note for note in outcome.note if note is not None]
-        judging = any(mode != NONE for _, mode, _ in notes)
-        self.target.observe(outcome.target_rows, outcome.target_seconds, judging)
         asked = {asked for _, _, asked in notes} - {None}
+        judging = True in asked if any(mode != NONE for _, mode, _ in notes) else None
+        self.target.observe(outcome.target_rows, outcome.target_seconds, judging)
         if len(asked) == 1:
             steps = sum(report.taken for _, report in outcome.reports)
             self.history.head.observe(asked.pop(), steps, outcome.target_seconds)
