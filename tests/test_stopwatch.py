@@ -9,7 +9,7 @@ import torch
 
 import simsd
 from simsd.decode.exchange import Report
-from simsd.engine.tuner import LatencyModel
+from simsd.engine.latency import LatencyModel
 from simsd.stopwatch import Stopwatch
 from stand_ins import disturbed, random_sdar
 

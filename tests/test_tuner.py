@@ -8,6 +8,7 @@ import torch
 from simsd import EngineConfig
 from simsd.decode.exchange import LOOKUP_DRAFT, MODEL_DRAFT, SELF_DRAFT
 from simsd.engine.head_trial import TURN
+from simsd.engine.latency import LatencyModel
 from simsd.engine.tuner import (
     FIRST_PATIENCE,
     IDLE,
@@ -16,7 +17,6 @@ from simsd.engine.tuner import (
     OWN,
     DraftMode,
     History,
-    LatencyModel,
     Situation,
     Tuner,
     history_of,
