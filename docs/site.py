@@ -95,13 +95,16 @@ def on_page_markdown(markdown: str, page, config: MkDocsConfig, files: Files) ->
     return re.sub(r"(!?)\[((?:[^\[\]]|\n)*)\]\((?!https?:|#|mailto:)([^)#\s]+)(#[^)]*)?\)", replaced, markdown)
 
 
+TABLE_OF_OPTIONS = ["| argument or option | meaning | default |", "|---|---|---|"]
+
+
 def command_line() -> str:
     """All commands with their arguments and options, as `--help` tells them."""
     root = typer.main.get_command(app)
     lines = ["# Command line", "", "Made from the command itself: `simsd COMMAND --help` says the same.", ""]
     for name, command in root.commands.items():
         context = click.Context(command, info_name=f"simsd {name}")
-        lines += [f"## simsd {name}", "", *_prose(command.help), "", "| | | |", "|---|---|---|"]
+        lines += [f"## simsd {name}", "", *_prose(command.help), "", *TABLE_OF_OPTIONS]
         for parameter in command.params:
             hidden = getattr(parameter, "hidden", False)
             if not hidden:

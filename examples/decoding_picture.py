@@ -46,9 +46,9 @@ def lane(target: simsd.LoadedModel, draft: simsd.LoadedModel, title: str, verify
             if token is not None:
                 at.setdefault(place, number)
         result = update.result
-    count = len(result.tokens)
-    words = [target.tokenizer.decode([token]) for token in result.tokens]
-    drafted = [origin == "drafted" for origin in result.origins]
+    count = len(result.tokens) - (result.finish_reason == "end")
+    words = [target.tokenizer.decode([token]) for token in result.tokens[:count]]
+    drafted = [origin == "drafted" for origin in result.origins[:count]]
     return Lane(title, words, [at[place] for place in range(count)], drafted, number)
 
 
