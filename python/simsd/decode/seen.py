@@ -49,17 +49,18 @@ def keep(slots: Slots, commands: Commands, plan: kernels.Plan, report: Report) -
     inside = (slots.last_rows >= 0).any(1, keepdim=True)
     ahead = plan.block - finished  # [B, C]
     count, live = plan.block.shape[1], ran & (ahead >= 0)
-    slots.seen_revealed.fill_(NO_STATE)
+    slots.seen_revealed[:, count:].fill_(NO_STATE)
+    slots.seen_rows[:, count:].fill_(-1)
     slots.seen_revealed[:, :count] = torch.where(live, plan.state_revealed, NO_STATE)
     slots.seen_block[:, :count] = ahead
     slots.seen_exact[:, :count] = inside & (ahead == 0)
-    slots.seen_rows.fill_(-1)
     slots.seen_rows[:, :count] = plan.state_rows
     slots.seen_tokens[:, :count] = plan.states
-    # A block that the walk has just come to was seen behind what was drafted: nearly what is there now.
-    fresh = live & (ahead == 0) & (plan.state_revealed == 0)
-    rows = plan.state_rows[slots.index, fresh.int().argmax(1)]
-    slots.last_rows.copy_(torch.where(~inside & fresh.any(1, keepdim=True), rows, slots.last_rows))
+    if count > 1:
+        # A block that the walk has just come to was seen behind what was drafted: nearly what is there now.
+        fresh = live & (ahead == 0) & (plan.state_revealed == 0)
+        rows = plan.state_rows[slots.index, fresh.int().argmax(1)]
+        slots.last_rows.copy_(torch.where(~inside & fresh.any(1, keepdim=True), rows, slots.last_rows))
     report.self_draftable.copy_((slots.last_rows >= 0).sum(1))
 
 
