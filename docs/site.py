@@ -5,6 +5,7 @@ A hook of mkdocs. Links that lead out of docs/ become links to those pages, else
 
 from __future__ import annotations
 
+import posixpath
 import re
 from pathlib import Path, PurePosixPath
 
@@ -77,7 +78,7 @@ def on_page_markdown(markdown: str, page, config: MkDocsConfig, files: Files) ->
 
     def replaced(match: re.Match) -> str:
         picture, label, target, anchor = match.groups()
-        path = _normal(where / target)
+        path = posixpath.normpath(where / target)
         if not (ROOT / path).exists():
             return match.group()  # a page that is made here, or one that mkdocs reports
         if path == "README.md":
@@ -106,8 +107,7 @@ def command_line() -> str:
         context = click.Context(command, info_name=f"simsd {name}")
         lines += [f"## simsd {name}", "", *_prose(command.help), "", *TABLE_OF_OPTIONS]
         for parameter in command.params:
-            hidden = getattr(parameter, "hidden", False)
-            if not hidden:
+            if not getattr(parameter, "hidden", False):
                 lines.append(_row(parameter, context))
         lines.append("")
     return "\n".join(lines)
@@ -125,13 +125,3 @@ def _row(parameter: click.Parameter, context: click.Context) -> str:
     default = parameter.get_default(context)
     shown = "" if default is None or default == () or isinstance(default, bool) else f"`{default}`"
     return f"| {names} | {told.replace('|', '/')} | {shown} |"
-
-
-def _normal(path: PurePosixPath) -> str:
-    parts: list[str] = []
-    for part in path.parts:
-        if part == "..":
-            parts = parts[:-1]
-        elif part != ".":
-            parts.append(part)
-    return "/".join(parts)

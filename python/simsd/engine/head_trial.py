@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
+from simsd.engine.latency import Decayed
+
 TURN = 8  # iterations in a row with the head, or without it
 TRIES = 2  # turns of each before they are compared
 MARGIN = 0.1  # by which it must be slower to be left out: that much is chance
@@ -13,7 +15,7 @@ MAX_PATIENCE = 256
 
 
 @dataclasses.dataclass
-class Pace:
+class Pace(Decayed):
     """Steps of the target and the seconds that they took, the latest weighing most."""
 
     DECAY: ClassVar[float] = 0.99
@@ -25,7 +27,7 @@ class Pace:
     patience: int = FIRST_PATIENCE
 
     def observe(self, steps: int, seconds: float) -> None:
-        self.steps, self.seconds = self.steps * self.DECAY + steps, self.seconds * self.DECAY + seconds
+        self.add(steps=steps, seconds=seconds)
 
     def rate(self) -> float:
         return self.steps / self.seconds if self.seconds else 0.0

@@ -6,11 +6,19 @@ import dataclasses
 from typing import ClassVar
 
 
-@dataclasses.dataclass
-class Sums:
-    """Of rows x and seconds y, the latest weighing most."""
+class Decayed:
+    """Sums of what was seen, the latest weighing most: each field of what holds them is one."""
 
     DECAY: ClassVar[float] = 0.97
+
+    def add(self, **values: float) -> None:
+        for name, value in values.items():
+            setattr(self, name, getattr(self, name) * self.DECAY + value)
+
+
+@dataclasses.dataclass
+class Sums(Decayed):
+    """Of rows x and seconds y."""
 
     n: float = 0.0
     x: float = 0.0
@@ -19,8 +27,7 @@ class Sums:
     xy: float = 0.0
 
     def observe(self, x: float, y: float) -> None:
-        for name, value in (("n", 1.0), ("x", x), ("y", y), ("xx", x * x), ("xy", x * y)):
-            setattr(self, name, getattr(self, name) * self.DECAY + value)
+        self.add(n=1.0, x=x, y=y, xx=x * x, xy=x * y)
 
     @property
     def means(self) -> tuple[float, float]:
@@ -91,16 +98,12 @@ class LatencyModel:
 
 
 @dataclasses.dataclass
-class Average:
-    """Of what was seen, the latest weighing most."""
-
-    DECAY: ClassVar[float] = 0.97
-
+class Average(Decayed):
     count: float = 0.0
     sum: float = 0.0
 
     def observe(self, value: float) -> None:
-        self.count, self.sum = self.count * self.DECAY + 1, self.sum * self.DECAY + value
+        self.add(count=1.0, sum=value)
 
     def mean(self) -> float:
         return self.sum / max(self.count, 1.0)

@@ -15,7 +15,7 @@ from torch import nn
 from simsd.config import EngineConfig
 from simsd.decode.exchange import LOOKUP_DRAFT, MODEL_DRAFT, NO_DRAFT, SELF_DRAFT
 from simsd.engine.head_trial import HeadTrial
-from simsd.engine.latency import Average, LatencyModel
+from simsd.engine.latency import Average, Decayed, LatencyModel
 
 if TYPE_CHECKING:
     from simsd.engine.runner import Outcome
@@ -29,7 +29,7 @@ TRIES = 2  # before a draft mode is judged by its record
 
 
 @dataclasses.dataclass
-class Record:
+class Record(Decayed):
     """What came of one draft mode, the latest weighing most."""
 
     DECAY: ClassVar[float] = 0.9
@@ -42,8 +42,7 @@ class Record:
     patience: int = FIRST_PATIENCE
 
     def observe(self, **values: float) -> None:
-        for name, value in {"tries": 1.0, **values}.items():
-            setattr(self, name, getattr(self, name) * self.DECAY + value)
+        self.add(tries=1.0, **values)
 
     def mean(self, name: str) -> float:
         return getattr(self, name) / max(self.tries, 1.0)
